@@ -1,0 +1,1 @@
+"""The operator's interface: status, health, metrics and the problem documents."""

@@ -1,0 +1,71 @@
+"""The one root of Headrace's errors.
+
+Every error says what happened, to what, and what the operator or tenant does next; its message is
+complete by itself, so that a log line or a problem document needs nothing beside it.
+"""
+
+from __future__ import annotations
+
+
+class HeadraceError(Exception):
+    """Root of all errors that Headrace raises on purpose."""
+
+
+class ConfigError(HeadraceError):
+    """The configuration has mistakes; `problems` holds one line for each: where, what, what is allowed."""
+
+    def __init__(self, problems: list[str]) -> None:
+        super().__init__("\n".join(problems))
+        self.problems = tuple(problems)
+
+
+class ManifestError(HeadraceError):
+    """A tenant's manifest can't be taken; `problems` holds one line for each mistake, with its place."""
+
+    def __init__(self, problems: list[str]) -> None:
+        super().__init__("\n".join(problems))
+        self.problems = tuple(problems)
+
+
+class ModelRefused(HeadraceError):
+    """A model file failed its trial; the message is what the tenant reads in the status file."""
+
+
+class WorkerLost(HeadraceError):
+    """A tenant's worker process died or was killed while it held work; the work is tried again."""
+
+
+class FrameCorrupt(HeadraceError):
+    """A changelog record is not a frame of this format; the changelog must be inspected before a restart."""
+
+
+class StateCorrupt(HeadraceError):
+    """A stored row or key can't be read; delete the partition's folder, it is rebuilt from the changelog."""
+
+
+class StoreUnavailable(HeadraceError):
+    """The local disk refused a read or write (full, damaged); free space, the partition retries by itself."""
+
+
+class BrokerUnavailable(HeadraceError):
+    """Kafka did not answer within its bound; the partition waits and retries by itself."""
+
+
+class TopicMissing(HeadraceError):
+    """A topic the node needs does not exist and may not be created; create it, the node goes on by itself."""
+
+
+class ProgressLost(HeadraceError):
+    """The source no longer holds the next offset (retention, or the topic was made again)."""
+
+
+class Fenced(HeadraceError):
+    """Another producer took this partition over; this node must not commit for it any more."""
+
+
+class BoundExceeded(HeadraceError):
+    """A request or queue is over a bound of `node.kernel.limits`; the message names the bound."""
+
+
+class NotFound(HeadraceError):
+    """The customer, model or feature that was asked for is not known here."""

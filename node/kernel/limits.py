@@ -1,0 +1,73 @@
+"""Every bound of the node in one place. A bound is here, named with its unit, or it does not exist.
+
+What an operator may want to trade is in `node.config`, which is itself bounded by these.
+"""
+
+from __future__ import annotations
+
+KIB = 1024
+MIB = 1024 * KIB
+
+EVENT_BYTES_MAX = 1 * MIB
+"""A larger source record is a dead letter, unread."""
+EVENT_DEPTH_MAX = 64
+"""Deeper JSON is a dead letter."""
+CUSTOMER_BYTES_MAX = 256
+EVENT_TYPE_BYTES_MAX = 128
+TEXT_BYTES_MAX = 4 * KIB
+"""Of one text field of an event; a longer one is a dead letter."""
+EVENT_TYPES_MAX = 256
+EVENT_FIELDS_MAX = 256
+NUMBER_MAGNITUDE_MAX = 1e15
+"""A number beyond it can't be summed exactly in float64 and is a dead letter."""
+EVENT_TIME_AGE_MS_MAX = 20 * 366 * 24 * 3600 * 1000
+EVENT_TIME_AHEAD_MS_MAX = 24 * 3600 * 1000
+"""An event time further from the Kafka timestamp is absurd: a dead letter."""
+
+POLL_EVENTS_MAX = 65_536
+POLL_BYTES_MAX = 64 * MIB
+CYCLE_WAIT_MS_MAX = 10_000
+
+DEAD_LETTER_BYTES_MAX = 900 * KIB
+"""The original bytes are cut to this in a dead letter, and the letter says so."""
+RECORD_BYTES_MAX = 900 * KIB
+"""Of one Kafka record; brokers take 1 MiB unless set otherwise. A larger frame is split into parts."""
+FRAME_PARTS_MAX = 4096
+FRAME_BYTES_MAX = 1024 * MIB
+
+ROW_SLOTS_MAX = 4096
+"""32 KiB a customer; a manifest that would need more is refused."""
+ROW_CACHE_BYTES_MAX = 256 * MIB
+"""Of each partition; the operator sets less or more in the config."""
+WINDOW_MS_MAX = 400 * 24 * 3600 * 1000
+SEQUENCE_CHUNK_ROWS_MAX = 4096
+
+MODEL_BYTES_MAX = 512 * MIB
+MANIFEST_BYTES_MAX = 256 * KIB
+TENANTS_MAX = 512
+MODELS_PER_TENANT_MAX = 64
+FEATURES_PER_MODEL_MAX = 512
+OUTPUTS_PER_MODEL_MAX = 32
+EXPRESSION_DEPTH_MAX = 32
+EXPRESSION_BYTES_MAX = 4 * KIB
+ROWS_QUEUED_PER_MODEL_MAX = 65_536
+CHUNKS_IN_FLIGHT_PER_MODEL_MAX = 4
+CALL_DEADLINE_MS_MAX = 600_000
+WORKER_BACKOFF_MS_MIN = 100
+WORKER_BACKOFF_MS_MAX = 60_000
+WORKER_START_MS_MAX = 30_000
+TRIAL_MS_MAX = 120_000
+STATUS_FILE_BYTES_MAX = 64 * KIB
+WORKER_MESSAGE_BYTES_MAX = MODEL_BYTES_MAX + MIB
+
+BROKER_CALL_MS_MAX = 30_000
+"""Around every call of the Kafka client: some of them hang when the broker is gone."""
+BROKER_RETRY_MS_MIN = 100
+BROKER_RETRY_MS_MAX = 10_000
+STOP_MS_MAX = 30_000
+"""A stopping node that has not finished its cycles by then gives up on them; the state stays right."""
+
+HTTP_BODY_BYTES_MAX = 1 * MIB
+HTTP_REQUESTS_MAX = 256
+"""Requests in progress; one more is answered 503."""
+HTTP_REQUEST_MS_MAX = 10_000

@@ -1,0 +1,114 @@
+"""The borders between parts, as Protocols. `node.app` is the only place that joins implementations to them."""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable, Mapping, Sequence
+from typing import Protocol
+
+from node.kernel.types import (
+    Aggregate,
+    Bools,
+    EventColumns,
+    FeatureRows,
+    Floats,
+    Frame,
+    ModelName,
+    ModelOutputs,
+    ModelVersion,
+    SequenceChunk,
+    StoredOutput,
+)
+
+
+class StateStore(Protocol):
+    """One partition's state. `apply` is atomic: rows, sequence log, cursors, progress and offset together.
+
+    Raises StoreUnavailable when the disk refuses, StateCorrupt when what it holds can't be read.
+    """
+
+    def load(self, customers: Sequence[bytes]) -> list[bytes | None]:
+        """The stored row of each customer (encoded by `node.state.codec`), None where there is none."""
+        ...
+
+    def apply(self, frame: Frame, changelog_offset: int) -> None:
+        """Fold one committed frame; `changelog_offset` is where the changelog goes on after it."""
+        ...
+
+    def changelog_offset(self) -> int:
+        """Where the changelog goes on after the last applied frame; 0 for an empty store."""
+        ...
+
+    def progress(self) -> Mapping[str, int]:
+        """Source topic -> next offset, of the last applied frame; empty for an empty store."""
+        ...
+
+    def layout(self) -> bytes | None: ...
+
+    def counters(self) -> Mapping[str, int]: ...
+
+    def chunks(self, limit: int, model: str | None = None, number_min: int = 0) -> list[SequenceChunk]:
+        """Up to `limit` unanswered chunks by (model, number), all models or one, from `number_min` on."""
+        ...
+
+    def scan(self, after: bytes | None, limit: int) -> list[tuple[bytes, bytes]]:
+        """Up to `limit` (customer, row) pairs in key order, strictly after the customer `after`."""
+        ...
+
+    def flush(self) -> None: ...
+
+    def close(self) -> None: ...
+
+    def statistics(self) -> Mapping[str, object]: ...
+
+
+class Reads(Protocol):
+    """What the compiled features need of one set of events, each column parallel to the events given."""
+
+    def aggregate(self, aggregate: Aggregate) -> Floats: ...
+
+    def stored(self, output: StoredOutput) -> Floats:
+        """The stored output as of each event; NaN where there is none or its TTL has passed."""
+        ...
+
+
+class FeaturePlan(Protocol):
+    """Every live model's features, compiled together: immutable, swapped between cycles."""
+
+    @property
+    def models(self) -> tuple[ModelVersion, ...]: ...
+
+    @property
+    def aggregates(self) -> tuple[Aggregate, ...]:
+        """What the row layout must hold, sorted, each once."""
+        ...
+
+    @property
+    def stored_models(self) -> tuple[ModelVersion, ...]:
+        """Models whose outputs the row must hold; all live models."""
+        ...
+
+    def masks(self, events: EventColumns) -> Mapping[str, Bools]:
+        """The mask of each distinct `Aggregate.where` over all events; '' is not among them."""
+        ...
+
+    def rows(
+        self, events: EventColumns, reads: Reads, selections: Mapping[ModelName, Bools]
+    ) -> dict[ModelName, FeatureRows]:
+        """Each model's feature rows for the events its selection names (a mask over `events`).
+
+        A feature that several models share is computed once.
+        """
+        ...
+
+
+class ModelRunner(Protocol):
+    """Runs models somewhere else, under fair shares. Every submission ends in outputs, sooner or later."""
+
+    def submit(self, version: ModelVersion, rows: FeatureRows) -> Awaitable[ModelOutputs]:
+        """Queue rows; the awaitable gives one output row or one error for each.
+
+        Raises BoundExceeded when the tenant's queue is full: the caller keeps the rows in the sequence log.
+        """
+        ...
+
+    def rows_queued_max(self, name: ModelName) -> int: ...

@@ -1,0 +1,239 @@
+"""The vocabulary that node, replication and tenants share.
+
+Everything here is data: frozen where it crosses a task or process border, columns where it is hot.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal, TypeAlias
+
+import numpy as np
+from numpy.typing import NDArray
+
+Floats: TypeAlias = NDArray[np.float64]
+Ints: TypeAlias = NDArray[np.int64]
+Bools: TypeAlias = NDArray[np.bool_]
+Texts: TypeAlias = NDArray[np.object_]
+"""str, or None where missing."""
+Column: TypeAlias = Floats | Texts
+
+FieldType: TypeAlias = Literal["number", "text", "boolean"]
+"""Booleans travel as float64 0.0 and 1.0; a missing number or boolean is NaN, a missing text None."""
+
+AggregateFunction: TypeAlias = Literal[
+    "count", "sum", "mean", "min", "max", "std", "last", "first", "distinct", "since"
+]
+
+ANY_EVENT = "*"
+"""The event name that stands for events of every type."""
+
+EVENT_TIME = "time"
+"""The pseudo-field every event has: its own time, in seconds since the Unix epoch, as a number."""
+
+
+@dataclass(frozen=True, slots=True, order=True)
+class Aggregate:
+    """One reduction over a customer's events, kept in the customer's row.
+
+    `window_ms` None means for ever. `where` is the canonical text of a filter over the event's fields
+    ('' for none); its mask comes from `FeaturePlan.masks`. The value is as of an event's own time and
+    includes that event, except for `since`: the seconds from the previous event of the type.
+    """
+
+    function: AggregateFunction
+    event: str
+    field: str = ""
+    window_ms: int = 0
+    """0: for ever (kept an int so that aggregates sort)."""
+    where: str = ""
+
+    def __str__(self) -> str:
+        subject = f"{self.event}.{self.field}" if self.field else self.event
+        window = f", {self.window_ms}ms" if self.window_ms else ""
+        where = f", where={self.where}" if self.where else ""
+        return f"{self.function}({subject}{window}{where})"
+
+
+@dataclass(frozen=True, slots=True, order=True)
+class ModelName:
+    tenant: str
+    model: str
+
+    def __str__(self) -> str:
+        return f"{self.tenant}/{self.model}"
+
+
+@dataclass(frozen=True, slots=True, order=True)
+class StoredOutput:
+    """One output of one model, as it is kept in the customer's row: `models.<tenant>.<model>.<output>`."""
+
+    name: ModelName
+    output: str
+
+    def __str__(self) -> str:
+        return f"models.{self.name.tenant}.{self.name.model}.{self.output}"
+
+
+@dataclass(frozen=True, slots=True)
+class EventSchema:
+    """What the operator declared of the events: all that a manifest may name."""
+
+    types: tuple[str, ...]
+    fields: Mapping[str, FieldType]
+    """Field name -> type; a field that an event lacks is missing (NaN or None), not an error."""
+    profile: Mapping[str, str] = field(default_factory=dict)
+    """Shared profile values: name -> aggregate expression, used in manifests as `profile.<name>`."""
+
+
+@dataclass(slots=True)
+class EventColumns:
+    """A micro-batch of `n` decoded events of one partition, in arrival order.
+
+    `rows[i]` is the position of event i's customer in `customers` (each customer once, in order of first
+    appearance). `types[i]` indexes `EventSchema.types`; `topics[i]` the configured source topics.
+    """
+
+    types: Ints
+    times_ms: Ints
+    rows: Ints
+    customers: list[str]
+    topics: Ints
+    offsets: Ints
+    fields: Mapping[str, Column]
+
+    def __len__(self) -> int:
+        return len(self.types)
+
+
+@dataclass(frozen=True, slots=True)
+class FeatureRows:
+    """The rows one model is called with: `names` in the model's column order.
+
+    `numbers` has shape [rows, len(names)], float64, C order; a text feature's column there is NaN and its
+    values are in `texts` by name (None where missing).
+    """
+
+    names: tuple[str, ...]
+    numbers: Floats
+    texts: Mapping[str, list[str | None]] = field(default_factory=dict)
+
+    def __len__(self) -> int:
+        return len(self.numbers)
+
+    def take(self, selection: slice) -> FeatureRows:
+        """The rows of `selection`, without a copy of the numbers."""
+        return FeatureRows(
+            self.names, self.numbers[selection], {name: column[selection] for name, column in self.texts.items()}
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class ModelOutputs:
+    """What a call gave: `values` is float64 [rows, outputs]; `errors` maps a row that failed to the reason."""
+
+    values: Floats
+    errors: Mapping[int, str] = field(default_factory=dict)
+    cpu_seconds: float = 0.0
+
+
+OverloadPolicy: TypeAlias = Literal["shed_oldest", "shed_newest"]
+
+
+@dataclass(frozen=True, slots=True)
+class ModelVersion:
+    """One immutable version of a model, as the cycle and the pool need it.
+
+    `version` is the sha256 (hex) of the model file and its manifest together; `blob` that of the file.
+    `labels` names the classes when `method` is predict and they are texts: the output is then their index.
+    """
+
+    name: ModelName
+    version: str
+    blob: str
+    events: tuple[str, ...]
+    features: tuple[str, ...]
+    """Feature names in the model's column order."""
+    outputs: tuple[str, ...]
+    method: str
+    ttl_ms: int
+    """Of the stored inference, by event time; 0: never expires."""
+    deadline_ms: int
+    """Bound on one call in the worker; a call past it kills the worker."""
+    labels: tuple[str, ...] = ()
+    weight: float = 1.0
+
+    @property
+    def short_version(self) -> str:
+        """The first 12 hex digits: 48 bits, so it fits a float64 slot exactly."""
+        return self.version[:12]
+
+
+@dataclass(frozen=True, slots=True)
+class Triggers:
+    """The triggers of one model in one micro-batch: parallel columns, one entry a trigger."""
+
+    name: ModelName
+    version: str
+    customers: tuple[str, ...]
+    topics: Ints
+    offsets: Ints
+    types: Ints
+    times_ms: Ints
+    rows: FeatureRows
+
+    def __len__(self) -> int:
+        return len(self.customers)
+
+
+@dataclass(frozen=True, slots=True)
+class SequenceChunk:
+    """Triggers that missed their commit, kept until the model has answered: one entry of the sequence log.
+
+    `number` rises by one for each chunk of a model in a partition; the model's cursor is the number of
+    its oldest unanswered chunk.
+    """
+
+    number: int
+    triggers: Triggers
+
+
+@dataclass(frozen=True, slots=True)
+class Frame:
+    """All that one cycle changed in one partition; committed as one changelog entry, applied as one batch.
+
+    `rows` holds whole row images, float64 [len(customers), slots], under `layout_id`, so folding a frame
+    twice gives the same store. `layout` is the encoded definition, present whenever it may be new to a
+    reader of this changelog. `cursors` gives, for each model named, the number of its oldest chunk to keep.
+    `counters` are running totals of the partition (late, shed, dead letters…), so they survive a restart.
+    """
+
+    progress: Mapping[str, int]
+    """Source topic -> next offset to read."""
+    layout_id: int
+    customers: Sequence[bytes]
+    rows: Floats
+    layout: bytes | None = None
+    appended: Sequence[SequenceChunk] = ()
+    cursors: Mapping[str, int] = field(default_factory=dict)
+    counters: Mapping[str, int] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class DeadLetter:
+    """A record that can't be used, whole, with the reason and where it came from."""
+
+    reason: str
+    detail: str
+    topic: str
+    partition: int
+    offset: int
+    timestamp_ms: int
+    key: bytes | None
+    value: bytes | None
+    model: str = ""
+    """Set when an event was good and a model failed on it."""
+
+
+Statistics: TypeAlias = Mapping[str, Any]

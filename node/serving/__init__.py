@@ -1,0 +1,1 @@
+"""The read interface for customers, features, inferences and models over HTTP."""
