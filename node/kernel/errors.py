@@ -35,6 +35,14 @@ class WorkerLost(HeadraceError):
     """A tenant's worker process died or was killed while it held work; the work is tried again."""
 
 
+class CallFailed(HeadraceError):
+    """A model raised on its rows, or gave an output of another shape than it was loaded with."""
+
+
+class SandboxUnavailable(HeadraceError):
+    """A layer of the sandbox that the operator requires can't be had here; no model runs without it."""
+
+
 class FrameCorrupt(HeadraceError):
     """A changelog record is not a frame of this format; the changelog must be inspected before a restart."""
 

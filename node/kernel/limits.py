@@ -43,6 +43,8 @@ WINDOW_MS_MAX = 400 * 24 * 3600 * 1000
 SEQUENCE_CHUNK_ROWS_MAX = 4096
 
 MODEL_BYTES_MAX = 512 * MIB
+MODEL_UNPACKED_BYTES_MAX = 2048 * MIB
+"""Of a model file once decompressed; the tenant's memory limit is usually reached first."""
 MANIFEST_BYTES_MAX = 256 * KIB
 TENANTS_MAX = 512
 MODELS_PER_TENANT_MAX = 64
