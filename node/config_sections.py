@@ -1,0 +1,368 @@
+"""What the config file may say: one frozen struct a table, each field with its bounds, default and trade-off.
+
+No field holds a secret: passwords are named by file or environment variable and read when used.
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Literal, TypeAlias, get_args
+
+import msgspec
+from msgspec import Meta
+
+from node.kernel import limits
+from node.kernel.errors import ConfigError
+
+if TYPE_CHECKING:
+    from node.kernel.types import EventSchema
+
+Name: TypeAlias = Annotated[str, Meta(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,99}\Z")]
+Topic: TypeAlias = Annotated[str, Meta(pattern=r"^[A-Za-z0-9._-]{1,249}\Z")]
+TopicTemplate: TypeAlias = Annotated[str, Meta(pattern=r"^(\{application\})?[A-Za-z0-9._-]{1,249}\Z")]
+HostPort: TypeAlias = Annotated[str, Meta(pattern=r"^([A-Za-z0-9._-]+|\[[0-9A-Fa-f:.]+\]):[0-9]{1,5}\Z")]
+Identifier: TypeAlias = Annotated[str, Meta(pattern=r"^[A-Za-z_][A-Za-z0-9_]{0,127}\Z")]
+JsonPath: TypeAlias = Annotated[str, Meta(pattern=r"^[^.]+(\.[^.]+){0,15}\Z", max_length=512)]
+FilePath: TypeAlias = Annotated[str, Meta(pattern=r"^[^\x00-\x1f\x7f]{1,4096}\Z")]
+Text: TypeAlias = Annotated[str, Meta(pattern=r"^[^\x00-\x1f\x7f]{0,1024}\Z")]
+DottedName: TypeAlias = Annotated[str, Meta(pattern=r"^[A-Za-z_][\w.]*\.[A-Za-z_]\w*\Z")]
+SandboxLayer: TypeAlias = Literal["landlock", "seccomp", "rlimits", "uid", "cgroup"]
+
+PATTERN_WORDS = {
+    get_args(alias)[1].pattern: words
+    for alias, words in (
+        (Name, "letters, digits, '.', '_' and '-', at most 100"),
+        (Topic, "a Kafka topic name (letters, digits, '.', '_' and '-', at most 249)"),
+        (TopicTemplate, "a Kafka topic name, which may begin with {application}"),
+        (HostPort, 'host:port, such as "127.0.0.1:9092"'),
+        (Identifier, "a name of letters, digits and '_' that does not begin with a digit"),
+        (JsonPath, 'a path of keys joined by dots, such as "basket.amount"'),
+        (FilePath, "a path of 1 to 4096 characters"),
+        (Text, "a text of at most 1024 characters, none of them control characters"),
+        (DottedName, 'a dotted name, such as "package.module.Name"'),
+    )
+}
+"""What a text that must match a pattern may be, in words for the operator."""
+
+
+class Section(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """A table of the file."""
+
+
+class NodeSection(Section, frozen=True):
+    name: Annotated[Name, Meta(description="Names this node in logs, dead letters and `status`.")] = "headrace"
+    data_dir: Annotated[
+        FilePath,
+        Meta(
+            description="Holds the RocksDB of each partition; a fast local disk pays. Losing it loses no state, only "
+            "the time to rebuild it from the changelog. A relative path starts at the config file's folder."
+        ),
+    ] = "data"
+    log_format: Annotated[
+        Literal["json", "console"], Meta(description="`json` for machines: one object a line; `console` for eyes.")
+    ] = "json"
+    log_level: Annotated[
+        Literal["debug", "info", "warning", "error"],
+        Meta(description="`debug` says something each cycle and costs throughput."),
+    ] = "info"
+
+
+class KafkaSection(Section, frozen=True):
+    bootstrap: Annotated[
+        tuple[HostPort, ...],
+        Meta(min_length=1, max_length=64, description="Brokers asked first; two or more survive the loss of one."),
+    ] = ("127.0.0.1:9092",)
+    topics: Annotated[
+        tuple[Topic, ...],
+        Meta(
+            min_length=1,
+            max_length=64,
+            description="Source topics. They must be partitioned alike by customer: partition N of all of them is one "
+            "unit of work and state.",
+        ),
+    ] = ("events",)
+    application: Annotated[
+        Name,
+        Meta(
+            description="Prefix of transactional ids and topics, and the consumer group's name. Another application "
+            "on the same cluster needs another one; a new one starts with empty state."
+        ),
+    ] = "headrace"
+    inferences_topic: Annotated[TopicTemplate, Meta(description="Where inferences go, keyed by customer.")] = (
+        "{application}.inferences"
+    )
+    changelog_topic: Annotated[
+        TopicTemplate, Meta(description="The log that state is rebuilt from; never let retention delete it.")
+    ] = "{application}.changelog"
+    dead_letters_topic: Annotated[
+        TopicTemplate, Meta(description="Records that could not be used, whole, with the reason in the headers.")
+    ] = "{application}.dead-letters"
+    transactions: Annotated[
+        Literal["auto", "required", "off"],
+        Meta(
+            description="`required` refuses brokers without transactions; `auto` takes at-least-once from them and "
+            "says so; `off` saves some milliseconds a commit and may repeat inferences after a crash."
+        ),
+    ] = "auto"
+    compression: Annotated[
+        Literal["lz4", "zstd", "snappy", "gzip", "none"],
+        Meta(description="Of what the node writes: `lz4` is cheapest in CPU, `zstd` in disk and network."),
+    ] = "lz4"
+    create_topics: Annotated[
+        bool, Meta(description="Create the node's own topics if missing; false where topics are made by somebody else.")
+    ] = True
+    replication_factor: Annotated[
+        int,
+        Meta(ge=1, le=32, description="Of topics the node creates. 1 loses state with the broker's disk; 3 is usual."),
+    ] = 1
+    partitions: Annotated[
+        Literal["all"] | tuple[Annotated[int, Meta(ge=0, le=999_999)], ...],
+        Meta(description="Partitions this node owns; a list splits them by hand among nodes, never twice the same."),
+    ] = "all"
+    security_protocol: Annotated[
+        Literal["PLAINTEXT", "SSL", "SASL_PLAINTEXT", "SASL_SSL"],
+        Meta(description="PLAINTEXT and SASL_PLAINTEXT show all traffic to the network."),
+    ] = "PLAINTEXT"
+    ssl_ca_file: Annotated[
+        Text, Meta(description="PEM file of the authorities that sign the brokers; '' takes the system's.")
+    ] = ""
+    sasl_mechanism: Annotated[
+        Literal["", "PLAIN", "SCRAM-SHA-256", "SCRAM-SHA-512"],
+        Meta(description="Needed with SASL_*. PLAIN sends the password itself: only inside SSL."),
+    ] = ""
+    sasl_username: Annotated[Text, Meta(description="Needed with SASL_*.")] = ""
+    sasl_password_file: Annotated[
+        Text, Meta(description="File that holds the password, readable only by the node; systemd credentials fit.")
+    ] = ""
+    sasl_password_env: Annotated[
+        Text, Meta(description="Environment variable that holds the password; visible to root in /proc.")
+    ] = ""
+
+    def __post_init__(self) -> None:
+        for name in ("inferences_topic", "changelog_topic", "dead_letters_topic"):
+            topic = getattr(self, name).replace("{application}", self.application)
+            msgspec.structs.force_setattr(self, name, topic)
+
+    def sasl_password(self) -> str | None:
+        """The password, read now; None without SASL. Raises ConfigError when its file or variable is gone."""
+        if not self.security_protocol.startswith("SASL"):
+            return None
+        if self.sasl_password_env:
+            password = os.environ.get(self.sasl_password_env)
+            if password is None:
+                raise ConfigError(
+                    [f"[kafka] sasl_password_env is {self.sasl_password_env}; allowed: a variable that is set"]
+                )
+            return password
+        try:
+            return Path(self.sasl_password_file).read_text().rstrip("\r\n")
+        except (OSError, UnicodeDecodeError) as error:
+            where = f"[kafka] sasl_password_file is {self.sasl_password_file}"
+            raise ConfigError([f"{where}; allowed: a UTF-8 file that the node can read"]) from error
+
+
+class CycleSection(Section, frozen=True):
+    events_max: Annotated[
+        int,
+        Meta(
+            ge=1,
+            le=limits.POLL_EVENTS_MAX,
+            description="Events of one micro-batch. More is cheaper an event and slower for each.",
+        ),
+    ] = 4096
+    bytes_max: Annotated[
+        int,
+        Meta(
+            ge=limits.EVENT_BYTES_MAX, le=limits.POLL_BYTES_MAX, description="Bytes of one micro-batch: bounds memory."
+        ),
+    ] = 8 * limits.MIB
+    wait_ms: Annotated[
+        int,
+        Meta(
+            ge=1,
+            le=limits.CYCLE_WAIT_MS_MAX,
+            description="How long a poll waits for the first event: longer is less idle CPU, slower to notice a stop.",
+        ),
+    ] = 20
+    commit_interval_ms: Annotated[
+        int,
+        Meta(
+            ge=1,
+            le=limits.CYCLE_WAIT_MS_MAX,
+            description="Time between commits: an inference is readable only after one, and each costs a transaction.",
+        ),
+    ] = 100
+    inference_deadline_ms: Annotated[
+        int,
+        Meta(
+            ge=0,
+            le=limits.CYCLE_WAIT_MS_MAX,
+            description="How long a commit waits for models. A later result goes through the sequence log: longer "
+            "saves that writing, shorter keeps slow models from delaying quick ones.",
+        ),
+    ] = 50
+    start_from: Annotated[
+        Literal["earliest", "latest"],
+        Meta(description="Where a partition without progress starts: all that is retained, or only what comes."),
+    ] = "earliest"
+
+
+class FieldSection(Section, frozen=True):
+    path: Annotated[JsonPath, Meta(description="Keys joined by dots.")]
+    type: Literal["number", "text", "boolean"]
+
+
+class EventsSection(Section, frozen=True):
+    types: Annotated[
+        tuple[Identifier, ...],
+        Meta(
+            min_length=1,
+            max_length=limits.EVENT_TYPES_MAX,
+            description="Event types that manifests may name. New ones go at the end.",
+        ),
+    ]
+    type: Annotated[JsonPath, Meta(description="Path of the event's type, a text.")] = "type"
+    time: Annotated[
+        JsonPath, Meta(description="Path of the event's time; the Kafka timestamp where an event has none.")
+    ] = "time"
+    time_unit: Annotated[
+        Literal["ms", "s", "iso8601"],
+        Meta(description="Numbers since 1970, or texts such as 2026-01-31T12:00:00Z (costs a little more)."),
+    ] = "ms"
+    customer: Annotated[JsonPath, Meta(description="Path of the customer's id, a text or an integer.")] = "customer"
+    unknown_types: Annotated[
+        Literal["ignore", "dead_letter"],
+        Meta(description="`ignore` counts events of other types; `dead_letter` keeps each, for topics that are ours."),
+    ] = "ignore"
+    fields: Annotated[
+        dict[str, FieldSection],
+        Meta(
+            max_length=limits.EVENT_FIELDS_MAX,
+            description='Fields that manifests may name: `amount = "number"`, or with another path '
+            '`amount = { path = "basket.amount", type = "number" }`. What is not here is skipped unread.',
+        ),
+    ] = {}
+
+
+class StateSection(Section, frozen=True):
+    row_cache_mb: Annotated[
+        int,
+        Meta(
+            ge=0,
+            le=limits.ROW_CACHE_BYTES_MAX // limits.MIB,
+            description="Rows each partition keeps decoded; saves the RocksDB read of a customer seen again.",
+        ),
+    ] = 64
+    block_cache_mb: Annotated[
+        int, Meta(ge=1, le=1_048_576, description="RocksDB's read cache, shared by all partitions.")
+    ] = 256
+    write_buffer_mb: Annotated[
+        int, Meta(ge=1, le=65_536, description="RocksDB's memtables, all partitions together: more is fewer flushes.")
+    ] = 128
+    flush_interval_s: Annotated[
+        int,
+        Meta(
+            ge=1,
+            le=86_400,
+            description="Time between flushes to disk: a restart folds the changelog since the last one again.",
+        ),
+    ] = 60
+
+
+class TenantsSection(Section, frozen=True):
+    directory: Annotated[
+        FilePath,
+        Meta(
+            description="Watched for tenants' models; needs to be writable for status files. A relative path starts "
+            "at the config file's folder."
+        ),
+    ] = "tenants"
+    settle_ms: Annotated[
+        int, Meta(ge=0, le=60_000, description="A pair not renamed in counts as whole when unchanged for this long.")
+    ] = 500
+    rescan_s: Annotated[
+        int, Meta(ge=1, le=3600, description="Full rescan: finds what file-system notifications missed.")
+    ] = 10
+    workers_parallel: Annotated[
+        int, Meta(ge=0, le=1024, description="Workers that compute at once; 0: one less than the cores, for the node.")
+    ] = 0
+    quantum_ms: Annotated[
+        int, Meta(ge=1, le=1000, description="Model CPU time a turn: shorter is fairer, longer makes larger batches.")
+    ] = 10
+    memory_mb_max: Annotated[
+        int, Meta(ge=128, le=1_048_576, description="Address space of one tenant's worker; caps their own setting.")
+    ] = 2048
+    weight_max: Annotated[float, Meta(gt=0, le=1000, description="Largest share weight a tenant may give itself.")] = (
+        10.0
+    )
+    rows_queued_max: Annotated[
+        int,
+        Meta(
+            ge=1,
+            le=limits.ROWS_QUEUED_PER_MODEL_MAX,
+            description="Rows waiting for one model in memory; the rest waits in its sequence log on disk.",
+        ),
+    ] = 16_384
+    allow: Annotated[
+        tuple[Literal["xgboost", "lightgbm"], ...],
+        Meta(description="Further libraries whose models may load: each widens what a model file can reach."),
+    ] = ()
+    allow_globals: Annotated[
+        tuple[DottedName, ...],
+        Meta(
+            max_length=1000,
+            description="Single classes and functions a model file may name beside the built-in list, written "
+            "`package.module.Name`: each is code a tenant can call.",
+        ),
+    ] = ()
+    sandbox_required: Annotated[
+        tuple[SandboxLayer, ...],
+        Meta(description="Start only if these layers work here; otherwise a missing one is a warning."),
+    ] = ()
+
+
+class HttpSection(Section, frozen=True):
+    host: Annotated[
+        str,
+        Meta(
+            min_length=1,
+            max_length=255,
+            description="Address to listen on. There is no login: beyond loopback, put a proxy in front.",
+        ),
+    ] = "127.0.0.1"
+    port: Annotated[int, Meta(ge=0, le=65_535, description="0 takes a free one, said in the log.")] = 8080
+
+
+Expression: TypeAlias = Annotated[str, Meta(min_length=1, max_length=limits.EXPRESSION_BYTES_MAX)]
+
+
+class Config(Section, frozen=True):
+    """The whole file. `load_config` checks it; build one by hand only in tests."""
+
+    events: EventsSection
+    node: NodeSection = NodeSection()
+    kafka: KafkaSection = KafkaSection()
+    cycle: CycleSection = CycleSection()
+    profile: dict[str, Expression] = {}
+    state: StateSection = StateSection()
+    tenants: TenantsSection = TenantsSection()
+    http: HttpSection = HttpSection()
+
+    def schema(self) -> EventSchema:
+        """What manifests may name of the events."""
+        from node.kernel.types import EventSchema  # here, because it brings numpy: `headrace check` starts without
+
+        fields = {name: field.type for name, field in self.events.fields.items()}
+        return EventSchema(self.events.types, fields, self.profile)
+
+
+SECTIONS: dict[str, type[Section]] = {
+    "node": NodeSection,
+    "kafka": KafkaSection,
+    "cycle": CycleSection,
+    "events": EventsSection,
+    "state": StateSection,
+    "tenants": TenantsSection,
+    "http": HttpSection,
+}
