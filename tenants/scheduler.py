@@ -1,0 +1,510 @@
+"""Weighted fair shares of worker CPU time between tenants, and between each tenant's models. Pure.
+
+Start-time fair queuing (Goyal, Vin and Cheng, "Start-time Fair Queuing: A Scheduling Algorithm for Integrated
+Services Packet Switching Networks", SIGCOMM 1996) over measured CPU seconds, in two levels. Each tenant has a
+virtual time that rises by (CPU seconds used / weight); the waiting tenant whose virtual time is lowest goes next.
+A tenant's flows, one for each model and priority, share its time in the same way.
+
+Costs are unknown before a batch has run (the problem of 2DFQ, Mace et al., SIGCOMM 2016). A tenant has one worker,
+hence at most one running batch, so its virtual time moves once a batch, by what was measured: estimates decide only how
+many rows make a batch, never who goes next, and a wrong one can't shift shares.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import deque
+from collections.abc import Hashable
+from dataclasses import dataclass, field
+from operator import attrgetter
+
+from node.kernel import limits
+from node.kernel.errors import BoundExceeded, NotFound
+from tenants.cost import CostEstimate
+
+CHARGE_SECONDS_MIN = 20e-6
+"""A batch is charged at least this, so that nothing runs for nothing, whatever was measured."""
+CREDIT_QUANTA_MAX = 2
+WEIGHT_MIN = 1e-3
+WEIGHT_MAX = 1e3
+URGENT = 0
+BACKGROUND = 1
+PRIORITY_SHARES = {URGENT: 1.0, BACKGROUND: 0.125}
+"""Priority -> factor on the model's weight: urgent rows go eight to one before background rows, which never starve."""
+
+
+@dataclass(frozen=True, slots=True)
+class Part:
+    """Rows `start` to `stop` (exclusive) of what was enqueued as `ticket`."""
+
+    ticket: Hashable
+    start: int
+    stop: int
+
+
+@dataclass(frozen=True, slots=True)
+class Dispatch:
+    """One batch to run now in the tenant's worker; ends in exactly one `complete`."""
+
+    number: int
+    tenant: str
+    model: str
+    priority: int
+    parts: tuple[Part, ...]
+    rows: int
+    seconds_estimated: float
+    whole: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class ModelShare:
+    weight: float
+    rows_queued: int
+    rows_running: int
+    rows_done: int
+    calls: int
+    cpu_seconds: float
+    seconds_per_call: float
+    seconds_per_row: float
+    blocked: bool
+
+
+@dataclass(frozen=True, slots=True)
+class TenantShare:
+    """`forgiven_seconds`: CPU time the tenant could have had but its one worker could not take."""
+
+    weight: float
+    virtual_time: float
+    cpu_seconds: float
+    forgiven_seconds: float
+    calls: int
+    running: bool
+    blocked: bool
+    models: dict[str, ModelShare]
+
+
+@dataclass(frozen=True, slots=True)
+class SchedulerStatistics:
+    parallel: int
+    running: int
+    virtual_time: float
+    tenants: dict[str, TenantShare]
+
+
+@dataclass(slots=True)
+class _Entry:
+    ticket: Hashable
+    start: int
+    stop: int
+    whole: bool
+
+
+@dataclass(slots=True)
+class _Model:
+    name: str
+    weight: float
+    cost: CostEstimate
+    call_seconds_max: float
+    rows_queued_max: int
+    flows: dict[int, _Flow] = field(default_factory=dict)
+    rows_queued: int = 0
+    rows_running: int = 0
+    rows_done: int = 0
+    calls: int = 0
+    cpu_seconds: float = 0.0
+    blocked: bool = False
+
+
+@dataclass(slots=True)
+class _Flow:
+    """Rows of one model and priority; first in, first out."""
+
+    model: _Model
+    priority: int
+    virtual: float
+    entries: deque[_Entry] = field(default_factory=deque)
+
+    @property
+    def weight(self) -> float:
+        return self.model.weight * PRIORITY_SHARES[self.priority]
+
+
+@dataclass(slots=True)
+class _Tenant:
+    name: str
+    weight: float
+    virtual: float
+    flows_virtual: float = 0.0
+    """The virtual time among the tenant's own flows."""
+    models: dict[str, _Model] = field(default_factory=dict)
+    ready: dict[tuple[str, int], _Flow] = field(default_factory=dict)
+    running: int = 0
+    blocked: bool = False
+    calls: int = 0
+    cpu_seconds: float = 0.0
+    forgiven_seconds: float = 0.0
+
+
+@dataclass(slots=True)
+class _Running:
+    dispatch: Dispatch
+    tenant: _Tenant
+    model: _Model
+    flow: _Flow
+
+
+_virtual = attrgetter("virtual")
+
+
+class Scheduler:
+    """Decides which rows run next in `parallel` CPU slots, one running batch a tenant.
+
+    **Bound.** Take any time in which tenants f and g both had work waiting or running, were not blocked and kept
+    their weights w. With one slot, the CPU seconds S they were served obey
+    |S_f/w_f - S_g/w_g| <= c_f/w_f + c_g/w_g, with c the costliest batch the tenant ran in that time: two quanta,
+    for batches of one quantum and weights of at least 1 (theorem 1 of the paper above; VTC, Sheng et al., OSDI 2024,
+    has the like for tokens). With more slots a tenant may be unable to take its share, as it has one worker only.
+    What it falls behind by is kept for it up to CREDIT_QUANTA_MAX quanta of CPU time and forgiven beyond, so that it
+    can't lock others out later; counting what was forgiven as served, the bound then holds with those quanta
+    added for each of the two.
+
+    **Work-conserving.** `next` returns a batch whenever a slot is free and some tenant that isn't blocked or
+    running has rows of a model that isn't blocked.
+
+    **Coming back.** A tenant (or flow) that was idle or blocked goes on from the present virtual time: no credit
+    for the past. Every other operation is O(1) but for `next`, linear in the tenants and flows ready.
+    """
+
+    def __init__(
+        self, parallel: int, quantum_seconds: float = 0.010, batch_rows_max: int = limits.SEQUENCE_CHUNK_ROWS_MAX
+    ) -> None:
+        if parallel < 1 or not quantum_seconds > 0 or batch_rows_max < 1:
+            raise ValueError("a scheduler needs at least one slot, a quantum above 0 and batches of at least one row")
+        self.parallel = parallel
+        self.quantum_seconds = quantum_seconds
+        self.batch_rows_max = batch_rows_max
+        self._tenants: dict[str, _Tenant] = {}
+        self._ready: dict[str, _Tenant] = {}
+        self._running: dict[int, _Running] = {}
+        self._virtual = 0.0
+        """The highest virtual time at which a batch was started."""
+        self._number = 0
+
+    # Tenants and models
+
+    def add_tenant(self, tenant: str, weight: float = 1.0) -> None:
+        """Raises BoundExceeded over TENANTS_MAX, ValueError if the tenant is there or the weight is out of range."""
+        if tenant in self._tenants:
+            raise ValueError(f"tenant {tenant} is already scheduled")
+        if len(self._tenants) >= limits.TENANTS_MAX:
+            raise BoundExceeded(
+                f"tenant {tenant} not taken: TENANTS_MAX is {limits.TENANTS_MAX}; remove a tenant first"
+            )
+        self._tenants[tenant] = _Tenant(tenant, _checked_weight(weight), self._virtual)
+
+    def remove_tenant(self, tenant: str) -> list[Hashable]:
+        """Forget the tenant; the tickets that still had rows queued, each once. A running batch may still complete."""
+        removed = self._tenant(tenant)
+        del self._tenants[tenant]
+        self._ready.pop(tenant, None)
+        tickets: dict[Hashable, None] = {}
+        for model in removed.models.values():
+            tickets.update(dict.fromkeys(_empty(model)))
+        removed.models.clear()
+        removed.ready.clear()
+        return list(tickets)
+
+    def set_weight(self, tenant: str, weight: float) -> None:
+        self._tenant(tenant).weight = _checked_weight(weight)
+
+    def add_model(
+        self,
+        tenant: str,
+        model: str,
+        weight: float = 1.0,
+        cost: CostEstimate | None = None,
+        call_seconds_max: float = math.inf,
+        rows_queued_max: int = limits.ROWS_QUEUED_PER_MODEL_MAX,
+    ) -> None:
+        """`call_seconds_max` bounds the estimated cost of a batch, below the deadline of a call."""
+        owner = self._tenant(tenant)
+        if model in owner.models:
+            raise ValueError(f"model {tenant}/{model} is already scheduled")
+        bound = min(rows_queued_max, limits.ROWS_QUEUED_PER_MODEL_MAX)
+        owner.models[model] = _Model(model, _checked_weight(weight), cost or CostEstimate(), call_seconds_max, bound)
+
+    def remove_model(self, tenant: str, model: str) -> list[Hashable]:
+        """Forget the model; the tickets that still had rows queued, each once."""
+        owner, removed = self._tenant(tenant), self._model(tenant, model)
+        tickets = _empty(removed)
+        for priority in removed.flows:
+            owner.ready.pop((model, priority), None)
+        del owner.models[model]
+        self._refresh(owner)
+        return tickets
+
+    def set_rows_queued_max(self, tenant: str, model: str, rows: int) -> None:
+        self._model(tenant, model).rows_queued_max = min(rows, limits.ROWS_QUEUED_PER_MODEL_MAX)
+
+    def block(self, tenant: str, model: str | None = None) -> None:
+        """Skip the tenant, or one model of it, until `unblock`; what runs goes on, what is queued stays."""
+        owner = self._tenant(tenant)
+        if model is None:
+            owner.blocked = True
+        else:
+            self._model(tenant, model).blocked = True
+            for priority in PRIORITY_SHARES:
+                owner.ready.pop((model, priority), None)
+        self._refresh(owner)
+
+    def unblock(self, tenant: str, model: str | None = None) -> None:
+        owner = self._tenant(tenant)
+        if model is None:
+            owner.blocked = False
+        else:
+            unblocked = self._model(tenant, model)
+            unblocked.blocked = False
+            for flow in unblocked.flows.values():
+                self._flow_ready(owner, flow)
+        self._refresh(owner)
+
+    # Work
+
+    def enqueue(
+        self,
+        ticket: Hashable,
+        tenant: str,
+        model: str,
+        rows: int,
+        priority: int = URGENT,
+        *,
+        whole: bool = False,
+        first: bool = False,
+    ) -> None:
+        """Queue rows 0 to `rows` of `ticket`.
+
+        `whole`: they run as one batch, by themselves. `first`: before what is queued, and past the bound, for
+        rows that were accepted once already. Raises BoundExceeded when the model's queue would be over its bound;
+        then nothing was queued. Raises NotFound for an unknown tenant or model, ValueError for rows < 1.
+        """
+        if rows < 1:
+            raise ValueError("a ticket needs at least one row")
+        owner, queued = self._tenant(tenant), self._model(tenant, model)
+        held = queued.rows_queued + queued.rows_running
+        if not first and held + rows > queued.rows_queued_max:
+            raise BoundExceeded(
+                f"model {tenant}/{model} holds {held} rows and can't take {rows} more: its queue is bounded to"
+                f" {queued.rows_queued_max}; keep the rows and submit them again when some are done"
+            )
+        flow = queued.flows.get(priority)
+        if flow is None:
+            flow = queued.flows[priority] = _Flow(queued, priority, owner.flows_virtual)
+        entry = _Entry(ticket, 0, rows, whole)
+        if first:
+            flow.entries.appendleft(entry)
+        else:
+            flow.entries.append(entry)
+        queued.rows_queued += rows
+        self._flow_ready(owner, flow)
+        self._refresh(owner)
+
+    def next(self) -> Dispatch | None:
+        """The next batch to start, or None when no slot is free or nothing may run."""
+        if len(self._running) >= self.parallel or not self._ready:
+            return None
+        tenant = min(self._ready.values(), key=_virtual)
+        flow = min(tenant.ready.values(), key=_virtual)
+        self._virtual = max(self._virtual, tenant.virtual)
+        tenant.flows_virtual = max(tenant.flows_virtual, flow.virtual)
+        model = flow.model
+        whole = flow.entries[0].whole
+        parts, rows = self._take(flow)
+        model.rows_queued -= rows
+        model.rows_running += rows
+        if not flow.entries:
+            del tenant.ready[model.name, flow.priority]
+        self._number += 1
+        dispatch = Dispatch(
+            self._number, tenant.name, model.name, flow.priority, parts, rows, model.cost.seconds(rows), whole
+        )
+        self._running[dispatch.number] = _Running(dispatch, tenant, model, flow)
+        tenant.running += 1
+        del self._ready[tenant.name]
+        return dispatch
+
+    def complete(
+        self, dispatch: Dispatch, cpu_seconds: float, rows_done: int | None = None, *, learn: bool = True
+    ) -> None:
+        """The batch has ended: charge what it used and put its rows from `rows_done` on (None: all done) back in front.
+
+        `learn`: whether the cost is representative; False when the call failed.
+        """
+        running = self._running.pop(dispatch.number)
+        tenant, model, flow = running.tenant, running.model, running.flow
+        done = dispatch.rows if rows_done is None else rows_done
+        charge = max(cpu_seconds, CHARGE_SECONDS_MIN) if math.isfinite(cpu_seconds) else CHARGE_SECONDS_MIN
+        if learn and done == dispatch.rows:
+            model.cost.observe(dispatch.rows, charge)
+        model.rows_running -= dispatch.rows
+        model.rows_done += done
+        model.calls += 1
+        model.cpu_seconds += charge
+        tenant.calls += 1
+        tenant.running -= 1
+        flow.virtual += charge / flow.weight
+        self._charge(tenant, charge)
+        if tenant.models.get(model.name) is model:
+            self._put_back(flow, dispatch, done)
+            self._flow_ready(tenant, flow)
+        self._refresh(tenant, returns=False)
+
+    def requeue(self, dispatch: Dispatch, cpu_seconds: float) -> None:
+        """The batch gave nothing (its worker was lost): charge it and queue its rows again, in front."""
+        self.complete(dispatch, cpu_seconds, 0, learn=False)
+
+    def charge(self, tenant: str, cpu_seconds: float) -> None:
+        """CPU time used for the tenant outside a batch, such as loading a model."""
+        self._charge(self._tenant(tenant), max(cpu_seconds, 0.0))
+
+    def cancel(self, tenant: str, model: str, ticket: Hashable) -> int:
+        """Drop the rows of `ticket` that are still queued; how many. Rows that run go on."""
+        owner, queued = self._tenant(tenant), self._model(tenant, model)
+        dropped = 0
+        for flow in queued.flows.values():
+            kept = deque(entry for entry in flow.entries if entry.ticket != ticket)
+            if len(kept) == len(flow.entries):
+                continue
+            dropped += sum(entry.stop - entry.start for entry in flow.entries if entry.ticket == ticket)
+            flow.entries = kept
+            if not kept:
+                owner.ready.pop((model, flow.priority), None)
+        queued.rows_queued -= dropped
+        self._refresh(owner)
+        return dropped
+
+    def rows_held(self, tenant: str, model: str) -> int:
+        """Rows of the model that are queued or running."""
+        held = self._model(tenant, model)
+        return held.rows_queued + held.rows_running
+
+    def statistics(self) -> SchedulerStatistics:
+        return SchedulerStatistics(
+            parallel=self.parallel,
+            running=len(self._running),
+            virtual_time=self._virtual,
+            tenants={name: _tenant_share(tenant) for name, tenant in self._tenants.items()},
+        )
+
+    # Inside
+
+    def _tenant(self, tenant: str) -> _Tenant:
+        try:
+            return self._tenants[tenant]
+        except KeyError:
+            raise NotFound(f"tenant {tenant} is not scheduled here; add it first") from None
+
+    def _model(self, tenant: str, model: str) -> _Model:
+        try:
+            return self._tenant(tenant).models[model]
+        except KeyError:
+            raise NotFound(f"model {tenant}/{model} is not scheduled here; add it first") from None
+
+    def _charge(self, tenant: _Tenant, seconds: float) -> None:
+        tenant.cpu_seconds += seconds
+        tenant.virtual += seconds / tenant.weight
+
+    def _take(self, flow: _Flow) -> tuple[tuple[Part, ...], int]:
+        """Parts for one batch of about a quantum: small tickets together, a large one split."""
+        model, entries = flow.model, flow.entries
+        if entries[0].whole:
+            entry = entries.popleft()
+            return (Part(entry.ticket, entry.start, entry.stop),), entry.stop - entry.start
+        wanted = model.cost.rows_within(self.quantum_seconds, model.call_seconds_max, self.batch_rows_max)
+        parts: list[Part] = []
+        rows = 0
+        while rows < wanted and entries and not entries[0].whole:
+            entry = entries[0]
+            stop = min(entry.stop, entry.start + wanted - rows)
+            parts.append(Part(entry.ticket, entry.start, stop))
+            rows += stop - entry.start
+            if stop == entry.stop:
+                entries.popleft()
+            else:
+                entry.start = stop
+        return tuple(parts), rows
+
+    def _put_back(self, flow: _Flow, dispatch: Dispatch, rows_done: int) -> None:
+        skip = rows_done
+        back: list[_Entry] = []
+        for part in dispatch.parts:
+            size = part.stop - part.start
+            if skip < size:
+                back.append(_Entry(part.ticket, part.start + skip, part.stop, dispatch.whole))
+            skip = max(0, skip - size)
+        flow.entries.extendleft(reversed(back))
+        flow.model.rows_queued += sum(entry.stop - entry.start for entry in back)
+
+    def _flow_ready(self, tenant: _Tenant, flow: _Flow) -> None:
+        key = flow.model.name, flow.priority
+        if flow.entries and not flow.model.blocked and key not in tenant.ready:
+            flow.virtual = max(flow.virtual, tenant.flows_virtual)
+            tenant.ready[key] = flow
+
+    def _refresh(self, tenant: _Tenant, *, returns: bool = True) -> None:
+        """Put the tenant among the ready ones or take it out; `returns`: it was idle or blocked until now."""
+        present = self._tenants.get(tenant.name) is tenant
+        ready = present and not tenant.blocked and not tenant.running and bool(tenant.ready)
+        if not ready:
+            if self._ready.get(tenant.name) is tenant:
+                del self._ready[tenant.name]
+            return
+        if tenant.name in self._ready:
+            return
+        credit = 0.0 if returns else CREDIT_QUANTA_MAX * self.quantum_seconds / tenant.weight
+        behind = self._virtual - credit - tenant.virtual
+        if behind > 0:
+            tenant.forgiven_seconds += behind * tenant.weight
+            tenant.virtual += behind
+        self._ready[tenant.name] = tenant
+
+
+def _checked_weight(weight: float) -> float:
+    if not WEIGHT_MIN <= weight <= WEIGHT_MAX:
+        raise ValueError(f"weight {weight} is outside {WEIGHT_MIN} to {WEIGHT_MAX}")
+    return weight
+
+
+def _empty(model: _Model) -> list[Hashable]:
+    tickets: dict[Hashable, None] = {}
+    for flow in model.flows.values():
+        tickets.update(dict.fromkeys(entry.ticket for entry in flow.entries))
+        flow.entries.clear()
+    model.rows_queued = 0
+    return list(tickets)
+
+
+def _tenant_share(tenant: _Tenant) -> TenantShare:
+    return TenantShare(
+        weight=tenant.weight,
+        virtual_time=tenant.virtual,
+        cpu_seconds=tenant.cpu_seconds,
+        forgiven_seconds=tenant.forgiven_seconds,
+        calls=tenant.calls,
+        running=tenant.running > 0,
+        blocked=tenant.blocked,
+        models={name: _model_share(model) for name, model in tenant.models.items()},
+    )
+
+
+def _model_share(model: _Model) -> ModelShare:
+    return ModelShare(
+        weight=model.weight,
+        rows_queued=model.rows_queued,
+        rows_running=model.rows_running,
+        rows_done=model.rows_done,
+        calls=model.calls,
+        cpu_seconds=model.cpu_seconds,
+        seconds_per_call=model.cost.seconds_per_call,
+        seconds_per_row=model.cost.seconds_per_row,
+        blocked=model.blocked,
+    )
