@@ -1,0 +1,232 @@
+"""One partition's unanswered triggers: the in-memory end of the sequence log.
+
+Each model has its own line of chunks and its own cursor, so a slow or dead model delays nobody but itself.
+Chunks are answered and committed in order; the triggers of chunks far from the head stay on disk only.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections import Counter, deque
+from collections.abc import Awaitable, Callable, Iterable, Mapping
+from dataclasses import dataclass, field, replace
+
+from node.kernel.errors import BoundExceeded
+from node.kernel.limits import CHUNKS_IN_FLIGHT_PER_MODEL_MAX
+from node.kernel.ports import ModelRunner, StateStore
+from node.kernel.types import ModelName, ModelOutputs, ModelVersion, OverloadPolicy, SequenceChunk, Triggers
+
+Versions = Callable[[ModelName, str], ModelVersion | None]
+"""The version of a model by its sha256, None once it was deleted."""
+Answering = asyncio.Future[ModelOutputs]
+
+
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """Triggers whose model has answered, ready to be committed."""
+
+    version: ModelVersion
+    triggers: Triggers
+    outputs: ModelOutputs
+
+
+@dataclass(frozen=True, slots=True)
+class Bound:
+    """How much one model may fall behind in one partition, and what goes when it is more."""
+
+    rows_max: int
+    policy: OverloadPolicy = "shed_oldest"
+
+
+@dataclass(slots=True)
+class _Entry:
+    number: int
+    rows: int
+    time_ms: int
+    triggers: Triggers | None
+    answering: Answering | None = None
+
+
+@dataclass(slots=True)
+class _Line:
+    entries: deque[_Entry] = field(default_factory=deque)
+    next_number: int = 0
+    rows: int = 0
+
+
+@dataclass(slots=True)
+class Settled:
+    """What left the backlog and must be in the next frame."""
+
+    answers: list[Answer] = field(default_factory=list)
+    cursors: dict[str, int] = field(default_factory=dict)
+    shed: Counter[str] = field(default_factory=Counter)
+    """Reason and model -> rows."""
+
+
+class Backlog:
+    def __init__(
+        self, runner: ModelRunner, store: StateStore, versions: Versions, bound: Callable[[ModelName], Bound]
+    ) -> None:
+        self._runner = runner
+        self._store = store
+        self._versions = versions
+        self._bound = bound
+        self._lines: dict[ModelName, _Line] = {}
+        self.changed = asyncio.Event()
+        """Set when a chunk was answered; the cycle clears it."""
+
+    def restore(self, cursors: Mapping[str, int], chunks: Iterable[SequenceChunk]) -> None:
+        """Take over what the store holds: the cursor of each model known, and all its unanswered chunks."""
+        for text, number in cursors.items():
+            tenant, model = text.split("/")
+            self._line(ModelName(tenant, model)).next_number = number
+        for chunk in chunks:
+            line = self._line(chunk.triggers.name)
+            held = len(line.entries) < CHUNKS_IN_FLIGHT_PER_MODEL_MAX
+            line.entries.append(_entry(chunk, chunk.triggers if held else None))
+            line.rows += len(chunk.triggers)
+            line.next_number = chunk.number + 1
+
+    def _line(self, name: ModelName) -> _Line:
+        return self._lines.setdefault(name, _Line())
+
+    def behind(self, name: ModelName) -> bool:
+        """Whether new triggers of the model have to queue behind older ones."""
+        line = self._lines.get(name)
+        return line is not None and bool(line.entries)
+
+    @property
+    def rows(self) -> int:
+        return sum(line.rows for line in self._lines.values())
+
+    def append(self, triggers: Triggers, answering: Answering | None, settled: Settled) -> SequenceChunk | None:
+        """Queue triggers as a new chunk, which the caller puts into the frame; None if they were shed."""
+        line, bound = self._line(triggers.name), self._bound(triggers.name)
+        if line.rows + len(triggers) > bound.rows_max:
+            if bound.policy == "shed_newest" or len(triggers) > bound.rows_max:
+                settled.shed[f"overload {triggers.name}"] += len(triggers)
+                return None
+            self._shed_oldest(triggers.name, bound.rows_max - len(triggers), settled)
+        chunk = SequenceChunk(line.next_number, triggers)
+        line.next_number += 1
+        line.entries.append(entry := _entry(chunk, triggers))
+        line.rows += entry.rows
+        if answering is not None:
+            self._watch(entry, answering)
+        return chunk
+
+    def _shed_oldest(self, name: ModelName, rows_max: int, settled: Settled) -> None:
+        line = self._lines[name]
+        while line.entries and line.rows > rows_max:
+            entry = self._drop_head(line)
+            settled.shed[f"overload {name}"] += entry.rows
+        settled.cursors[str(name)] = line.entries[0].number if line.entries else line.next_number
+
+    def _drop_head(self, line: _Line) -> _Entry:
+        entry = line.entries.popleft()
+        line.rows -= entry.rows
+        if entry.answering is not None and not entry.answering.done():
+            entry.answering.cancel()
+        return entry
+
+    def settle(self) -> Settled:
+        """Take the answered chunks off the head of every line, and those whose model is gone."""
+        self.changed.clear()
+        settled = Settled()
+        for name, line in self._lines.items():
+            number = line.entries[0].number if line.entries else line.next_number
+            while line.entries and self._settle_head(line.entries[0], settled):
+                number = self._drop_head(line).number + 1
+                settled.cursors[str(name)] = number
+        return settled
+
+    def _settle_head(self, entry: _Entry, settled: Settled) -> bool:
+        if entry.triggers is None:
+            return False
+        version = self._versions(entry.triggers.name, entry.triggers.version)
+        if version is None:
+            settled.shed[f"deleted {entry.triggers.name}"] += entry.rows
+            return True
+        if entry.answering is None or not entry.answering.done():
+            return False
+        settled.answers.append(Answer(version, entry.triggers, entry.answering.result()))
+        return True
+
+    def pump(self) -> None:
+        """Submit chunks near the head that nobody works on; to be called when the store holds all chunks."""
+        for name, line in self._lines.items():
+            head = [line.entries[at] for at in range(min(len(line.entries), CHUNKS_IN_FLIGHT_PER_MODEL_MAX))]
+            for entry in head:
+                if entry.answering is None and not self._submit(name, entry):
+                    break
+            self._forget_tail(line)
+
+    def _submit(self, name: ModelName, entry: _Entry) -> bool:
+        if entry.triggers is None:
+            chunks = self._store.chunks(1, str(name), entry.number)
+            entry.triggers = chunks[0].triggers
+        version = self._versions(name, entry.triggers.version)
+        if version is None:
+            self.changed.set()
+            return False
+        try:
+            answer = self._runner.submit(version, entry.triggers.rows)
+        except BoundExceeded:
+            return False
+        self._watch(entry, asyncio.ensure_future(answer))
+        return True
+
+    def _watch(self, entry: _Entry, answering: Answering) -> None:
+        entry.answering = answering
+        answering.add_done_callback(lambda _: self.changed.set())
+
+    def _forget_tail(self, line: _Line) -> None:
+        for at in range(CHUNKS_IN_FLIGHT_PER_MODEL_MAX, len(line.entries)):
+            entry = line.entries[-at + CHUNKS_IN_FLIGHT_PER_MODEL_MAX - 1]
+            if entry.triggers is None:
+                return
+            if entry.answering is None:
+                entry.triggers = None
+
+    def close(self) -> None:
+        for line in self._lines.values():
+            while line.entries:
+                self._drop_head(line)
+
+    def statistics(self, now_ms: int) -> dict[str, dict[str, int]]:
+        """Model -> rows and chunks behind, and the age of the oldest by event time."""
+        return {
+            str(name): {"rows": line.rows, "chunks": len(line.entries), "oldest_ms": now_ms - line.entries[0].time_ms}
+            for name, line in self._lines.items()
+            if line.entries
+        }
+
+
+def _entry(chunk: SequenceChunk, triggers: Triggers | None) -> _Entry:
+    return _Entry(chunk.number, len(chunk.triggers), int(chunk.triggers.times_ms[0]), triggers)
+
+
+def split(triggers: Triggers, rows_max: int) -> list[Triggers]:
+    """The triggers in pieces of at most `rows_max`, in order."""
+    return [take(triggers, slice(start, start + rows_max)) for start in range(0, len(triggers), rows_max)]
+
+
+def take(triggers: Triggers, selection: slice) -> Triggers:
+    return replace(
+        triggers,
+        customers=triggers.customers[selection],
+        topics=triggers.topics[selection],
+        offsets=triggers.offsets[selection],
+        types=triggers.types[selection],
+        times_ms=triggers.times_ms[selection],
+        rows=triggers.rows.take(selection),
+    )
+
+
+async def finish_within(work: Iterable[Awaitable[ModelOutputs]], wait_seconds: float) -> list[Answering]:
+    """Start all, wait for all of them at most `wait_seconds`; those not done go on."""
+    futures = [asyncio.ensure_future(one) for one in work]
+    if futures:
+        await asyncio.wait(futures, timeout=wait_seconds)
+    return futures

@@ -1,0 +1,99 @@
+"""(P) Inferences as records of the inferences topic: JSON, keyed by customer.
+
+`{"id", "tenant", "model", "version", "customer", "outputs", "topic", "partition", "offset", "type", "time"}`;
+`id` is the same whenever the same trigger is run again, so a reader of a broker without transactions can
+drop duplicates. A missing output is null.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import orjson
+
+from node.kernel.types import EventSchema, Floats, ModelOutputs, ModelVersion, Triggers
+
+Record = tuple[bytes, bytes]
+"""Key and value."""
+
+
+def encode_inferences(
+    version: ModelVersion,
+    triggers: Triggers,
+    outputs: ModelOutputs,
+    topics: Sequence[str],
+    partition: int,
+    schema: EventSchema,
+) -> list[Record]:
+    """One record for each trigger that has no error, in order.
+
+    Built by columns and joined: a dict and a dumps call for each would cost 2 µs, this costs a third.
+    """
+    if not len(triggers):
+        return []
+    name = orjson.dumps(str(triggers.name))[1:-1]
+    sources = [orjson.dumps(topic)[1:-1] + b"/%d/" % partition for topic in topics]
+    topics_json = [b'","topic":' + orjson.dumps(topic) + b',"partition":%d' % partition for topic in topics]
+    types_json = [orjson.dumps(event) for event in schema.types]
+    model = b'","tenant":%s,"model":%s,"version":"%s","customer":"' % (
+        orjson.dumps(triggers.name.tenant),
+        orjson.dumps(triggers.name.model),
+        triggers.version.encode(),
+    )
+    customers = _json_texts(triggers.customers)
+    head = b'{"id":"' + name + b"/"
+    records = [
+        (
+            key,
+            b"".join(
+                (head, sources[topic], offset, model, customer, topics_json[topic], b',"offset":', offset,
+                 b',"type":', types_json[kind], b',"time":', time, b',"outputs":{', values, b"}}")
+            ),
+        )
+        for key, customer, topic, offset, kind, time, values in zip(
+            [customer.encode() for customer in triggers.customers],
+            customers,
+            triggers.topics.tolist(),
+            _json_numbers(triggers.offsets),
+            triggers.types.tolist(),
+            _json_numbers(triggers.times_ms),
+            _json_outputs(version, outputs.values),
+            strict=True,
+        )
+    ]  # fmt: skip
+    if outputs.errors:
+        return [record for row, record in enumerate(records) if row not in outputs.errors]
+    return records
+
+
+def _json_texts(texts: Sequence[str]) -> list[bytes]:
+    """Each text as the inside of a JSON string."""
+    joined = orjson.dumps(texts)
+    parts = joined[2:-2].split(b'","')
+    if b"\\" not in joined and len(parts) == len(texts):
+        return parts
+    return [orjson.dumps(text)[1:-1] for text in texts]
+
+
+def _json_numbers(column: np.ndarray) -> list[bytes]:
+    return orjson.dumps(np.ascontiguousarray(column), option=orjson.OPT_SERIALIZE_NUMPY)[1:-1].split(b",")
+
+
+def _json_outputs(version: ModelVersion, values: Floats) -> list[bytes]:
+    """The inside of each row's `outputs` object."""
+    columns = []
+    for position, output in enumerate(version.outputs):
+        prefix = orjson.dumps(output) + b":"
+        numbers = _labels(version, values[:, position]) or _json_numbers(values[:, position])
+        columns.append([prefix + number for number in numbers])
+    if len(columns) == 1:
+        return columns[0]
+    return [b",".join(row) for row in zip(*columns, strict=True)]
+
+
+def _labels(version: ModelVersion, indexes: Floats) -> list[bytes]:
+    if not version.labels:
+        return []
+    names = [orjson.dumps(label) for label in version.labels]
+    return [names[int(index)] if index == index else b"null" for index in indexes.tolist()]

@@ -1,0 +1,141 @@
+"""The events of one partition, from one or several topics: assigned and sought, never a consumer group."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from aiokafka import AIOKafkaConsumer, TopicPartition
+
+from node.kernel.broker import ClientOptions, broker_call, close_quietly
+from node.kernel.clock import Clock
+from node.kernel.errors import ProgressLost
+from node.kernel.limits import MIB
+
+SourceReset = Literal["wait", "earliest", "latest"]
+_SILENT_SECONDS = 5.0
+"""After so long without a record the broker is asked for its offsets: polling alone can't tell silence from absence."""
+_PROBE_MS_MAX = 5_000
+
+
+@dataclass(slots=True)
+class Polled:
+    """Records in arrival order; `topics[i]` is the position of record i's topic in the source's topics."""
+
+    records: list[Any]
+    topics: list[int]
+    progress: dict[str, int]
+    """Topic -> next offset, of every topic, after these records."""
+
+
+class Source:
+    """Reads partition `partition` of every topic."""
+
+    def __init__(
+        self,
+        options: ClientOptions,
+        topics: Sequence[str],
+        partition: int,
+        bytes_max: int,
+        start_from: Literal["earliest", "latest"],
+        on_reset: SourceReset,
+        clock: Clock,
+    ) -> None:
+        self._options = options
+        self._topics = tuple(topics)
+        self._places = [TopicPartition(topic, partition) for topic in topics]
+        self._bytes_max = bytes_max
+        self._start_from = start_from
+        self._on_reset = on_reset
+        self._clock = clock
+        self._consumer: AIOKafkaConsumer | None = None
+        self._heard = 0.0
+        self.progress: dict[str, int] = {}
+        self.ends: dict[str, int] = {}
+        """Topic -> end offset, as last asked for; for lag."""
+
+    async def open(self, progress: Mapping[str, int]) -> None:
+        """Start reading at `progress` (topic -> next offset); a topic not in it starts as configured.
+
+        Raises ProgressLost when the topic does not reach that offset and the operator has not said how
+        to go on, BrokerUnavailable, TopicMissing.
+        """
+        await self.close()
+        self._consumer = AIOKafkaConsumer(
+            **self._options,
+            enable_auto_commit=False,
+            isolation_level="read_committed",
+            auto_offset_reset="none",
+            fetch_max_wait_ms=500,
+            fetch_max_bytes=max(self._bytes_max, MIB),
+            max_partition_fetch_bytes=max(self._bytes_max // len(self._places), MIB),
+        )
+        await broker_call("start source", self._consumer.start())
+        self._consumer.assign(self._places)
+        starts = await broker_call("source start offsets", self._consumer.beginning_offsets(self._places))
+        ends = await broker_call("source end offsets", self._consumer.end_offsets(self._places))
+        for place in self._places:
+            offset = self._start_offset(place, progress.get(place.topic), starts[place], ends[place])
+            self._consumer.seek(place, offset)
+            self.progress[place.topic] = offset
+            self.ends[place.topic] = ends[place]
+        self._heard = self._clock.monotonic()
+
+    def _start_offset(self, place: TopicPartition, wanted: int | None, start: int, end: int) -> int:
+        if wanted is None:
+            return start if self._start_from == "earliest" else end
+        if start <= wanted <= end:
+            return wanted
+        if self._on_reset == "wait":
+            raise ProgressLost(
+                f"{place.topic}[{place.partition}] holds offsets {start} to {end}, but {wanted} is next: events are "
+                "gone or the topic was made again. Set [kafka] on_source_reset to earliest or latest to go on"
+            )
+        return start if self._on_reset == "earliest" else end
+
+    async def poll(self, events_max: int, wait_ms: int) -> Polled:
+        """Up to `events_max` records, waiting at most `wait_ms` for the first."""
+        assert self._consumer is not None
+        polled = await broker_call("poll source", self._consumer.getmany(timeout_ms=wait_ms, max_records=events_max))
+        records, topics = self._in_order(polled)
+        if records:
+            self._heard = self._clock.monotonic()
+        elif self._clock.monotonic() - self._heard > _SILENT_SECONDS:
+            await self._probe()
+        return Polled(records, topics, dict(self.progress))
+
+    def _in_order(self, polled: Mapping[TopicPartition, list[Any]]) -> tuple[list[Any], list[int]]:
+        """One list, by Kafka timestamp where there are several topics; advances `progress`."""
+        runs = [(self._topics.index(place.topic), records) for place, records in polled.items() if records]
+        for position, records in runs:
+            self.progress[self._topics[position]] = records[-1].offset + 1
+        if len(runs) == 1:
+            position, records = runs[0]
+            return records, [position] * len(records)
+        tagged = [(record.timestamp, position, record) for position, records in runs for record in records]
+        tagged.sort(key=lambda entry: entry[:2])
+        return [entry[2] for entry in tagged], [entry[1] for entry in tagged]
+
+    async def _probe(self) -> None:
+        assert self._consumer is not None
+        ends = await broker_call("probe source", self._consumer.end_offsets(self._places), _PROBE_MS_MAX)
+        self.ends = {place.topic: end for place, end in ends.items()}
+        for place in self._places:
+            if self.ends[place.topic] < self.progress[place.topic]:
+                self._start_offset(place, self.progress[place.topic], 0, self.ends[place.topic])
+        self._heard = self._clock.monotonic()
+
+    def lag(self) -> int:
+        """Records between here and the newest end offset known, summed over the topics."""
+        assert self._consumer is not None
+        total = 0
+        for place in self._places:
+            end = self._consumer.highwater(place) or self.ends.get(place.topic, 0)
+            total += max(0, end - self.progress.get(place.topic, 0))
+        return total
+
+    async def close(self) -> None:
+        if self._consumer is not None:
+            consumer, self._consumer = self._consumer, None
+            await close_quietly("source", consumer.stop())

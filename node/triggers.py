@@ -1,0 +1,104 @@
+"""Step 7 of the cycle: run the models that a micro-batch's events concern, and say what became of each trigger."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from node.backlog import Answer, Answering, Backlog, Settled, finish_within, split
+from node.kernel.errors import BoundExceeded
+from node.kernel.limits import SEQUENCE_CHUNK_ROWS_MAX
+from node.kernel.ports import FeaturePlan, ModelRunner
+from node.kernel.types import (
+    Bools,
+    EventColumns,
+    EventSchema,
+    FeatureRows,
+    ModelName,
+    ModelVersion,
+    SequenceChunk,
+    Triggers,
+)
+
+
+@dataclass(slots=True)
+class Outcome:
+    """What one micro-batch's triggers, and older ones that were answered meanwhile, add to the commit."""
+
+    answers: list[Answer] = field(default_factory=list)
+    appended: list[SequenceChunk] = field(default_factory=list)
+    cursors: dict[str, int] = field(default_factory=dict)
+    shed: Counter[str] = field(default_factory=Counter)
+
+
+def select(plan: FeaturePlan, events: EventColumns, schema: EventSchema) -> dict[ModelName, Bools]:
+    """For each model that some event concerns, the mask of its events."""
+    masks: dict[ModelName, Bools] = {}
+    for version in plan.models:
+        codes = [code for code, name in enumerate(schema.types) if name in version.events]
+        mask = np.isin(events.types, codes) if len(codes) > 1 else events.types == (codes[0] if codes else -1)
+        if mask.any():
+            masks[version.name] = mask
+    return masks
+
+
+def triggers_of(version: ModelVersion, events: EventColumns, mask: Bools, rows: FeatureRows) -> Triggers:
+    at = np.flatnonzero(mask)
+    customers = events.customers
+    return Triggers(
+        version.name,
+        version.version,
+        tuple([customers[row] for row in events.rows[at].tolist()]),
+        events.topics[at],
+        events.offsets[at],
+        events.types[at],
+        events.times_ms[at],
+        rows,
+    )
+
+
+async def run_triggers(
+    runner: ModelRunner,
+    backlog: Backlog,
+    work: Sequence[tuple[ModelVersion, Triggers]],
+    settled: Settled,
+    deadline_seconds: float,
+) -> Outcome:
+    """Submit each model's triggers and wait until the deadline.
+
+    Those answered are in `answers`. The rest, and all of a model that is behind already, are appended to
+    the sequence log, still being worked on: order within a model is kept.
+    """
+    outcome = Outcome(settled.answers, [], settled.cursors, settled.shed)
+    direct: list[tuple[ModelVersion, Triggers]] = []
+    calls = []
+    for version, triggers in _pieces(work):
+        if not backlog.behind(version.name):
+            try:
+                calls.append(runner.submit(version, triggers.rows))
+            except BoundExceeded:
+                pass  # the sequence log takes them
+            else:
+                direct.append((version, triggers))
+                continue
+        _append(backlog, triggers, None, outcome, settled)
+    answering = await finish_within(calls, deadline_seconds)
+    for (version, triggers), call in zip(direct, answering, strict=True):
+        if call.done() and not backlog.behind(version.name):
+            outcome.answers.append(Answer(version, triggers, call.result()))
+        else:
+            _append(backlog, triggers, call, outcome, settled)
+    return outcome
+
+
+def _pieces(work: Sequence[tuple[ModelVersion, Triggers]]) -> list[tuple[ModelVersion, Triggers]]:
+    return [(version, piece) for version, triggers in work for piece in split(triggers, SEQUENCE_CHUNK_ROWS_MAX)]
+
+
+def _append(backlog: Backlog, triggers: Triggers, call: Answering | None, outcome: Outcome, settled: Settled) -> None:
+    chunk = backlog.append(triggers, call, settled)
+    if chunk is not None:
+        outcome.appended.append(chunk)
