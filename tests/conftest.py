@@ -1,0 +1,169 @@
+"""What tests share: one real Kafka for the whole run, brokers of one test's own, topics with unique names."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import fcntl
+import os
+import secrets
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping
+from pathlib import Path
+
+import pytest
+from aiokafka.admin import AIOKafkaAdminClient, NewTopic
+
+KAFKA = Path(__file__).resolve().parent.parent / "scripts" / "kafka"
+ADDRESS_VARIABLE = "HEADRACE_TEST_KAFKA"
+"""HOST:PORT of a broker to use instead of one of our own."""
+RUN_FOLDER_VARIABLE = "HEADRACE_TEST_RUN_FOLDER"
+"""Set by the process that controls the run, so that the workers of pytest-xdist share one folder and broker."""
+FIRST_START_S_MAX = 400
+"""The first start of all fetches the broker, and perhaps Java and Maven."""
+STOP_S_MAX = 60
+ADMIN_S_MAX = 20
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    if not hasattr(config, "workerinput"):
+        os.environ[RUN_FOLDER_VARIABLE] = tempfile.mkdtemp(prefix="headrace-tests-")
+
+
+def pytest_unconfigure(config: pytest.Config) -> None:
+    """The workers are gone by now: end their broker, by its folder, and remove what it left."""
+    if hasattr(config, "workerinput"):
+        return
+    folder = Path(os.environ.pop(RUN_FOLDER_VARIABLE))
+    if (folder / "kafka").exists():
+        call_kafka("stop", "--dir", str(folder / "kafka"), wait_s_max=STOP_S_MAX)
+    shutil.rmtree(folder, ignore_errors=True)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        if {"kafka", "own_kafka"} & set(getattr(item, "fixturenames", ())):
+            item.add_marker(pytest.mark.kafka)
+
+
+def call_kafka(*arguments: str, wait_s_max: float) -> str:
+    """The last line that scripts/kafka printed. Skips the test, or in CI fails it, when there is no broker to have."""
+    done = subprocess.run(
+        [sys.executable, str(KAFKA), *arguments],
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+        timeout=wait_s_max,
+    )
+    if done.returncode:
+        reason = f"NO KAFKA, SO THIS IS NOT TESTED: scripts/kafka {arguments[0]}: {done.stderr.strip()}"
+        if os.environ.get("CI"):
+            pytest.fail(reason)
+        pytest.skip(reason)
+    return done.stdout.strip().rpartition("\n")[2]
+
+
+@pytest.fixture(scope="session")
+def kafka() -> str:
+    """HOST:PORT of a real Apache Kafka that all tests of the run share; it lives until the run ends."""
+    given = os.environ.get(ADDRESS_VARIABLE)
+    if given:
+        return given
+    folder = Path(os.environ[RUN_FOLDER_VARIABLE])
+    with (folder / "lock").open("a") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        address = folder / "address"
+        if not address.exists():
+            started = call_kafka("start", "--dir", str(folder / "kafka"), wait_s_max=FIRST_START_S_MAX)
+            address.write_text(started)
+        return address.read_text()
+
+
+class OwnBroker:
+    """A broker that one test may kill, pause and start again at the same address, with the same data."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        self.address = call_kafka("start", "--dir", str(folder), wait_s_max=FIRST_START_S_MAX)
+
+    @property
+    def pid(self) -> int:
+        return int((self._folder / "pid").read_text())
+
+    def start(self) -> None:
+        port = self.address.rpartition(":")[2]
+        call_kafka("start", "--dir", str(self._folder), "--port", port, wait_s_max=FIRST_START_S_MAX)
+
+    def stop(self) -> None:
+        call_kafka("stop", "--dir", str(self._folder), wait_s_max=STOP_S_MAX)
+
+    def kill(self) -> None:
+        os.kill(self.pid, signal.SIGKILL)
+
+    def pause(self) -> None:
+        os.kill(self.pid, signal.SIGSTOP)
+
+    def resume(self) -> None:
+        os.kill(self.pid, signal.SIGCONT)
+
+
+@pytest.fixture
+def own_kafka() -> Iterator[OwnBroker]:
+    """A broker of this test's own, already started. Costs about two seconds: share `kafka` where that will do."""
+    with tempfile.TemporaryDirectory(prefix="headrace-broker-") as folder:
+        broker = OwnBroker(Path(folder))
+        try:
+            yield broker
+        finally:
+            if (Path(folder) / "pid").exists():
+                with contextlib.suppress(ProcessLookupError):
+                    broker.resume()
+                broker.stop()
+
+
+@pytest.fixture
+def topic_names() -> Callable[[str], str]:
+    """Gives `<stem>-<random>`: names that no other test on the same broker has."""
+    return unique_name
+
+
+def unique_name(stem: str) -> str:
+    return f"{stem}-{secrets.token_hex(6)}"
+
+
+class Topics:
+    """Makes topics with unique names on one broker."""
+
+    def __init__(self, admin: AIOKafkaAdminClient) -> None:
+        self._admin = admin
+
+    async def create(self, stem: str, partitions: int = 1, settings: Mapping[str, str] | None = None) -> str:
+        """The name of the new topic, once its creation was acknowledged."""
+        name = unique_name(stem)
+        topic = NewTopic(name, partitions, 1, topic_configs=dict(settings or {}))
+        async with asyncio.timeout(ADMIN_S_MAX):
+            answer = await self._admin.create_topics([topic])
+        for _, code, message in answer.topic_errors:
+            assert code == 0, message
+        return name
+
+    async def delete(self, *names: str) -> None:
+        async with asyncio.timeout(ADMIN_S_MAX):
+            await self._admin.delete_topics(list(names))
+
+
+@pytest.fixture
+async def topics(kafka: str) -> AsyncIterator[Topics]:
+    """`await topics.create("events", 4, {"cleanup.policy": "compact"})` on the shared broker."""
+    admin = AIOKafkaAdminClient(bootstrap_servers=kafka, request_timeout_ms=ADMIN_S_MAX * 1000)
+    async with asyncio.timeout(ADMIN_S_MAX):
+        await admin.start()
+    try:
+        yield Topics(admin)
+    finally:
+        async with asyncio.timeout(ADMIN_S_MAX):
+            await admin.close()
