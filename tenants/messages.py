@@ -128,7 +128,9 @@ def encode(message: Request | Answer, body: Buffer = b"") -> list[Buffer]:
         raise MessageCorrupt(
             f"a message of {len(header)} + {body_bytes} bytes is over the bound WORKER_MESSAGE_BYTES_MAX; send less"
         )
-    return [PREFIX.pack(len(header), body_bytes) + header, body] if body_bytes else [PREFIX.pack(len(header), 0) + header]
+    return (
+        [PREFIX.pack(len(header), body_bytes) + header, body] if body_bytes else [PREFIX.pack(len(header), 0) + header]
+    )
 
 
 def lengths(prefix: Buffer, total_bytes_max: int = WORKER_MESSAGE_BYTES_MAX) -> Lengths:
@@ -159,8 +161,10 @@ def decode_answer(frame: memoryview, header_bytes: int) -> tuple[Answer, memoryv
 
 def encode_call(version: str, rows: FeatureRows) -> list[Buffer]:
     numbers = np.ascontiguousarray(rows.numbers, dtype=np.float64)
-    call = Call(version, numbers.shape[0], numbers.shape[1], {name: list(column) for name, column in rows.texts.items()})
-    return encode(call, memoryview(numbers.reshape(-1).view(np.uint8)))
+    call = Call(
+        version, numbers.shape[0], numbers.shape[1], {name: list(column) for name, column in rows.texts.items()}
+    )
+    return encode(call, numbers.reshape(-1).view(np.uint8).data)
 
 
 def call_answer_bytes_max(rows: int) -> int:

@@ -1,0 +1,128 @@
+"""The process that workers are forked from: NumPy, scikit-learn and every allowed class are imported once.
+
+Started by `tenants.workers.WarmServer` as `python -m tenants.warm_server <settings>`, with a socket that keeps
+message borders. It reads no tenant's bytes and runs no thread, so a fork of it is sound.
+"""
+
+from __future__ import annotations
+
+import gc
+import os
+import signal
+import socket
+import sys
+import warnings
+from typing import TYPE_CHECKING
+
+import msgspec
+
+from tenants import sandbox
+
+if TYPE_CHECKING:
+    from tenants.unpickle import Allowlist
+
+MESSAGE_BYTES_MAX = 16 * 1024
+IMPORTED_EARLY = (
+    "joblib",
+    "numpy.lib.format",
+    "scipy.linalg",
+    "scipy.sparse.csgraph",
+    "scipy.spatial.distance",
+    "scipy.special",
+    "scipy.stats",
+)
+
+
+class Settings(msgspec.Struct, frozen=True):
+    """What the node tells the server once, as JSON in its argument."""
+
+    parent: int
+    descriptor: int
+    """Of the socket to the node."""
+    required: frozenset[str]
+    libraries: frozenset[str] = frozenset()
+    extra_globals: tuple[str, ...] = ()
+
+
+class Spawn(msgspec.Struct, frozen=True, tag="spawn"):
+    """Fork a worker; the end of its socket comes along."""
+
+    number: int
+    memory_bytes: int
+    user: int | None
+
+
+class Started(msgspec.Struct, frozen=True, tag="started"):
+    """A worker runs as `pid`; a descriptor of its process comes along. Number 0: the server is ready."""
+
+    number: int
+    pid: int
+
+
+class NotStarted(msgspec.Struct, frozen=True, tag="not_started"):
+    number: int
+    reason: str
+
+
+def main() -> None:
+    settings = msgspec.json.decode(sys.argv[1], type=Settings)
+    sandbox.die_with_parent(settings.parent)
+    warnings.simplefilter("ignore")  # each would cost time in calls, and nobody reads them
+    from tenants import worker  # imports NumPy and joblib
+
+    allowlist = worker.prepare(settings.libraries, settings.extra_globals, IMPORTED_EARLY)
+    control = socket.socket(fileno=settings.descriptor)
+    signal.signal(signal.SIGCHLD, _reap)
+    gc.collect()
+    gc.freeze()  # so that collections in the workers do not copy these pages
+    control.send(msgspec.json.encode(Started(0, os.getpid())))
+    while True:
+        message, descriptors, _, _ = socket.recv_fds(control, MESSAGE_BYTES_MAX, 1)
+        if not message:
+            return  # the node closed its end; the kernel ends the workers with this process
+        spawn = msgspec.json.decode(message, type=Spawn)
+        with socket.socket(fileno=descriptors[0]) as end:
+            _fork(control, spawn, end, settings, allowlist)
+
+
+def _fork(control: socket.socket, spawn: Spawn, end: socket.socket, settings: Settings, allowlist: Allowlist) -> None:
+    parent = os.getpid()
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGCHLD})  # not reaped before it has a descriptor
+    try:
+        pid = os.fork()
+        if pid == 0:
+            _become_worker(spawn, end, settings, allowlist, parent)
+        process = os.pidfd_open(pid)
+        socket.send_fds(control, [msgspec.json.encode(Started(spawn.number, pid))], [process])
+        os.close(process)
+    except OSError as error:
+        control.send(msgspec.json.encode(NotStarted(spawn.number, f"the kernel gave no new process: {error}")))
+    finally:
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGCHLD})
+
+
+def _become_worker(spawn: Spawn, end: socket.socket, settings: Settings, allowlist: Allowlist, parent: int) -> None:
+    """In the forked child; never returns."""
+    from tenants import worker
+
+    status = 1
+    try:
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGCHLD})
+        worker.run(end.detach(), settings.required, spawn.memory_bytes, spawn.user, parent, allowlist)
+        status = 0
+    finally:
+        os._exit(status)
+
+
+def _reap(_signal: int, _frame: object) -> None:
+    while True:
+        try:
+            if os.waitpid(-1, os.WNOHANG)[0] == 0:
+                return
+        except ChildProcessError:
+            return
+
+
+if __name__ == "__main__":
+    main()

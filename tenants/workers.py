@@ -1,0 +1,477 @@
+"""The node's side of the workers: starts the warm server, has it fork workers, and talks to each over one socket.
+
+Nothing that comes from a worker is unpickled, trusted in its size, or waited for without a bound: a tenant's
+model may have taken the worker over.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import signal
+import socket
+import sys
+from dataclasses import dataclass
+from itertools import count
+
+import msgspec
+import numpy as np
+import structlog
+
+from node.kernel.clock import Clock
+from node.kernel.errors import CallFailed, ModelRefused, SandboxUnavailable, WorkerLost
+from node.kernel.limits import (
+    MIB,
+    MODEL_BYTES_MAX,
+    OUTPUTS_PER_MODEL_MAX,
+    TENANTS_MAX,
+    TRIAL_MS_MAX,
+    WORKER_START_MS_MAX,
+)
+from node.kernel.types import FeatureRows, ModelOutputs, ModelVersion
+from tenants import messages, warm_server
+from tenants.messages import Answer, Buffer, Called, Load, Loaded, MessageCorrupt, Ready, Refused, Unload, Unloaded
+from tenants.sandbox import SandboxReport, SandboxSettings
+
+log = structlog.get_logger(__name__)
+
+_SMALL_ANSWER_BYTES_MAX = MIB
+_CLOSE_SECONDS_MAX = 2.0
+
+
+@dataclass(frozen=True, slots=True)
+class LoadReport:
+    """What a worker found out about a model. It comes from the worker: advice, not truth.
+
+    `feature_names` and `feature_count` are of the fitted model, None where it does not know. `labels` are the text
+    classes that `predict` gives as indices. Times are CPU seconds, memory is what loading added to the worker.
+    """
+
+    feature_names: tuple[str, ...] | None
+    feature_count: int | None
+    outputs: int
+    labels: tuple[str, ...]
+    seconds_per_row: float
+    seconds_per_call: float
+    memory_bytes: int
+    class_name: str
+    notes: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class WorkerStatistics:
+    tenant: str
+    pid: int
+    versions: tuple[str, ...]
+    calls: int
+    rows: int
+    cpu_seconds: float
+    """That the worker reports of its calls."""
+    busy_seconds: float
+    """During which a request was in progress, as the node saw it."""
+    sandbox: SandboxReport
+
+
+class _Frames(asyncio.BufferedProtocol):
+    """Receives one frame at a time, straight into a buffer of the size its prefix announced."""
+
+    def __init__(self) -> None:
+        self._prefix = bytearray(messages.PREFIX.size)
+        self._expected: asyncio.Future[tuple[memoryview, int]] | None = None
+        self._bytes_max = 0
+        self.ended: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self._start_prefix()
+
+    def _start_prefix(self) -> None:
+        self._target = memoryview(self._prefix)
+        self._position = 0
+        self._lengths: messages.Lengths | None = None
+
+    def expect(self, bytes_max: int) -> asyncio.Future[tuple[memoryview, int]]:
+        """The next frame and its header's length. Fails with MessageCorrupt, or WorkerLost at the end of the stream."""
+        self._expected = asyncio.get_running_loop().create_future()
+        self._bytes_max = bytes_max
+        if self.ended.done():
+            self._expected.set_exception(WorkerLost("the worker closed its socket; it is started again"))
+        return self._expected
+
+    def get_buffer(self, sizehint: int) -> memoryview:
+        return self._target[self._position :]
+
+    def buffer_updated(self, nbytes: int) -> None:
+        self._position += nbytes
+        if self._position < len(self._target):
+            return
+        try:
+            self._complete()
+        except MessageCorrupt as error:
+            self._fail(error)
+
+    def _complete(self) -> None:
+        if self._expected is None or self._expected.done():
+            raise MessageCorrupt("a worker spoke without being asked")
+        if self._lengths is None:
+            self._lengths = messages.lengths(self._prefix, self._bytes_max)
+            # Not zeroed, so that an announcement alone takes no memory.
+            self._target = np.empty(self._lengths.total_bytes, dtype=np.uint8).data
+            self._position = 0
+        else:
+            frame, header_bytes = self._target, self._lengths.header_bytes
+            self._start_prefix()
+            self._expected.set_result((frame, header_bytes))
+
+    def _fail(self, error: Exception) -> None:
+        # Whatever follows is thrown away, into a buffer of fixed size; the worker is killed meanwhile.
+        self._start_prefix()
+        if self._expected is not None and not self._expected.done():
+            self._expected.set_exception(error)
+        elif not self.ended.done():
+            self.ended.set_result(None)
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        if not self.ended.done():
+            self.ended.set_result(None)
+        if self._expected is not None and not self._expected.done():
+            self._expected.set_exception(WorkerLost("the worker ended; it is started again"))
+
+
+class WorkerProcess:
+    """One tenant's worker. Requests to it are made one at a time: the caller sees to that."""
+
+    def __init__(
+        self, tenant: str, pid: int, process: int, transport: asyncio.Transport, frames: _Frames, clock: Clock
+    ) -> None:
+        self.tenant = tenant
+        self.pid = pid
+        self.lost = asyncio.Event()
+        self.sandbox = SandboxReport(())
+        self._process: int | None = process
+        self._transport = transport
+        self._frames = frames
+        self._clock = clock
+        self._busy_seconds = 0.0
+        self._versions: dict[str, ModelVersion] = {}
+        self._calls = 0
+        self._rows = 0
+        self._cpu_seconds = 0.0
+        asyncio.get_running_loop().add_reader(process, self._ended)
+        frames.ended.add_done_callback(lambda _: self.kill())
+
+    async def ready(self) -> None:
+        """Wait for the sandbox. Raises SandboxUnavailable, or WorkerLost when the worker did not come up."""
+        try:
+            answer, _ = await self._answer(WORKER_START_MS_MAX / 1000, _SMALL_ANSWER_BYTES_MAX)
+        except TimeoutError:
+            raise WorkerLost(f"the worker of {self.tenant} did not start in time; it is started again") from None
+        if isinstance(answer, Refused):
+            await self.close()
+            raise SandboxUnavailable(answer.reason)
+        if not isinstance(answer, Ready):
+            raise self._corrupt("its first message is not 'ready'")
+        self.sandbox = SandboxReport(answer.layers, dict(answer.missing))
+
+    async def load(
+        self,
+        version: ModelVersion,
+        model: bytes,
+        text_features: tuple[str, ...] = (),
+        deadline_seconds: float = TRIAL_MS_MAX / 1000,
+    ) -> LoadReport:
+        """Have the worker unpickle a model and try it on made-up rows.
+
+        `text_features` names those of the version's features that are texts. Raises ModelRefused with the reason
+        for the tenant (also when it takes longer than the deadline: then the worker is killed), WorkerLost when
+        the worker died on it.
+        """
+        if len(model) > MODEL_BYTES_MAX:
+            raise ModelRefused(
+                f"the file has {len(model)} bytes, at most {MODEL_BYTES_MAX} are taken; store a smaller model"
+            )
+        load = Load(version.version, version.method, version.features, version.outputs, text_features)
+        try:
+            answer, _ = await self._request(messages.encode(load, model), deadline_seconds, _SMALL_ANSWER_BYTES_MAX)
+        except TimeoutError:
+            raise ModelRefused(
+                f"loading and trying the model took longer than {deadline_seconds:g} s; store a smaller or faster one"
+            ) from None
+        if isinstance(answer, Refused):
+            raise ModelRefused(messages.shorten(answer.reason))
+        if not isinstance(answer, Loaded) or answer.outputs != len(version.outputs):
+            raise self._corrupt("it answered something else to a load")
+        self._versions[version.version] = version
+        return LoadReport(**msgspec.structs.asdict(answer))
+
+    async def unload(self, version: str) -> None:
+        """Forget a version; an unknown one is no error. Raises WorkerLost."""
+        self._versions.pop(version, None)
+        try:
+            answer, _ = await self._request(
+                messages.encode(Unload(version)), _CLOSE_SECONDS_MAX, _SMALL_ANSWER_BYTES_MAX
+            )
+        except TimeoutError:
+            raise WorkerLost(
+                f"the worker of {self.tenant} did not answer and was killed; it is started again"
+            ) from None
+        if not isinstance(answer, Unloaded):
+            raise self._corrupt("it answered something else to an unload")
+
+    async def call(self, version: str, rows: FeatureRows, deadline_seconds: float) -> ModelOutputs:
+        """Run a loaded version on rows; `errors` of the result names rows without a usable output.
+
+        Raises CallFailed when the model raised or gave another shape, WorkerLost when the worker died, was killed
+        for passing the deadline, or sent what is no answer.
+        """
+        outputs = len(self._versions[version].outputs) if version in self._versions else OUTPUTS_PER_MODEL_MAX
+        bytes_max = messages.call_answer_bytes_max(len(rows))
+        try:
+            answer, body = await self._request(messages.encode_call(version, rows), deadline_seconds, bytes_max)
+        except TimeoutError:
+            raise WorkerLost(
+                f"a call of {self.tenant}'s version {version[:12]} with {len(rows)} rows passed its deadline of "
+                f"{deadline_seconds:g} s and its worker was killed; it is started again"
+            ) from None
+        if isinstance(answer, Refused):
+            raise CallFailed(messages.shorten(answer.reason))
+        if not isinstance(answer, Called) or (answer.rows, answer.outputs) != (len(rows), outputs):
+            raise self._corrupt("it answered something else to a call")
+        return self._outputs(answer, body)
+
+    def _outputs(self, called: Called, body: memoryview) -> ModelOutputs:
+        try:
+            values = messages.matrix(body, called.rows, called.outputs)
+        except MessageCorrupt as error:
+            raise self._corrupt(str(error)) from error
+        if not 0 <= called.cpu_seconds < float("inf") or not all(0 <= row < called.rows for row in called.errors):
+            raise self._corrupt("it reported an impossible cost or row")
+        errors = {
+            row: messages.shorten(text, messages.ROW_REASON_CHARACTERS_MAX) for row, text in called.errors.items()
+        }
+        for row in np.flatnonzero(~np.isfinite(values).all(axis=1)).tolist():
+            errors.setdefault(row, "an output is not a finite number")
+        self._calls += 1
+        self._rows += called.rows
+        self._cpu_seconds += called.cpu_seconds
+        return ModelOutputs(values, errors, called.cpu_seconds)
+
+    async def _request(self, frame: list[Buffer], seconds: float, bytes_max: int) -> tuple[Answer, memoryview]:
+        if self.lost.is_set():
+            raise WorkerLost(f"the worker of {self.tenant} has ended; it is started again")
+        expected = self._frames.expect(bytes_max)
+        started = self._clock.monotonic()
+        self._transport.writelines(frame)
+        try:
+            return await self._received(expected, seconds)
+        finally:
+            self._busy_seconds += self._clock.monotonic() - started
+
+    async def _answer(self, seconds: float, bytes_max: int) -> tuple[Answer, memoryview]:
+        return await self._received(self._frames.expect(bytes_max), seconds)
+
+    async def _received(
+        self, expected: asyncio.Future[tuple[memoryview, int]], seconds: float
+    ) -> tuple[Answer, memoryview]:
+        """Raises TimeoutError once the worker has been killed for it, WorkerLost."""
+        try:
+            async with asyncio.timeout(seconds):
+                return messages.decode_answer(*await expected)
+        except MessageCorrupt as error:
+            raise self._corrupt(str(error)) from error
+        except (TimeoutError, asyncio.CancelledError):
+            self.kill()  # an answer that nobody waits for must not be taken for the next one's
+            raise
+
+    def _corrupt(self, what: str) -> WorkerLost:
+        self.kill()
+        log.warning("worker killed for a bad message", tenant=self.tenant, pid=self.pid, what=what)
+        return WorkerLost(f"the worker of {self.tenant} was killed, because {what}; it is started again")
+
+    def kill(self) -> None:
+        """SIGKILL, to this process and never to another that got its number."""
+        if self._process is not None:
+            with contextlib.suppress(ProcessLookupError):
+                signal.pidfd_send_signal(self._process, signal.SIGKILL)
+
+    def _ended(self) -> None:
+        if self._process is None:
+            return
+        asyncio.get_running_loop().remove_reader(self._process)
+        os.close(self._process)
+        self._process = None
+        # Its last words may still lie in the socket, whose end then follows; or a thief keeps it open.
+        asyncio.get_running_loop().call_later(_CLOSE_SECONDS_MAX, self._transport.abort)
+        self.lost.set()
+
+    async def close(self) -> None:
+        """Close the socket, at which the worker ends; kill it if it does not."""
+        self._transport.abort()
+        try:
+            async with asyncio.timeout(_CLOSE_SECONDS_MAX):
+                await self.lost.wait()
+        except TimeoutError:
+            self.kill()
+            await self.lost.wait()
+
+    def statistics(self) -> WorkerStatistics:
+        return WorkerStatistics(
+            tenant=self.tenant,
+            pid=self.pid,
+            versions=tuple(self._versions),
+            calls=self._calls,
+            rows=self._rows,
+            cpu_seconds=self._cpu_seconds,
+            busy_seconds=self._busy_seconds,
+            sandbox=self.sandbox,
+        )
+
+
+class WarmServer:
+    """One a node: a warm process with the model libraries imported, which forks the workers.
+
+    When it dies all workers die with it; the next `spawn` starts it again.
+    """
+
+    def __init__(self, settings: SandboxSettings, clock: Clock) -> None:
+        self._settings = settings
+        self._clock = clock
+        self._process: asyncio.subprocess.Process | None = None
+        self._control: socket.socket | None = None
+        self._waiting: dict[int, asyncio.Future[tuple[int, int]]] = {}
+        self._numbers = count(1)
+        self._users: dict[str, int] = {}
+        self._starting = asyncio.Lock()
+
+    async def start(self) -> None:
+        """Start the process and wait until it has imported everything. Raises WorkerLost when it can't."""
+        async with self._starting:
+            if self._control is None:
+                await self._start()
+
+    async def _start(self) -> None:
+        ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        ours.setblocking(False)
+        settings = warm_server.Settings(
+            parent=os.getpid(),
+            descriptor=theirs.fileno(),
+            required=self._settings.required,
+            libraries=self._settings.libraries,
+            extra_globals=self._settings.extra_globals,
+        )
+        with theirs:
+            self._process = await asyncio.create_subprocess_exec(
+                sys.executable,
+                *("-s", "-m", "tenants.warm_server", msgspec.json.encode(settings).decode()),
+                stdin=asyncio.subprocess.DEVNULL,
+                pass_fds=(theirs.fileno(),),
+                env=_environment(),
+                start_new_session=True,  # a Ctrl-C at the terminal is the node's to handle
+            )
+        self._control = ours
+        asyncio.get_running_loop().add_reader(ours, self._received)
+        try:
+            await self._reply(0)
+        except WorkerLost:
+            await self.stop()
+            raise
+        log.info("warm server started", pid=self._process.pid)
+
+    async def spawn(self, tenant: str, memory_bytes: int) -> WorkerProcess:
+        """A new worker, locked down and waiting for models, that may take `memory_bytes` of its own.
+
+        Raises WorkerLost when it did not start, SandboxUnavailable when a required layer can't be had.
+        """
+        await self.start()
+        ours, theirs = socket.socketpair()
+        try:
+            with theirs:
+                spawn = warm_server.Spawn(next(self._numbers), memory_bytes, self._user(tenant))
+                self._send(spawn, theirs)
+            pid, process = await self._reply(spawn.number)
+        except BaseException:
+            ours.close()
+            raise
+        ours.setblocking(False)
+        transport, frames = await asyncio.get_running_loop().create_unix_connection(_Frames, sock=ours)
+        worker = WorkerProcess(tenant, pid, process, transport, frames, self._clock)
+        try:
+            await worker.ready()
+        except BaseException:
+            worker.kill()
+            raise
+        return worker
+
+    def _user(self, tenant: str) -> int | None:
+        """An own user id for each tenant, in the order they come."""
+        if self._settings.own_user_first is None:
+            return None
+        place = self._users.setdefault(tenant, len(self._users) % TENANTS_MAX)
+        return self._settings.own_user_first + place
+
+    def _send(self, spawn: warm_server.Spawn, end: socket.socket) -> None:
+        if self._control is None:
+            raise WorkerLost("the warm server has ended; it is started again")
+        try:
+            socket.send_fds(self._control, [msgspec.json.encode(spawn)], [end.fileno()])
+        except OSError as error:
+            raise WorkerLost(f"the warm server took no request ({error}); it is asked again") from error
+
+    async def _reply(self, number: int) -> tuple[int, int]:
+        waiting: asyncio.Future[tuple[int, int]] = asyncio.get_running_loop().create_future()
+        self._waiting[number] = waiting
+        try:
+            async with asyncio.timeout(WORKER_START_MS_MAX / 1000):
+                return await waiting
+        except TimeoutError:
+            raise WorkerLost("the warm server did not answer in time; it is asked again") from None
+        finally:
+            del self._waiting[number]
+
+    def _received(self) -> None:
+        assert self._control is not None
+        try:
+            message, descriptors, _, _ = socket.recv_fds(self._control, warm_server.MESSAGE_BYTES_MAX, 1)
+        except BlockingIOError:
+            return
+        except OSError:
+            message, descriptors = b"", []
+        if not message:
+            self._forget()
+            return
+        reply = msgspec.json.decode(message, type=warm_server.Started | warm_server.NotStarted)
+        waiting = self._waiting.get(reply.number)
+        if waiting is None or waiting.done():
+            for descriptor in descriptors:  # nobody waits any more: the worker sees its socket closed
+                os.close(descriptor)
+        elif isinstance(reply, warm_server.NotStarted):
+            waiting.set_exception(WorkerLost(f"no worker could be started: {reply.reason}; it is tried again"))
+        else:
+            waiting.set_result((reply.pid, descriptors[0] if descriptors else -1))
+
+    def _forget(self) -> None:
+        if self._control is not None:
+            asyncio.get_running_loop().remove_reader(self._control)
+            self._control.close()
+            self._control = None
+        for waiting in self._waiting.values():
+            if not waiting.done():
+                waiting.set_exception(WorkerLost("the warm server ended; it is started again"))
+
+    async def stop(self) -> None:
+        """End the process, and with it all its workers."""
+        self._forget()
+        if self._process is not None:
+            with contextlib.suppress(ProcessLookupError):
+                self._process.kill()
+            await self._process.wait()
+            self._process = None
+
+
+def _environment() -> dict[str, str]:
+    """Nothing of the node's environment, which may hold secrets; one thread for each numeric library."""
+    threads = ("OMP_NUM_THREADS", "OMP_THREAD_LIMIT", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS")
+    return {
+        **dict.fromkeys(threads, "1"),
+        "LANG": "C.UTF-8",
+        "PATH": os.defpath,
+        "PYTHONPATH": os.pathsep.join(path for path in sys.path if path),
+    }
