@@ -30,6 +30,8 @@ CYCLE_WAIT_MS_MAX = 10_000
 
 DEAD_LETTER_BYTES_MAX = 900 * KIB
 """The original bytes are cut to this in a dead letter, and the letter says so."""
+DEAD_LETTER_KEY_BYTES_MAX = 64 * KIB
+DEAD_LETTER_DETAIL_BYTES_MAX = KIB
 RECORD_BYTES_MAX = 900 * KIB
 """Of one Kafka record; brokers take 1 MiB unless set otherwise. A larger frame is split into parts."""
 FRAME_PARTS_MAX = 4096
@@ -48,6 +50,9 @@ MODEL_UNPACKED_BYTES_MAX = 2048 * MIB
 MANIFEST_BYTES_MAX = 256 * KIB
 TENANTS_MAX = 512
 MODELS_PER_TENANT_MAX = 64
+WEIGHT_MIN = 1e-3
+WEIGHT_MAX = 1e3
+"""Of a tenant's or model's share; further apart, shares mean nothing."""
 FEATURES_PER_MODEL_MAX = 512
 OUTPUTS_PER_MODEL_MAX = 32
 EXPRESSION_DEPTH_MAX = 32
