@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import numpy as np
 
@@ -45,4 +46,17 @@ def take(events: EventColumns, selection: Ints | Bools) -> EventColumns:
         topics=events.topics[selection],
         offsets=events.offsets[selection],
         fields={name: column[selection] for name, column in events.fields.items()},
+    )
+
+
+def where(events: EventColumns, mask: Bools) -> EventColumns:
+    """The events of the mask, their customers numbered as before: rows of the same state matrix."""
+    return replace(
+        events,
+        types=events.types[mask],
+        times_ms=events.times_ms[mask],
+        rows=events.rows[mask],
+        topics=events.topics[mask],
+        offsets=events.offsets[mask],
+        fields={name: column[mask] for name, column in events.fields.items()},
     )
