@@ -120,6 +120,13 @@ class KafkaSection(Section, frozen=True):
         Literal["all"] | tuple[Annotated[int, Meta(ge=0, le=999_999)], ...],
         Meta(description="Partitions this node owns; a list splits them by hand among nodes, never twice the same."),
     ] = "all"
+    on_source_reset: Annotated[
+        Literal["wait", "earliest", "latest"],
+        Meta(
+            description="When the next offset is gone (retention, or the topic made again): `wait` for the operator, or "
+            "go on from the earliest or latest event there is."
+        ),
+    ] = "wait"
     security_protocol: Annotated[
         Literal["PLAINTEXT", "SSL", "SASL_PLAINTEXT", "SASL_SSL"],
         Meta(description="PLAINTEXT and SASL_PLAINTEXT show all traffic to the network."),
