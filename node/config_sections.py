@@ -123,8 +123,8 @@ class KafkaSection(Section, frozen=True):
     on_source_reset: Annotated[
         Literal["wait", "earliest", "latest"],
         Meta(
-            description="When the next offset is gone (retention, or the topic made again): `wait` for the operator, or "
-            "go on from the earliest or latest event there is."
+            description="When the next offset is gone (retention, or the topic made again): `wait` for the operator, "
+            "or go on from the earliest or latest event there is."
         ),
     ] = "wait"
     security_protocol: Annotated[
