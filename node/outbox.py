@@ -22,6 +22,8 @@ log = structlog.get_logger(__name__)
 Transactions = Literal["auto", "required", "off"]
 _GROUP_OFFSETS_SECONDS = 1.0
 """The group's offsets are for lag tools only (progress is in the frame), and cost two round trips."""
+_RETRY_MS = 10
+"""A broker still writing the last transaction's markers asks for a retry; the default would cost it 100 ms."""
 _FRAME_KEY = b"frame"
 Record = tuple[bytes | None, bytes | None, Headers]
 Delivery = tuple["asyncio.Future[Any]", RecordBatch]
@@ -93,7 +95,9 @@ class Outbox:
 
     async def _start(self, transactional_id: str | None) -> None:
         what = f"producer of partition {self._partition}"
-        self._producer = AIOKafkaProducer(**self._options, transactional_id=transactional_id, acks="all")
+        self._producer = AIOKafkaProducer(
+            **self._options, transactional_id=transactional_id, acks="all", retry_backoff_ms=_RETRY_MS
+        )
         await broker_call(f"start {what}", self._producer.start())
         if transactional_id is not None:
             await broker_call(f"fence by {what}", self._producer.begin_transaction())
@@ -123,14 +127,16 @@ class Outbox:
 
     async def _enqueue(self, producer: AIOKafkaProducer, topic: str, records: Iterable[Record]) -> list[Delivery]:
         what = f"send to {topic}[{self._partition}]"
-        return [
-            (await broker_call(what, producer.send_batch(batch, topic, partition=self._partition)), batch)
-            for batch in record_batches(records, self._compression, self.transactional)
-        ]
+        sent = []
+        for batch in record_batches(records, self._compression, self.transactional):
+            future = await broker_call(what, producer.send_batch(batch, topic, partition=self._partition))
+            future.add_done_callback(_mark_seen)
+            sent.append((future, batch))
+        return sent
 
     async def _send_group_offsets(self, producer: AIOKafkaProducer, frame: Frame) -> None:
         now = self._clock.monotonic()
-        if now - self._offsets_sent < _GROUP_OFFSETS_SECONDS:
+        if now - self._offsets_sent < _GROUP_OFFSETS_SECONDS or not frame.progress:
             return
         self._offsets_sent = now
         offsets = {TopicPartition(topic, self._partition): offset for topic, offset in frame.progress.items()}
@@ -141,6 +147,12 @@ class Outbox:
         if self._producer is not None:
             producer, self._producer = self._producer, None
             await close_quietly(f"producer of partition {self._partition}", producer.stop())
+
+
+def _mark_seen(future: asyncio.Future[Any]) -> None:
+    """The commit reports the failure; without this each batch would be reported again as never retrieved."""
+    if not future.cancelled():
+        future.exception()
 
 
 async def _delivered(what: str, sent: Sequence[Delivery]) -> list[int]:

@@ -1,0 +1,95 @@
+"""(P) What a cycle sends: inference records, dead letters and the counts that go with them."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from node.backlog import Answer
+from node.batches import Headers
+from node.inferences import encode_inferences
+from node.ingest.dead_letter import Reason, dead_letter_record, model_failure_value
+from node.ingest.decode import Decoded
+from node.kernel.types import DeadLetter, EventSchema
+
+LetterRecord = tuple[bytes | None, bytes | None, Headers]
+
+
+@dataclass(frozen=True, slots=True)
+class Origin:
+    """What is the same for all records of one partition."""
+
+    node: str
+    topics: Sequence[str]
+    partition: int
+    schema: EventSchema
+
+
+def refused_letters(
+    origin: Origin, records: Sequence[Any], topics: Sequence[int], decoded: Decoded
+) -> list[LetterRecord]:
+    """The records that could not be decoded, whole."""
+    letters = []
+    for refusal in decoded.refusals:
+        record = records[refusal.index]
+        letter = DeadLetter(
+            refusal.reason,
+            refusal.detail,
+            origin.topics[topics[refusal.index]],
+            origin.partition,
+            record.offset,
+            record.timestamp,
+            record.key,
+            record.value,
+        )
+        letters.append(dead_letter_record(letter, origin.node))
+    return letters
+
+
+def failed_letters(origin: Origin, answer: Answer) -> list[LetterRecord]:
+    """The triggers a model failed on. The event itself is at its offset; the letter holds the model's input."""
+    letters = []
+    triggers = answer.triggers
+    for row, detail in answer.outputs.errors.items():
+        customer = triggers.customers[row]
+        features: dict[str, float | str | None] = dict(
+            zip(triggers.rows.names, triggers.rows.numbers[row].tolist(), strict=True)
+        )
+        features.update({name: texts[row] for name, texts in triggers.rows.texts.items()})
+        letter = DeadLetter(
+            Reason.MODEL_FAILED,
+            detail,
+            origin.topics[int(triggers.topics[row])],
+            origin.partition,
+            int(triggers.offsets[row]),
+            int(triggers.times_ms[row]),
+            customer.encode(),
+            model_failure_value(customer, features),
+            str(triggers.name),
+        )
+        letters.append(dead_letter_record(letter, origin.node))
+    return letters
+
+
+def answered_records(origin: Origin, answer: Answer) -> list[tuple[bytes, bytes]]:
+    return encode_inferences(
+        answer.version, answer.triggers, answer.outputs, origin.topics, origin.partition, origin.schema
+    )
+
+
+def counts(decoded: Decoded, answers: Sequence[Answer], shed: Counter[str], late: int) -> Counter[str]:
+    """What to add to the partition's counters, by name: `events`, `dead_letters <reason>`, `inferences <model>`…"""
+    counted = Counter({"events": len(decoded.events), "ignored": decoded.ignored, "late": late})
+    for refusal in decoded.refusals:
+        counted[f"dead_letters {refusal.reason}"] += 1
+    for answer in answers:
+        failed = len(answer.outputs.errors)
+        counted[f"inferences {answer.triggers.name}"] += len(answer.triggers) - failed
+        if failed:
+            counted[f"dead_letters {Reason.MODEL_FAILED}"] += failed
+            counted[f"failed {answer.triggers.name}"] += failed
+    for what, rows in shed.items():
+        counted[f"shed {what}"] += rows
+    return +counted
