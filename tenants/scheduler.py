@@ -24,9 +24,9 @@ from tenants.cost import CostEstimate
 
 CHARGE_SECONDS_MIN = 20e-6
 """A batch is charged at least this, so that nothing runs for nothing, whatever was measured."""
-CREDIT_QUANTA_MAX = 2
-WEIGHT_MIN = 1e-3
-WEIGHT_MAX = 1e3
+CREDIT_BATCHES_MAX = 2
+COSTLIEST_DECAY = 0.995
+"""Of the costliest recent batch, with each later one."""
 URGENT = 0
 BACKGROUND = 1
 PRIORITY_SHARES = {URGENT: 1.0, BACKGROUND: 0.125}
@@ -164,9 +164,9 @@ class Scheduler:
     |S_f/w_f - S_g/w_g| <= c_f/w_f + c_g/w_g, with c the costliest batch the tenant ran in that time: two quanta,
     for batches of one quantum and weights of at least 1 (theorem 1 of the paper above; VTC, Sheng et al., OSDI 2024,
     has the like for tokens). With more slots a tenant may be unable to take its share, as it has one worker only.
-    What it falls behind by is kept for it up to CREDIT_QUANTA_MAX quanta of CPU time and forgiven beyond, so that it
-    can't lock others out later; counting what was forgiven as served, the bound then holds with those quanta
-    added for each of the two.
+    What it falls behind by is kept for it up to CREDIT_BATCHES_MAX times the costliest recent batch of all (at least
+    a quantum) and forgiven beyond, so that it can't lock others out later; counting what was forgiven as served, the
+    bound then holds with that credit, divided by its weight, added for each of the two.
 
     **Work-conserving.** `next` returns a batch whenever a slot is free and some tenant that isn't blocked or
     running has rows of a model that isn't blocked.
@@ -188,6 +188,7 @@ class Scheduler:
         self._running: dict[int, _Running] = {}
         self._virtual = 0.0
         """The highest virtual time at which a batch was started."""
+        self._costliest_seconds = quantum_seconds
         self._number = 0
 
     # Tenants and models
@@ -351,6 +352,7 @@ class Scheduler:
         model.cpu_seconds += charge
         tenant.calls += 1
         tenant.running -= 1
+        self._costliest_seconds = max(self._costliest_seconds * COSTLIEST_DECAY, charge, self.quantum_seconds)
         flow.virtual += charge / flow.weight
         self._charge(tenant, charge)
         if tenant.models.get(model.name) is model:
@@ -460,7 +462,7 @@ class Scheduler:
             return
         if tenant.name in self._ready:
             return
-        credit = 0.0 if returns else CREDIT_QUANTA_MAX * self.quantum_seconds / tenant.weight
+        credit = 0.0 if returns else CREDIT_BATCHES_MAX * self._costliest_seconds / tenant.weight
         behind = self._virtual - credit - tenant.virtual
         if behind > 0:
             tenant.forgiven_seconds += behind * tenant.weight
@@ -469,8 +471,8 @@ class Scheduler:
 
 
 def _checked_weight(weight: float) -> float:
-    if not WEIGHT_MIN <= weight <= WEIGHT_MAX:
-        raise ValueError(f"weight {weight} is outside {WEIGHT_MIN} to {WEIGHT_MAX}")
+    if not limits.WEIGHT_MIN <= weight <= limits.WEIGHT_MAX:
+        raise ValueError(f"weight {weight} is outside {limits.WEIGHT_MIN} to {limits.WEIGHT_MAX}")
     return weight
 
 
