@@ -36,6 +36,8 @@ _TIME_SCALES = {"ms": 1.0, "s": 1000.0, "iso8601": 1000.0}
 _CONTROL_CHARACTERS = re.compile(r"[\x00-\x1f\x7f-\x9f]")
 _STRING = re.compile(rb'"(?:[^"\\]++|\\.)*+"?', re.DOTALL)
 """A JSON string, closed or not; possessive, so that a value full of quotes costs linear time."""
+_SYNTAX = msgspec.json.Decoder(msgspec.Raw)
+"""Reads a value to its end and keeps nothing: tells bad JSON from JSON of the wrong types."""
 
 Mistake: TypeAlias = tuple[Reason, str]
 Reader: TypeAlias = Callable[[Sequence[Any]], list[Any]]
@@ -127,6 +129,7 @@ class EventDecoder:
         except (ValueError, RecursionError) as error:
             detail = str(error)
         try:
+            _SYNTAX.decode(value)
             head = self._decode_head(value)
         except msgspec.ValidationError as error:
             reason = Reason.WRONG_TYPE if "`$." in str(error) else Reason.NOT_AN_OBJECT
@@ -164,7 +167,8 @@ class EventDecoder:
     ) -> tuple[EventColumns, dict[int, Mistake]]:
         """All columns but types, topics and offsets, and the positions of events that must be left out."""
         wrong: dict[int, Mistake] = {}
-        names = _customer_names(self._readers[self._config.customer](objects), self._config.customer, wrong)
+        path = self._config.customer
+        rows, customers = _customers(self._readers[path](objects), path, wrong)
         times_ms = self._times_ms(objects, timestamps_ms, wrong)
         fields: dict[str, Column] = {}
         for name, field in self._config.fields.items():
@@ -176,7 +180,6 @@ class EventDecoder:
             else:
                 fields[name] = numbers = number_column(values)
                 _check_numbers(numbers, field.path, wrong)
-        rows, customers = customer_rows(names)
         none = np.empty(0, np.int64)
         return EventColumns(none, times_ms, rows, customers, none, none, fields), wrong
 
@@ -284,17 +287,18 @@ def _is_too_deep(value: bytes) -> bool:
     return int(np.cumsum(steps).max(initial=0)) > limits.EVENT_DEPTH_MAX
 
 
-def _customer_names(values: Sequence[str | int | None], path: str, wrong: dict[int, Mistake]) -> list[str]:
-    """The customer of each event as text; "" and an entry in `wrong` where it is no customer."""
-    unusual = [value for value in dict.fromkeys(values) if not _is_plain_name(value)]
+def _customers(values: Sequence[Any], path: str, wrong: dict[int, Mistake]) -> tuple[Ints, list[str]]:
+    """Rows and customers as in `customer_rows`, integers as text; "" and an entry in `wrong` for what is neither."""
+    rows, customers = customer_rows(values)
+    unusual = [customer for customer in customers if not _is_plain_name(customer)]
     if not unusual:
-        return values  # type: ignore[return-value]  # all are texts
-    mistakes = {value: _name_mistake(value, path) for value in unusual}
+        return rows, customers
+    mistakes = {customer: _name_mistake(customer, path) for customer in unusual}
     for position, value in enumerate(values):
         mistake = mistakes.get(value)
         if mistake is not None:
             wrong[position] = mistake
-    return ["" if value is None else str(value) for value in values]
+    return customer_rows(["" if value is None else str(value) for value in values])
 
 
 def _is_plain_name(value: str | int | None) -> bool:
