@@ -78,3 +78,14 @@ HTTP_BODY_BYTES_MAX = 1 * MIB
 HTTP_REQUESTS_MAX = 256
 """Requests in progress; one more is answered 503."""
 HTTP_REQUEST_MS_MAX = 10_000
+"""From the first byte of a request to the last of its answer; also how long a connection may be idle."""
+HTTP_CONNECTIONS_MAX = 1024
+"""One more is told 503 and closed."""
+HTTP_LINE_BYTES_MAX = 8 * KIB
+"""Of the request line: what the parser takes at all. Path and query have bounds of their own."""
+HTTP_HEADER_BYTES_MAX = 16 * KIB
+"""Of one header field."""
+HTTP_PATH_BYTES_MAX = 2 * KIB
+HTTP_QUERY_BYTES_MAX = 2 * KIB
+METRIC_SERIES_MAX = 1000
+"""Of one metric; what is beyond is added up under the label `_other`."""

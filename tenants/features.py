@@ -1,0 +1,402 @@
+"""Every live model's features, compiled together into one list of steps over columns.
+
+Compiling numbers the values (local value numbering, Cocke 1969): a feature's name is replaced by the number of
+its expression, and two equal (operation, argument numbers) get one number, across features and models. So
+each distinct value is computed once per micro-batch, and an argument's number is always below its user's.
+
+All columns are float64 (booleans 0.0 and 1.0, missing NaN) or object arrays of str (missing None).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import reduce
+from typing import Final, TypeAlias, cast
+
+import numpy as np
+
+from node.kernel.errors import NotFound
+from node.kernel.ports import Reads
+from node.kernel.types import (
+    EVENT_TIME,
+    Aggregate,
+    Bools,
+    Column,
+    EventColumns,
+    EventSchema,
+    FeatureRows,
+    Floats,
+    Ints,
+    ModelName,
+    ModelVersion,
+    StoredOutput,
+    Texts,
+)
+from tenants.expression import (
+    EVENT_TYPE,
+    AggregateValue,
+    EventField,
+    FeatureValue,
+    Literal,
+    Membership,
+    Node,
+    Operation,
+    StoredValue,
+    children,
+    evaluate_profile,
+    expression_name,
+    parse_filter,
+)
+from tenants.manifest import Manifest
+
+__all__ = ["CompiledFeatures", "compile_plan", "evaluate_profile"]
+
+_GATHER_SHARE_MAX: Final = 0.75
+"""Above this share of events selected, gathering every leaf costs more than computing the rest of the rows."""
+
+_DAY_SECONDS: Final = 86_400.0
+_EPOCH_WEEKDAY: Final = 3.0
+"""1 January 1970 was a Thursday; Monday is 0."""
+
+
+_NONE: Final = np.array(None, dtype=object)
+
+
+def _finite(values: Floats) -> Floats:
+    """What is not a finite number is missing. Changes `values`, which must be the caller's own."""
+    values[~np.isfinite(values)] = np.nan
+    return values
+
+
+def _power(base: Floats, exponent: Floats) -> Floats:
+    # numpy says nan ** 0 == 1 ** nan == 1; here, arithmetic with a missing operand is missing.
+    result = _finite(base**exponent)
+    result[np.isnan(base) | np.isnan(exponent)] = np.nan
+    return result
+
+
+def _equal(left: Column, right: Column) -> Bools:
+    if left.dtype == object:
+        pairs = zip(left.tolist(), right.tolist(), strict=True)
+        return np.array([a == b and a is not None for a, b in pairs], dtype=np.bool_)
+    return np.equal(left, right)
+
+
+def _different(left: Column, right: Column) -> Bools:
+    """False, not True, where either is missing."""
+    return ~(_equal(left, right) | _missing(left) | _missing(right))
+
+
+def _missing(values: Column) -> Bools:
+    found: Bools = np.isnan(values) if values.dtype != object else np.equal(values, _NONE)
+    return found
+
+
+def _choose(condition: Floats, then: Column, otherwise: Column) -> Column:
+    return np.where(condition == 1.0, then, otherwise)
+
+
+def _coalesce(*columns: Column) -> Column:
+    return reduce(lambda first, second: np.where(_missing(first), second, first), columns)
+
+
+def _all(*conditions: Floats) -> Bools:
+    return reduce(np.logical_and, [condition == 1.0 for condition in conditions])
+
+
+def _any(*conditions: Floats) -> Bools:
+    return reduce(np.logical_or, [condition == 1.0 for condition in conditions])
+
+
+_OPERATIONS: Final[Mapping[str, Callable[..., Column | Bools]]] = {
+    "+": lambda a, b: _finite(a + b),
+    "-": lambda a, b: _finite(a - b),
+    "*": lambda a, b: _finite(a * b),
+    "/": lambda a, b: _finite(a / b),
+    "//": lambda a, b: _finite(a // b),
+    "%": lambda a, b: _finite(a % b),
+    "**": _power,
+    "negate": np.negative,
+    "==": _equal,
+    "!=": _different,
+    "<": np.less,
+    "<=": np.less_equal,
+    ">": np.greater,
+    ">=": np.greater_equal,
+    "and": _all,
+    "or": _any,
+    "not": lambda a: a != 1.0,
+    "if": _choose,
+    "abs": np.abs,
+    "min": lambda *columns: reduce(np.minimum, columns),
+    "max": lambda *columns: reduce(np.maximum, columns),
+    "log": lambda a: _finite(np.log(a)),
+    "log1p": lambda a: _finite(np.log1p(a)),
+    "exp": lambda a: _finite(np.exp(a)),
+    "sqrt": np.sqrt,
+    "round": np.rint,
+    "floor": np.floor,
+    "ceil": np.ceil,
+    "clip": lambda a, low, high: np.minimum(np.maximum(a, low), high),
+    "coalesce": _coalesce,
+    "is_missing": _missing,
+    "hour": lambda a: np.floor(a / 3600.0) % 24.0,
+    "weekday": lambda a: (np.floor(a / _DAY_SECONDS) + _EPOCH_WEEKDAY) % 7.0,
+}
+
+
+def _member(item: Column, values: frozenset[float] | frozenset[str], negated: bool) -> Bools:
+    found: Bools
+    if item.dtype != object:
+        found = np.isin(item, [float(value) for value in values])
+    elif len(values) == 1:
+        # As an object: numpy's own strings lose trailing NULs.
+        found = np.equal(item, np.array(next(iter(values)), dtype=object))
+    else:
+        found = np.fromiter(map(values.__contains__, item.tolist()), np.bool_, len(item))
+    return ~(found | _missing(item)) if negated else found
+
+
+_Head: TypeAlias = Literal | EventField | AggregateValue | StoredValue | Membership | str
+"""What a step does apart from its arguments: a leaf, a membership with its item taken out, or an operation."""
+
+_ITEM: Final = Literal(0.0, "number")
+
+
+@dataclass(frozen=True, slots=True)
+class _Step:
+    head: _Head
+    arguments: tuple[int, ...] = ()
+
+
+class _Numbering:
+    """Gives equal values one number; `steps[number]` says how to compute it."""
+
+    def __init__(self) -> None:
+        self.steps: list[_Step] = []
+        self._numbers: dict[_Step, int] = {}
+
+    def number(self, node: Node, features: Mapping[str, int]) -> int:
+        """`features` gives the number of each feature name that `node` may use."""
+        if isinstance(node, FeatureValue):
+            return features[node.name]
+        arguments = tuple(self.number(child, features) for child in children(node))
+        head: _Head = node if not isinstance(node, Operation) else node.name
+        if isinstance(node, Membership):
+            head = Membership(_ITEM, node.values, node.negated)
+        return self._intern(_Step(head, arguments))
+
+    def _intern(self, step: _Step) -> int:
+        number = self._numbers.setdefault(step, len(self.steps))
+        if number == len(self.steps):
+            self.steps.append(step)
+        return number
+
+    def below(self, numbers: Iterable[int]) -> frozenset[int]:
+        """The numbers given and all they are computed from."""
+        found: set[int] = set()
+        waiting = list(numbers)
+        while waiting:
+            number = waiting.pop()
+            if number not in found:
+                found.add(number)
+                waiting += self.steps[number].arguments
+        return frozenset(found)
+
+
+class _NoReads:
+    """A filter reads nothing but its event; the parser has seen to it."""
+
+    def aggregate(self, aggregate: Aggregate) -> Floats:
+        raise NotFound(f"a filter can't read {aggregate}")
+
+    def stored(self, output: StoredOutput) -> Floats:
+        raise NotFound(f"a filter can't read {output}")
+
+
+@dataclass(frozen=True, slots=True)
+class _Batch:
+    """The events at hand; `picked` is the positions to compute, None for all."""
+
+    events: EventColumns
+    reads: Reads
+    type_names: Texts
+    outputs: Mapping[StoredOutput, StoredOutput]
+    picked: Ints | None
+    size: int
+
+    def run(self, steps: Sequence[_Step], numbers: Iterable[int]) -> dict[int, Column]:
+        """Each number -> its column of `size` rows; `numbers` must hold what they are computed from."""
+        values: dict[int, Column] = {}
+        with np.errstate(all="ignore"):
+            for number in sorted(numbers):
+                step = steps[number]
+                values[number] = self._compute(step.head, [values[argument] for argument in step.arguments])
+        return values
+
+    def _compute(self, head: _Head, arguments: list[Column]) -> Column:
+        if isinstance(head, str):
+            result = _OPERATIONS[head](*arguments)
+        elif isinstance(head, Membership):
+            result = _member(arguments[0], head.values, head.negated)
+        elif isinstance(head, Literal):
+            column: Column = np.empty(self.size, dtype=object if head.type == "text" else np.float64)
+            column.fill(head.value)
+            return column
+        else:
+            result = self._leaf(head)
+            return result if self.picked is None else result[self.picked]
+        return cast("Column", result.astype(np.float64) if result.dtype == np.bool_ else result)
+
+    def _leaf(self, head: EventField | AggregateValue | StoredValue) -> Column:
+        if isinstance(head, AggregateValue):
+            return self.reads.aggregate(head.aggregate)
+        if isinstance(head, StoredValue):
+            output = self.outputs.get(head.output)
+            return self.reads.stored(output) if output is not None else np.full(len(self.events), np.nan)
+        if head.field == EVENT_TIME:
+            return self.events.times_ms / 1000.0
+        if head.field == EVENT_TYPE:
+            return self.type_names[self.events.types]
+        return self.events.fields[head.field]
+
+
+@dataclass(frozen=True, slots=True)
+class _Columns:
+    """One model's features: `numbers[i]` is the value of column i; `needed` all that must be computed."""
+
+    names: tuple[str, ...]
+    numbers: tuple[int, ...]
+    texts: frozenset[str]
+    needed: frozenset[int]
+
+    def empty(self) -> FeatureRows:
+        return FeatureRows(self.names, np.empty((0, len(self.names))), {name: [] for name in sorted(self.texts)})
+
+    def gather(self, values: Mapping[int, Column], within: Bools) -> FeatureRows:
+        """The rows of the events that `within`, parallel to the computed columns, names."""
+        positions = np.flatnonzero(within)
+        if len(positions) == 0:
+            return self.empty()
+        picked = slice(None) if len(positions) == len(within) else positions
+        matrix = np.empty((len(positions), len(self.names)))
+        texts: dict[str, list[str | None]] = {}
+        for column, (name, number) in enumerate(zip(self.names, self.numbers, strict=True)):
+            if name in self.texts:
+                matrix[:, column] = np.nan
+                texts[name] = values[number][picked].tolist()
+            else:
+                matrix[:, column] = values[number][picked]
+        return FeatureRows(self.names, matrix, texts)
+
+
+class CompiledFeatures:
+    """The `FeaturePlan` of some models. Immutable; make it with `compile_plan`."""
+
+    def __init__(self, models: Sequence[tuple[ModelVersion, Manifest]], schema: EventSchema) -> None:
+        self._models = tuple(version for version, _ in models)
+        profile = set(evaluate_profile(schema).values())
+        self._aggregates = tuple(sorted(profile.union(*(manifest.aggregates for _, manifest in models))))
+        self._type_names = np.array(schema.types, dtype=object)
+        self._outputs, self._unresolved = _resolve(models)
+        numbering = _Numbering()
+        self._columns = {version.name: _columns(manifest, numbering) for version, manifest in models}
+        self._steps = tuple(numbering.steps)
+        filters = _Numbering()
+        wheres = sorted({aggregate.where for aggregate in self._aggregates} - {""})
+        self._filters = {where: filters.number(parse_filter(where, schema), {}) for where in wheres}
+        self._filter_steps = tuple(filters.steps)
+
+    @property
+    def models(self) -> tuple[ModelVersion, ...]:
+        return self._models
+
+    @property
+    def aggregates(self) -> tuple[Aggregate, ...]:
+        return self._aggregates
+
+    @property
+    def stored_models(self) -> tuple[ModelVersion, ...]:
+        return self._models
+
+    @property
+    def unresolved(self) -> tuple[StoredOutput, ...]:
+        """Outputs that features use and no live model gives (names as in expressions): missing for now."""
+        return self._unresolved
+
+    def statistics(self) -> Mapping[str, int]:
+        """`values` is how many distinct columns the plan computes when every model is selected."""
+        features = sum(len(columns.names) for columns in self._columns.values())
+        return {"models": len(self._models), "features": features, "values": len(self._steps)}
+
+    def masks(self, events: EventColumns) -> Mapping[str, Bools]:
+        """bool[len(events)] for each distinct filter of the aggregates; '' is not among them."""
+        if not self._filters:
+            return {}
+        batch = _Batch(events, _NoReads(), self._type_names, {}, None, len(events))
+        values = batch.run(self._filter_steps, range(len(self._filter_steps)))
+        return {where: values[number] == 1.0 for where, number in self._filters.items()}
+
+    def rows(
+        self, events: EventColumns, reads: Reads, selections: Mapping[ModelName, Bools]
+    ) -> dict[ModelName, FeatureRows]:
+        """Each selected model's rows, in the order of the events. Each aggregate is read at most once.
+
+        The columns of `reads` must be parallel to `events`. Raises NotFound for a model not in the plan.
+        """
+        for name in selections:
+            if name not in self._columns:
+                raise NotFound(f"model {name} is not in this feature plan; select among its own models")
+        active = [name for name, selection in selections.items() if selection.any()]
+        numbers: set[int] = set().union(*(self._columns[name].needed for name in active))
+        picked = _union([selections[name] for name in active], len(events))
+        size = len(events) if picked is None else len(picked)
+        batch = _Batch(events, reads, self._type_names, self._outputs, picked, size)
+        values = batch.run(self._steps, numbers)
+        return {
+            name: self._columns[name].gather(values, selection if picked is None else selection[picked])
+            for name, selection in selections.items()
+        }
+
+
+def _union(selections: Sequence[Bools], size: int) -> Ints | None:
+    """Positions that any selection names; None when that is most of them."""
+    if not selections:
+        return np.empty(0, dtype=np.int64)
+    positions = np.flatnonzero(np.logical_or.reduce(selections))
+    return positions if len(positions) <= _GATHER_SHARE_MAX * size else None
+
+
+def _columns(manifest: Manifest, numbering: _Numbering) -> _Columns:
+    features: dict[str, int] = {}
+    for feature in manifest.features:
+        features[feature.name] = numbering.number(feature.expression, features)
+    return _Columns(
+        names=tuple(features),
+        numbers=tuple(features.values()),
+        texts=frozenset(feature.name for feature in manifest.features if feature.expression.type == "text"),
+        needed=numbering.below(features.values()),
+    )
+
+
+def _resolve(
+    models: Sequence[tuple[ModelVersion, Manifest]],
+) -> tuple[dict[StoredOutput, StoredOutput], tuple[StoredOutput, ...]]:
+    """Outputs as expressions name them -> as the models do; and those that no model here gives."""
+    given = {
+        StoredOutput(expression_name(version.name), output): StoredOutput(version.name, output)
+        for version, _ in models
+        for output in version.outputs
+    }
+    used = {output for _, manifest in models for output in manifest.stored_outputs}
+    return {output: given[output] for output in used & given.keys()}, tuple(sorted(used - given.keys()))
+
+
+def compile_plan(models: Iterable[tuple[ModelVersion, Manifest]], schema: EventSchema) -> CompiledFeatures:
+    """The plan of the live models, in their order. Their manifests must have been parsed with `schema`.
+
+    Its aggregates include those of the profile, so that the row always holds them. Raises ConfigError when
+    the operator's profile is wrong.
+    """
+    return CompiledFeatures(list(models), schema)

@@ -1,0 +1,343 @@
+"""A tenant's two files, parsed and checked: `<model>.toml` and `tenant.toml`.
+
+Every mistake is collected, each as one line with the file, the feature and the column, so that a tenant mends
+a file in one go. Nothing here reads a disk: the bytes come from the watcher.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import re
+import tomllib
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any, Final, cast, get_args
+
+from node.kernel.errors import ManifestError
+from node.kernel.limits import (
+    CALL_DEADLINE_MS_MAX,
+    FEATURES_PER_MODEL_MAX,
+    MANIFEST_BYTES_MAX,
+    OUTPUTS_PER_MODEL_MAX,
+    ROWS_QUEUED_PER_MODEL_MAX,
+    WEIGHT_MAX,
+    WEIGHT_MIN,
+    WINDOW_MS_MAX,
+)
+from node.kernel.types import Aggregate, EventSchema, FieldType, ModelName, ModelVersion, OverloadPolicy, StoredOutput
+from tenants.expression import (
+    AggregateValue,
+    ExpressionError,
+    Node,
+    Scope,
+    StoredValue,
+    evaluate_profile,
+    one_line,
+    parse_duration,
+    parse_expression,
+    shown,
+    suggestion,
+    walk,
+)
+
+METHODS: Final = ("predict_proba", "predict", "transform", "decision_function", "score_samples")
+"""What a model may be called by. predict_proba with one output named gives its last column."""
+
+_NAME: Final = re.compile(r"[a-z0-9][a-z0-9_-]{0,62}")
+_OUTPUT: Final = re.compile(r"[A-Za-z_][A-Za-z0-9_]{0,62}")
+_FEATURE_BYTES_MAX: Final = 128
+_MODEL_KEYS: Final = ("on", "every", "all", "output", "method", "ttl", "deadline", "weight", "features")
+_TENANT_KEYS: Final = ("weight", "memory_mb", "rows_queued_max", "overload")
+
+
+def is_name(text: str) -> bool:
+    """Whether a tenant or model may be called so: [a-z0-9][a-z0-9_-]{0,62}."""
+    return _NAME.fullmatch(text) is not None
+
+
+@dataclass(frozen=True, slots=True)
+class Feature:
+    name: str
+    expression: Node
+
+
+@dataclass(frozen=True, slots=True)
+class Manifest:
+    """One model's manifest as its tenant wrote it (`text`), and what it says.
+
+    `ttl_ms` 0 means never. Names in `features` are those of the model's columns, in order.
+    """
+
+    name: ModelName
+    text: bytes
+    events: tuple[str, ...]
+    outputs: tuple[str, ...]
+    method: str
+    ttl_ms: int
+    deadline_ms: int
+    weight: float
+    features: tuple[Feature, ...]
+
+    @property
+    def aggregates(self) -> tuple[Aggregate, ...]:
+        """What the features need of the customer's row, sorted, each once."""
+        return tuple(sorted({node.aggregate for node in self._nodes() if isinstance(node, AggregateValue)}))
+
+    @property
+    def stored_outputs(self) -> tuple[StoredOutput, ...]:
+        """Other models' outputs it uses, sorted; names as in expressions ('-' is '_')."""
+        return tuple(sorted({node.output for node in self._nodes() if isinstance(node, StoredValue)}))
+
+    @property
+    def feature_types(self) -> Mapping[str, FieldType]:
+        return {feature.name: feature.expression.type for feature in self.features}
+
+    def _nodes(self) -> Iterator[Node]:
+        for feature in self.features:
+            yield from walk(feature.expression)
+
+    def version(self, blob_sha256: str, labels: tuple[str, ...] = ()) -> ModelVersion:
+        """This manifest with one model file: the version is the sha256 of the file's hash and the manifest."""
+        digest = hashlib.sha256(blob_sha256.encode() + b"\n" + self.text)
+        return ModelVersion(
+            name=self.name,
+            version=digest.hexdigest(),
+            blob=blob_sha256,
+            events=self.events,
+            features=tuple(feature.name for feature in self.features),
+            outputs=self.outputs,
+            method=self.method,
+            ttl_ms=self.ttl_ms,
+            deadline_ms=self.deadline_ms,
+            labels=labels,
+            weight=self.weight,
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class TenantCaps:
+    """The most the operator lets any tenant ask for."""
+
+    weight_max: float = 10.0
+    memory_mb_max: int = 4096
+    rows_queued_max: int = ROWS_QUEUED_PER_MODEL_MAX
+
+
+@dataclass(frozen=True, slots=True)
+class TenantSettings:
+    """`tenant.toml` after the operator's caps; `capped` holds a line for each value that was cut to its cap."""
+
+    tenant: str
+    weight: float = 1.0
+    memory_mb: int = 1024
+    rows_queued_max: int = 8192
+    overload: OverloadPolicy = "shed_oldest"
+    capped: tuple[str, ...] = ()
+
+
+class _Reader:
+    """One TOML file with the mistakes found in it so far."""
+
+    def __init__(self, file: str, text: bytes, keys: tuple[str, ...]) -> None:
+        self._file = file
+        self.problems: list[str] = []
+        self.values = self._load(text)
+        for key in self.values:
+            if key not in keys:
+                self.problem(f"unknown key {shown(key)}" + suggestion(key, keys))
+
+    def _load(self, text: bytes) -> dict[str, Any]:
+        """The parsed file. Raises ManifestError at once: a file that is no TOML has no other mistakes."""
+        if len(text) > MANIFEST_BYTES_MAX:
+            raise ManifestError([f"{self._file}: longer than {MANIFEST_BYTES_MAX} bytes"])
+        try:
+            return tomllib.loads(text.decode())
+        except UnicodeDecodeError as error:
+            raise ManifestError([f"{self._file}: not UTF-8 at byte {error.start}; save it as UTF-8"]) from None
+        except RecursionError:
+            raise ManifestError([f"{self._file}: nested too deeply"]) from None
+        except ValueError as error:
+            raise ManifestError([f"{self._file}: not TOML: {one_line(str(error))}"]) from None
+
+    def problem(self, message: str) -> None:
+        self.problems.append(f"{self._file}: {message}")
+
+    def finish(self) -> None:
+        if self.problems:
+            raise ManifestError(self.problems)
+
+    def number(self, key: str, default: float, least: float, most: float) -> float:
+        value = self.values.get(key, default)
+        if isinstance(value, int | float) and not isinstance(value, bool) and least <= value <= most:
+            return float(value)
+        self.problem(f"{key} must be a number from {least:g} to {most:g}, not {shown(value)}")
+        return default
+
+    def whole(self, key: str, default: int, least: int, most: int) -> int:
+        value = self.values.get(key, default)
+        if isinstance(value, int) and not isinstance(value, bool) and least <= value <= most:
+            return value
+        self.problem(f"{key} must be a whole number from {least} to {most}, not {shown(value)}")
+        return default
+
+    def choice(self, key: str, choices: tuple[str, ...]) -> str:
+        """One of `choices`; the first is the default."""
+        value = self.values.get(key, choices[0])
+        if value in choices:
+            return cast("str", value)
+        self.problem(f"{key} {shown(value)} is not one of {', '.join(choices)}" + _near(value, choices))
+        return choices[0]
+
+    def duration(self, key: str, default: str, ms_max: int, *, milliseconds: bool = False) -> int:
+        value = self.values.get(key, default)
+        if not isinstance(value, str):
+            self.problem(f"{key} must be a duration in quotes such as '{default}', not {shown(value)}")
+            return 0
+        try:
+            return parse_duration(value, ms_max, milliseconds=milliseconds)
+        except ValueError as error:
+            self.problem(f"{key} {error}")
+            return 0
+
+    def texts(self, key: str, default: list[str], what: str) -> tuple[str, ...]:
+        """A text or a list of texts, each once, at least one; () after a mistake."""
+        value = self.values.get(key, default)
+        listed = [value] if isinstance(value, str) else value
+        if not isinstance(listed, list) or not listed or not all(isinstance(item, str) for item in listed):
+            self.problem(f"{key} must be {what} or a list of them, not {shown(value)}")
+            return ()
+        if len(set(listed)) < len(listed):
+            self.problem(f"{key} names the same one twice")
+            return ()
+        return tuple(listed)
+
+
+def _near(value: object, choices: tuple[str, ...]) -> str:
+    hint = suggestion(value, choices) if isinstance(value, str) else ""
+    return hint if hint.startswith(",") else ""
+
+
+def parse_manifest(file: str, tenant: str, model: str, text: bytes, schema: EventSchema) -> Manifest:
+    """The manifest of one model. `file` is its name in messages.
+
+    Raises ManifestError with every mistake; ConfigError when the operator's own profile is wrong, which a
+    node has found out at its start.
+    """
+    reader = _Reader(file, text, _MODEL_KEYS)
+    for kind, name in (("tenant", tenant), ("model", model)):
+        if not is_name(name):
+            reader.problem(
+                f"the {kind} name {shown(name)} must be 1 to 63 of a-z, 0-9, '_' and '-', first a letter or digit"
+            )
+    manifest = Manifest(
+        name=ModelName(tenant, model),
+        text=text,
+        events=_events(reader, schema),
+        outputs=_outputs(reader),
+        method=reader.choice("method", METHODS),
+        ttl_ms=0 if reader.values.get("ttl") == "never" else reader.duration("ttl", "30d", WINDOW_MS_MAX),
+        deadline_ms=reader.duration("deadline", "1s", CALL_DEADLINE_MS_MAX, milliseconds=True),
+        weight=reader.number("weight", 1.0, WEIGHT_MIN, WEIGHT_MAX),
+        features=_features(reader, schema),
+    )
+    reader.finish()
+    return manifest
+
+
+def _events(reader: _Reader, schema: EventSchema) -> tuple[str, ...]:
+    if "every" in reader.values or "all" in reader.values:
+        reader.problem("interval models (every, all) are not available in this release; use on = [event types]")
+        return ()
+    if "on" not in reader.values:
+        reader.problem("on is missing; name the event types that trigger the model, such as " + _types_example(schema))
+        return ()
+    events = reader.texts("on", [], "an event type")
+    if events == ("any",) and "any" not in schema.types:
+        return schema.types
+    for event in events:
+        if event not in schema.types:
+            reader.problem(f"on: unknown event type {shown(event)}" + suggestion(event, [*schema.types, "any"]))
+    return events
+
+
+def _types_example(schema: EventSchema) -> str:
+    return f'on = ["{next(iter(schema.types), "any")}"]'
+
+
+def _outputs(reader: _Reader) -> tuple[str, ...]:
+    outputs = reader.texts("output", ["score"], "a name")
+    if len(outputs) > OUTPUTS_PER_MODEL_MAX:
+        reader.problem(f"output names {len(outputs)} outputs; the most is {OUTPUTS_PER_MODEL_MAX}")
+    for output in outputs:
+        if not _OUTPUT.fullmatch(output):
+            reader.problem(
+                f"output {shown(output)} must be 1 to 63 of a-z, A-Z, 0-9 and '_', not starting with a digit"
+            )
+    return outputs
+
+
+def _features(reader: _Reader, schema: EventSchema) -> tuple[Feature, ...]:
+    table = reader.values.get("features")
+    if not isinstance(table, dict) or not table:
+        reader.problem('[features] is missing or empty; give each column of the model a line: name = "expression"')
+        return ()
+    if len(table) > FEATURES_PER_MODEL_MAX:
+        reader.problem(f"[features] has {len(table)} features; the most is {FEATURES_PER_MODEL_MAX}")
+        return ()
+    profile = evaluate_profile(schema)
+    types: dict[str, FieldType | None] = {}
+    features: list[Feature] = []
+    for name, text in table.items():
+        node = _expression(reader, name, text, Scope(schema, profile, types, table.keys() - types.keys()))
+        types[name] = node.type if node is not None else None
+        if node is not None:
+            features.append(Feature(name, node))
+    return tuple(features)
+
+
+def _expression(reader: _Reader, name: str, text: object, scope: Scope) -> Node | None:
+    place = f"feature {shown(name)}"
+    if not name.strip() or not name.isprintable() or len(name.encode()) > _FEATURE_BYTES_MAX:
+        reader.problem(f"{place}: a feature's name must be printable and at most {_FEATURE_BYTES_MAX} bytes")
+    if not isinstance(text, str):
+        reader.problem(f"{place}: must be an expression in quotes, not {shown(text)}")
+        return None
+    try:
+        return parse_expression(text, scope)
+    except ExpressionError as error:
+        for problem in error.problems:
+            reader.problem(f"{place}: {problem}")
+        return None
+
+
+def parse_tenant(file: str, tenant: str, text: bytes, caps: TenantCaps) -> TenantSettings:
+    """A tenant's settings under the operator's caps; empty text gives the defaults. Raises ManifestError.
+
+    A value above its cap is cut to it and told in `capped`: a cap that the operator lowers must not make a
+    tenant lose its other settings.
+    """
+    reader = _Reader(file, text, _TENANT_KEYS)
+    if not is_name(tenant):
+        reader.problem(f"the tenant name {shown(tenant)} must be 1 to 63 of a-z, 0-9, '_' and '-'")
+    asked = {
+        "weight": reader.number("weight", TenantSettings("").weight, WEIGHT_MIN, WEIGHT_MAX),
+        "memory_mb": reader.whole("memory_mb", TenantSettings("").memory_mb, 64, 1 << 20),
+        "rows_queued_max": reader.whole(
+            "rows_queued_max", TenantSettings("").rows_queued_max, 1, ROWS_QUEUED_PER_MODEL_MAX
+        ),
+    }
+    overload = cast("OverloadPolicy", reader.choice("overload", get_args(OverloadPolicy)))
+    reader.finish()
+    most = {"weight": caps.weight_max, "memory_mb": caps.memory_mb_max, "rows_queued_max": caps.rows_queued_max}
+    return TenantSettings(
+        tenant=tenant,
+        weight=min(asked["weight"], most["weight"]),
+        memory_mb=int(min(asked["memory_mb"], most["memory_mb"])),
+        rows_queued_max=int(min(asked["rows_queued_max"], most["rows_queued_max"])),
+        overload=overload,
+        capped=tuple(
+            f"{file}: {key} is cut to the operator's {most[key]:g}"
+            for key in reader.values
+            if key in asked and asked[key] > most[key]
+        ),
+    )
