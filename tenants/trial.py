@@ -7,7 +7,7 @@ seed; where the model has learned categories, these. One kind that works is enou
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,7 +18,8 @@ from tenants.inputs import ModelInput, Rows, check_columns, forms
 from tenants.messages import Load, shorten
 from tenants.outputs import Outputs
 
-TRIAL_ROWS = 256
+TRIAL_ROWS = 1024
+_FIRST_ROWS = 16
 _NESTING_MAX = 8
 _REPEATS = 3
 
@@ -49,7 +50,7 @@ def try_model(model: Any, request: Load) -> Trial:
         candidate = ModelInput(names, form, feature_names, feature_count)
         for rows in kinds:
             try:
-                outputs.of(candidate, rows)
+                outputs.of(candidate, _first(rows, _FIRST_ROWS))
             except CallFailed as failure:
                 failures.append(failure)
             else:
@@ -58,12 +59,16 @@ def try_model(model: Any, request: Load) -> Trial:
 
 
 def _measured(model_input: ModelInput, outputs: Outputs, rows: Rows) -> Trial:
-    one = Rows(rows.numbers[:1], {name: column[:1] for name, column in rows.texts.items()})
-    call_seconds = _least_seconds(lambda: outputs.of(model_input, one))
-    many_seconds = _least_seconds(lambda: outputs.of(model_input, rows))
+    one = _first(rows, 1)
+    pairs = [(_seconds(model_input, outputs, rows), _seconds(model_input, outputs, one)) for _ in range(_REPEATS)]
+    many_seconds, call_seconds = (min(seconds) for seconds in zip(*pairs, strict=True))
     row_seconds = max(0.0, many_seconds - call_seconds) / (len(rows) - 1)
     notes = () if not rows.numbers.size or _takes_missing(model_input, outputs, rows) else (NOTE_MISSING,)
     return Trial(model_input, outputs, row_seconds, max(0.0, call_seconds - row_seconds), notes)
+
+
+def _first(rows: Rows, count: int) -> Rows:
+    return Rows(rows.numbers[:count], {name: column[:count] for name, column in rows.texts.items()})
 
 
 NOTE_MISSING = "the model does not take missing numbers (NaN): rows that lack one become dead letters"
@@ -71,19 +76,17 @@ NOTE_MISSING = "the model does not take missing numbers (NaN): rows that lack on
 
 def _takes_missing(model_input: ModelInput, outputs: Outputs, rows: Rows) -> bool:
     try:
-        outputs.of(model_input, Rows(np.full_like(rows.numbers, np.nan), rows.texts))
+        some = _first(rows, _FIRST_ROWS)
+        outputs.of(model_input, Rows(np.full_like(some.numbers, np.nan), some.texts))
     except CallFailed:
         return False
     return True
 
 
-def _least_seconds(call: Callable[[], object]) -> float:
-    def once() -> float:
-        started = time.process_time()
-        call()
-        return time.process_time() - started
-
-    return min(once() for _ in range(_REPEATS))
+def _seconds(model_input: ModelInput, outputs: Outputs, rows: Rows) -> float:
+    started = time.process_time()
+    outputs.of(model_input, rows)
+    return time.process_time() - started
 
 
 def _made_up_rows(names: Sequence[str], texts: set[str], categories: Mapping[int, Sequence[Any]]) -> Iterator[Rows]:

@@ -68,7 +68,7 @@ class Allowlist:
         self._callable_ids: set[int] = set()
         self.absent: list[AllowedGlobal] = []
         for entry in entries:
-            found = _resolve(entry)
+            found = _STAND_INS.get((entry.module, entry.name)) or _resolve(entry)
             if found is _ABSENT:
                 self.absent.append(entry)
                 continue
@@ -105,6 +105,14 @@ class Allowlist:
         return id(function) in self._callable_ids
 
 
+def latin1_bytes(text: str, encoding: str) -> bytes:
+    """All that pickles of protocol 2 need of `_codecs.encode`, which else imports codecs by name."""
+    if encoding not in ("latin1", "latin-1"):
+        raise ModelRefused(f"the file encodes text as {encoding!r}, which pickle never does; store it with joblib.dump")
+    return text.encode("latin-1")
+
+
+_STAND_INS: dict[tuple[str, str], object] = {("_codecs", "encode"): latin1_bytes}
 _ABSENT = object()
 
 

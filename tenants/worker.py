@@ -17,6 +17,7 @@ import joblib.parallel
 import numpy as np
 
 from node.kernel.errors import CallFailed, HeadraceError, SandboxUnavailable
+from node.kernel.limits import MODEL_UNPACKED_BYTES_MAX
 from node.kernel.types import Floats
 from tenants import messages, sandbox
 from tenants.inputs import ModelInput, Rows
@@ -100,7 +101,7 @@ class Worker:
     def __init__(self, allowlist: Allowlist, memory: int, memory_bytes: int) -> None:
         self._allowlist = allowlist
         self._memory = memory
-        self._memory_bytes = memory_bytes
+        self._unpacked_bytes_max = min(memory_bytes, MODEL_UNPACKED_BYTES_MAX)
         self._models: dict[str, LoadedModel] = {}
 
     def answer(self, frame: memoryview, header_bytes: int) -> list[Buffer]:
@@ -120,7 +121,7 @@ class Worker:
 
     def _load(self, request: Load, body: memoryview) -> Loaded:
         before = self._resident_bytes()
-        model = load_model(bytes(body), self._allowlist, self._memory_bytes)
+        model = load_model(bytes(body), self._allowlist, self._unpacked_bytes_max)
         trial = try_model(model, request)
         self._models[request.version] = LoadedModel(trial.input, trial.outputs)
         return Loaded(
