@@ -71,7 +71,7 @@ def load_config(path: Path | str) -> Config:
     config = parse_config(_read(path), path.resolve().parent)
     problems = [*_file_problems(config)]
     if problems:
-        raise ConfigError(problems)
+        raise ConfigError([_one_line(problem) for problem in problems])
     return config
 
 
@@ -87,7 +87,7 @@ def parse_config(text: str, folder: Path) -> Config:
     profile = _profile(tables.get("profile", {}), problems)
     problems.extend(_cross_problems(sections))
     if problems:
-        raise ConfigError(problems)
+        raise ConfigError([_one_line(problem) for problem in problems])
     built: dict[str, Any] = {name: kind(**sections[name]) for name, kind in SECTIONS.items()}
     config = Config(**built, profile=profile)
     return _with_absolute_paths(config, folder)
@@ -345,8 +345,8 @@ def _allowed(kind: msgspec.inspect.Type) -> str:
         case msgspec.inspect.LiteralType():
             return " or ".join(f'"{value}"' for value in sorted(kind.values, key=str))
         case msgspec.inspect.VarTupleType():
-            size = f"{kind.min_length} to {kind.max_length}, each" if kind.min_length else "each"
-            return f"a list of {size} {_allowed(kind.item_type)}"
+            size = f" of {kind.min_length} to {kind.max_length}" if kind.min_length else ""
+            return f"a list{size}, each {_allowed(kind.item_type)}"
         case msgspec.inspect.UnionType():
             return ", or ".join(_allowed(member) for member in kind.types)
         case msgspec.inspect.DictType():
@@ -367,9 +367,14 @@ def _suggestion(name: str, known: Sequence[str]) -> str:
     return f"did you mean {close[0]}?" if close else f"allowed: {', '.join(known)}"
 
 
+def _one_line(problem: str) -> str:
+    """Names and values of the file may hold line breaks and control characters; a problem shows them escaped."""
+    return "".join(character if character.isprintable() else repr(character)[1:-1] for character in problem)
+
+
 def _shown(value: Any) -> str:
     try:
-        text = msgspec.json.encode(value).decode()
+        text = repr(value) if isinstance(value, float) else msgspec.json.encode(value).decode()
     except (TypeError, ValueError):
         text = repr(value)
     return text if len(text) <= 80 else f"{text[:77]}…"
