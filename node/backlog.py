@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 from collections import Counter, deque
-from collections.abc import Awaitable, Callable, Iterable, Mapping
+from collections.abc import Awaitable, Callable, Iterable
 from dataclasses import dataclass, field, replace
 
 from node.kernel.errors import BoundExceeded
@@ -76,11 +76,11 @@ class Backlog:
         self.changed = asyncio.Event()
         """Set when a chunk was answered; the cycle clears it."""
 
-    def restore(self, cursors: Mapping[str, int], chunks: Iterable[SequenceChunk]) -> None:
-        """Take over what the store holds: the cursor of each model known, and all its unanswered chunks."""
-        for text, number in cursors.items():
-            tenant, model = text.split("/")
-            self._line(ModelName(tenant, model)).next_number = number
+    def restore(self, chunks: Iterable[SequenceChunk]) -> None:
+        """Take over the unanswered chunks that the store holds, in order within each model.
+
+        Numbers of answered chunks are gone from the store, so they may be given again.
+        """
         for chunk in chunks:
             line = self._line(chunk.triggers.name)
             held = len(line.entries) < CHUNKS_IN_FLIGHT_PER_MODEL_MAX

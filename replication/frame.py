@@ -8,6 +8,7 @@ records of one partition, so a reader needs no index: part 0 starts a frame and 
 from __future__ import annotations
 
 import struct
+
 import cramjam
 import msgspec
 import numpy as np
