@@ -7,6 +7,7 @@ import contextlib
 import fcntl
 import os
 import secrets
+import select
 import shutil
 import signal
 import subprocess
@@ -25,6 +26,7 @@ RUN_FOLDER_VARIABLE = "HEADRACE_TEST_RUN_FOLDER"
 """Set by the process that controls the run, so that the workers of pytest-xdist share one folder and broker."""
 FIRST_START_S_MAX = 400
 """The first start of all fetches the broker, and perhaps Java and Maven."""
+START_S_MAX = 90
 STOP_S_MAX = 60
 ADMIN_S_MAX = 20
 
@@ -50,21 +52,32 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             item.add_marker(pytest.mark.kafka)
 
 
-def call_kafka(*arguments: str, wait_s_max: float) -> str:
-    """The last line that scripts/kafka printed. Skips the test, or in CI fails it, when there is no broker to have."""
-    done = subprocess.run(
+def run_kafka(*arguments: str, wait_s_max: float) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
         [sys.executable, str(KAFKA), *arguments],
         stdin=subprocess.DEVNULL,
         capture_output=True,
         text=True,
         timeout=wait_s_max,
     )
+
+
+def call_kafka(*arguments: str, wait_s_max: float) -> str:
+    """The last line that scripts/kafka printed. A broker that could be had and does not work is a failure."""
+    done = run_kafka(*arguments, wait_s_max=wait_s_max)
     if done.returncode:
-        reason = f"NO KAFKA, SO THIS IS NOT TESTED: scripts/kafka {arguments[0]}: {done.stderr.strip()}"
+        raise AssertionError(f"scripts/kafka {' '.join(arguments)}: {done.stderr.strip()}")
+    return done.stdout.strip().rpartition("\n")[2]
+
+
+def need_kafka() -> None:
+    """Skip the test, or in CI fail it, where the broker's programs can't be had; for no other reason."""
+    done = run_kafka("prepare", wait_s_max=FIRST_START_S_MAX)
+    if done.returncode:
+        reason = f"NO KAFKA, SO THIS IS NOT TESTED: {done.stderr.strip()}"
         if os.environ.get("CI"):
             pytest.fail(reason)
         pytest.skip(reason)
-    return done.stdout.strip().rpartition("\n")[2]
 
 
 @pytest.fixture(scope="session")
@@ -73,12 +86,13 @@ def kafka() -> str:
     given = os.environ.get(ADDRESS_VARIABLE)
     if given:
         return given
+    need_kafka()
     folder = Path(os.environ[RUN_FOLDER_VARIABLE])
     with (folder / "lock").open("a") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         address = folder / "address"
         if not address.exists():
-            started = call_kafka("start", "--dir", str(folder / "kafka"), wait_s_max=FIRST_START_S_MAX)
+            started = call_kafka("start", "--dir", str(folder / "kafka"), wait_s_max=START_S_MAX)
             address.write_text(started)
         return address.read_text()
 
@@ -88,7 +102,7 @@ class OwnBroker:
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
-        self.address = call_kafka("start", "--dir", str(folder), wait_s_max=FIRST_START_S_MAX)
+        self.address = call_kafka("start", "--dir", str(folder), wait_s_max=START_S_MAX)
 
     @property
     def pid(self) -> int:
@@ -96,13 +110,20 @@ class OwnBroker:
 
     def start(self) -> None:
         port = self.address.rpartition(":")[2]
-        call_kafka("start", "--dir", str(self._folder), "--port", port, wait_s_max=FIRST_START_S_MAX)
+        call_kafka("start", "--dir", str(self._folder), "--port", port, wait_s_max=START_S_MAX)
 
     def stop(self) -> None:
         call_kafka("stop", "--dir", str(self._folder), wait_s_max=STOP_S_MAX)
 
     def kill(self) -> None:
-        os.kill(self.pid, signal.SIGKILL)
+        """SIGKILL, and wait until the process and so its port are gone."""
+        ended = os.pidfd_open(self.pid)
+        try:
+            signal.pidfd_send_signal(ended, signal.SIGKILL)
+            readable, _, _ = select.select([ended], [], [], STOP_S_MAX)
+        finally:
+            os.close(ended)
+        assert readable, f"the broker on {self._folder} outlived SIGKILL"
 
     def pause(self) -> None:
         os.kill(self.pid, signal.SIGSTOP)
@@ -114,6 +135,7 @@ class OwnBroker:
 @pytest.fixture
 def own_kafka() -> Iterator[OwnBroker]:
     """A broker of this test's own, already started. Costs about two seconds: share `kafka` where that will do."""
+    need_kafka()
     with tempfile.TemporaryDirectory(prefix="headrace-broker-") as folder:
         broker = OwnBroker(Path(folder))
         try:

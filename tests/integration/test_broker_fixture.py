@@ -48,6 +48,8 @@ async def test_an_own_broker_keeps_its_address_and_data_over_a_kill(own_kafka: A
     await admin.create_topics([NewTopic("kept", 1, 1)])
     await admin.close()
     await write_values(own_kafka.address, "kept", b"aborted", b"committed")
+    # Acknowledged is not yet marked in the log: a broker killed in between may never write the marker (4.3.1).
+    assert await read_values(own_kafka.address, "kept", 1) == [b"committed"]
     before = own_kafka.pid
     own_kafka.kill()
     own_kafka.start()
