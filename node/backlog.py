@@ -106,6 +106,8 @@ class Backlog:
         if line.rows + len(triggers) > bound.rows_max:
             if bound.policy == "shed_newest" or len(triggers) > bound.rows_max:
                 settled.shed[f"overload {triggers.name}"] += len(triggers)
+                if answering is not None:
+                    answering.cancel()
                 return None
             self._shed_oldest(triggers.name, bound.rows_max - len(triggers), settled)
         chunk = SequenceChunk(line.next_number, triggers)
