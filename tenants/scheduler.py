@@ -247,6 +247,12 @@ class Scheduler:
     def set_rows_queued_max(self, tenant: str, model: str, rows: int) -> None:
         self._model(tenant, model).rows_queued_max = min(rows, limits.ROWS_QUEUED_PER_MODEL_MAX)
 
+    def set_cost(self, tenant: str, model: str, cost: CostEstimate) -> None:
+        """A better first estimate; ignored once calls of the model were measured."""
+        estimated = self._model(tenant, model)
+        if estimated.cost.calls == 0:
+            estimated.cost = cost
+
     def block(self, tenant: str, model: str | None = None) -> None:
         """Skip the tenant, or one model of it, until `unblock`; what runs goes on, what is queued stays."""
         owner = self._tenant(tenant)

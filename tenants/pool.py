@@ -1,0 +1,637 @@
+"""Runs tenants' models in their workers: the asyncio shell around the scheduler.
+
+One keeper task a tenant starts its worker, again with exponential back-off when it was lost, and loads and unloads
+versions; while it does, the scheduler skips the tenant. One task a batch makes the call. Nothing polls: submissions and
+ended batches wake the dispatcher, which runs once for all that happened in one turn of the loop.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import math
+import time
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Literal, TypeAlias
+
+import numpy as np
+import structlog
+
+from node.kernel import limits
+from node.kernel.clock import Clock
+from node.kernel.errors import BoundExceeded, CallFailed, HeadraceError, ModelRefused, WorkerLost
+from node.kernel.supervise import Supervisor
+from node.kernel.types import FeatureRows, Ints, ModelName, ModelOutputs, ModelVersion
+from tenants.batch import Batch, Piece, Submission
+from tenants.cost import CostEstimate
+from tenants.isolation import Isolation, first_pieces, halves
+from tenants.manifest import TenantSettings
+from tenants.scheduler import URGENT, Dispatch, Scheduler, SchedulerStatistics
+from tenants.workers import LoadReport, WarmServer, WorkerProcess, WorkerStatistics
+
+log = structlog.get_logger(__name__)
+
+LOSSES_MAX = 2
+"""A batch that took so many workers along is halved; a single row, given up."""
+LOAD_LOSSES_MAX = 3
+"""A version that took so many workers along while it was loaded is failing."""
+VERSIONS_PER_TENANT_MAX = 2 * limits.MODELS_PER_TENANT_MAX
+"""Twice the models: while versions are swapped, rows of the old ones still run."""
+DEADLINE_SHARE_MAX = 0.25
+"""Of a call's deadline that a batch may be estimated to cost."""
+
+FailingCallback: TypeAlias = Callable[[ModelName, str, str], None]
+VersionState: TypeAlias = Literal["fetching", "fetched", "loaded", "failing"]
+
+
+@dataclass(frozen=True, slots=True)
+class VersionStatistics:
+    """Times in CPU seconds; `rows` and `calls` since the version came here."""
+
+    model: str
+    version: str
+    state: VersionState
+    rows: int
+    calls: int
+    cpu_seconds: float
+    rows_queued: int
+    seconds_per_call: float
+    seconds_per_row: float
+    rows_failed: int
+    last_error: str
+
+
+@dataclass(frozen=True, slots=True)
+class TenantStatistics:
+    tenant: str
+    weight: float
+    cpu_seconds: float
+    restarts: int
+    backoff_ms: int
+    last_error: str
+    worker: WorkerStatistics | None
+    versions: tuple[VersionStatistics, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class PoolStatistics:
+    tenants: tuple[TenantStatistics, ...]
+    scheduler: SchedulerStatistics
+
+
+@dataclass(slots=True, eq=False)
+class _Version:
+    version: ModelVersion
+    text_features: tuple[str, ...]
+    state: VersionState = "fetching"
+    model: bytes | None = None
+    """The file, from when it was fetched until it is loaded."""
+    fetch: asyncio.Task[None] | None = None
+    losses: int = 0
+    retired: bool = False
+    failed_at: float = 0.0
+    reason: str = ""
+    last_error: str = ""
+    rows_failed: int = 0
+
+    @property
+    def key(self) -> str:
+        return self.version.version
+
+
+@dataclass(slots=True, eq=False)
+class _Tenant:
+    settings: TenantSettings
+    versions: dict[str, _Version] = field(default_factory=dict)
+    worker: WorkerProcess | None = None
+    keeper: asyncio.Task[None] | None = None
+    batch: asyncio.Task[None] | None = None
+    lost: bool = False
+    """The worker is known to be dying; its `lost` follows."""
+    changed: asyncio.Event = field(default_factory=asyncio.Event)
+    idle: asyncio.Event = field(default_factory=asyncio.Event)
+    backoff_ms: int = 0
+    restarts: int = 0
+    last_error: str = ""
+
+    @property
+    def name(self) -> str:
+        return self.settings.tenant
+
+
+class ModelPool:
+    """The `ModelRunner` of a node. All of it runs on one event loop.
+
+    `fetch` gives the bytes of a model file by sha256; while it fails, the rows wait and it is tried again.
+    `parallel` is the number of batches that run at once, one a CPU. `on_failing` hears of each version that
+    can't be run any more, with the reason; its rows get that reason as their error until it loads again, which
+    is tried at a submission once WORKER_BACKOFF_MS_MAX has passed.
+    """
+
+    def __init__(
+        self,
+        server: WarmServer,
+        fetch: Callable[[str], Awaitable[bytes]],
+        clock: Clock,
+        supervisor: Supervisor,
+        parallel: int,
+        quantum_seconds: float = 0.010,
+        on_failing: FailingCallback | None = None,
+    ) -> None:
+        self._server = server
+        self._fetch_bytes = fetch
+        self._clock = clock
+        self._supervisor = supervisor
+        self._on_failing = on_failing
+        self._scheduler = Scheduler(parallel, quantum_seconds)
+        self._tenants: dict[str, _Tenant] = {}
+        self._woken = False
+        self._stopped = False
+
+    # What the node asks for
+
+    def submit(self, version: ModelVersion, rows: FeatureRows, priority: int = URGENT) -> asyncio.Future[ModelOutputs]:
+        """Queue rows; the future gives one output row, or one error, for each. Cancelling it drops what still waits.
+
+        Raises BoundExceeded when the queue of the model is full: the caller keeps the rows in the sequence log.
+        """
+        if self._stopped:
+            raise BoundExceeded(
+                f"rows of {version.name} not taken: the pool is stopping; they stay in the sequence log"
+            )
+        future: asyncio.Future[ModelOutputs] = asyncio.get_running_loop().create_future()
+        submission = Submission(rows, future, len(version.outputs), len(rows))
+        if not len(rows):
+            submission.fail("")
+            return future
+        tenant = self._tenant(version.name.tenant)
+        known = tenant.versions.get(version.version) or self._add_version(tenant, version, tuple(sorted(rows.texts)))
+        if known.state == "failing" and not self._tried_again(tenant, known):
+            known.rows_failed += len(rows)
+            submission.fail(known.reason)
+            return future
+        self._check_queue(tenant, version.name, len(rows))
+        self._scheduler.enqueue(submission, tenant.name, known.key, len(rows), priority)
+        future.add_done_callback(partial(self._answered, tenant, known, submission))
+        self._wake()
+        return future
+
+    def rows_queued_max(self, name: ModelName) -> int:
+        tenant = self._tenants.get(name.tenant)
+        return (tenant.settings if tenant else TenantSettings(name.tenant)).rows_queued_max
+
+    def configure(self, settings: TenantSettings) -> None:
+        """Add a tenant or change its settings; a new memory limit takes effect at the worker's next start."""
+        tenant = self._tenants.get(settings.tenant)
+        if tenant is None:
+            self._add_tenant(settings)
+            return
+        tenant.settings = settings
+        self._scheduler.set_weight(settings.tenant, settings.weight)
+
+    def admit(self, version: ModelVersion, text_features: tuple[str, ...] = ()) -> None:
+        """Load a version before rows come for it; without it, the first submission does."""
+        tenant = self._tenant(version.name.tenant)
+        known = tenant.versions.get(version.version)
+        if known is None:
+            self._add_version(tenant, version, text_features)
+        else:
+            known.retired = False
+
+    def retire(self, version: ModelVersion) -> None:
+        """Forget a version once the rows queued for it have run."""
+        tenant = self._tenants.get(version.name.tenant)
+        known = tenant.versions.get(version.version) if tenant else None
+        if tenant is not None and known is not None:
+            known.retired = True
+            tenant.changed.set()
+
+    async def remove(self, tenant: str) -> None:
+        """Forget a tenant; rows still queued get an error, its worker ends."""
+        removed = self._tenants.pop(tenant, None)
+        if removed is not None:
+            for ticket in self._scheduler.remove_tenant(tenant):
+                self._abandon(ticket, f"tenant {tenant} was removed")
+            await self._close(removed)
+
+    async def stop(self) -> None:
+        """End the workers. What has no answer is cancelled: its rows are still in the caller's sequence log."""
+        self._stopped = True
+        for name in list(self._tenants):
+            removed = self._tenants.pop(name)
+            for ticket in self._scheduler.remove_tenant(name):
+                self._abandon(ticket, "")
+            await self._close(removed)
+
+    def statistics(self) -> PoolStatistics:
+        shares = self._scheduler.statistics()
+        return PoolStatistics(tuple(_tenant_statistics(tenant, shares) for tenant in self._tenants.values()), shares)
+
+    # Tenants and versions
+
+    def _tenant(self, name: str) -> _Tenant:
+        return self._tenants.get(name) or self._add_tenant(TenantSettings(name))
+
+    def _add_tenant(self, settings: TenantSettings) -> _Tenant:
+        self._scheduler.add_tenant(settings.tenant, settings.weight)
+        self._scheduler.block(settings.tenant)
+        tenant = self._tenants[settings.tenant] = _Tenant(settings)
+        tenant.idle.set()
+        tenant.keeper = self._supervisor.start(f"worker of {settings.tenant}", self._keep(tenant))
+        return tenant
+
+    def _add_version(self, tenant: _Tenant, version: ModelVersion, text_features: tuple[str, ...]) -> _Version:
+        if len(tenant.versions) >= VERSIONS_PER_TENANT_MAX:
+            raise BoundExceeded(
+                f"version {version.short_version} of {version.name} not taken: tenant {tenant.name} has"
+                f" {VERSIONS_PER_TENANT_MAX} versions here already; retire some"
+            )
+        added = tenant.versions[version.version] = _Version(version, text_features)
+        self._schedule(tenant, added)
+        self._fetch_again(tenant, added)
+        return added
+
+    def _schedule(self, tenant: _Tenant, known: _Version) -> None:
+        call_seconds_max = known.version.deadline_ms / 1000 * DEADLINE_SHARE_MAX
+        self._scheduler.add_model(tenant.name, known.key, known.version.weight, CostEstimate(), call_seconds_max)
+        self._scheduler.block(tenant.name, known.key)
+
+    def _check_queue(self, tenant: _Tenant, name: ModelName, rows: int) -> None:
+        held = sum(
+            self._scheduler.rows_held(tenant.name, known.key)
+            for known in tenant.versions.values()
+            if known.version.name == name
+        )
+        if held + rows > tenant.settings.rows_queued_max:
+            raise BoundExceeded(
+                f"{name} holds {held} rows and can't take {rows} more: its tenant's rows_queued_max is"
+                f" {tenant.settings.rows_queued_max}; keep them and submit again when some are done"
+            )
+
+    def _tried_again(self, tenant: _Tenant, known: _Version) -> bool:
+        """Whether a failing version is given another chance now."""
+        if self._clock.monotonic() - known.failed_at < limits.WORKER_BACKOFF_MS_MAX / 1000:
+            return False
+        known.losses = 0
+        self._fetch_again(tenant, known)
+        return True
+
+    def _fetch_again(self, tenant: _Tenant, known: _Version) -> None:
+        known.state = "fetching"
+        known.fetch = self._supervisor.start(f"fetch {known.version.name}", self._fetch(tenant, known))
+
+    async def _fetch(self, tenant: _Tenant, known: _Version) -> None:
+        backoff_ms = limits.WORKER_BACKOFF_MS_MIN
+        while True:
+            try:
+                known.model = await self._fetch_bytes(known.version.blob)
+                break
+            except (HeadraceError, OSError) as error:
+                known.last_error = f"its file can't be had yet: {error}"
+                log.warning("model file not fetched", model=str(known.version.name), error=str(error))
+            await asyncio.sleep(backoff_ms / 1000)
+            backoff_ms = min(backoff_ms * 2, limits.WORKER_BACKOFF_MS_MAX)
+        known.state = "fetched"
+        tenant.changed.set()
+
+    async def _close(self, tenant: _Tenant) -> None:
+        tasks = [tenant.keeper, *(known.fetch for known in tenant.versions.values())]
+        pending = [task for task in tasks if task is not None and not task.done()]
+        for task in pending:
+            task.cancel()
+        await asyncio.gather(*pending, return_exceptions=True)
+        if tenant.worker is not None:
+            await tenant.worker.close()
+        await tenant.idle.wait()
+
+    # The keeper of one tenant's worker
+
+    async def _keep(self, tenant: _Tenant) -> None:
+        while True:
+            tenant.changed.clear()
+            if tenant.worker is not None and (tenant.lost or tenant.worker.lost.is_set()):
+                await tenant.worker.lost.wait()
+                self._lost(tenant, tenant.last_error or "the worker ended")
+            elif (unneeded := self._unneeded(tenant)) is not None:
+                await self._unload(tenant, unneeded)
+            elif (fetched := _in_state(tenant, "fetched")) is not None:
+                if tenant.worker is None:
+                    await self._start_worker(tenant)
+                else:
+                    await self._load(tenant, tenant.worker, fetched)
+            else:
+                await tenant.changed.wait()
+
+    async def _start_worker(self, tenant: _Tenant) -> None:
+        if tenant.backoff_ms:
+            await asyncio.sleep(tenant.backoff_ms / 1000)
+        try:
+            worker = await self._server.spawn(tenant.name, tenant.settings.memory_mb * limits.MIB)
+        except WorkerLost as error:
+            self._back_off(tenant, str(error))
+            return
+        tenant.worker = worker
+        self._supervisor.start(f"watch of {tenant.name}", _watch(tenant, worker))
+
+    async def _load(self, tenant: _Tenant, worker: WorkerProcess, known: _Version) -> None:
+        """Have the worker take a version; its other versions wait meanwhile, they share one thread."""
+        assert known.model is not None
+        self._scheduler.block(tenant.name)
+        await tenant.idle.wait()
+        if tenant.lost or worker.lost.is_set():
+            return
+        before = _cpu_seconds(worker.pid)
+        try:
+            report = await worker.load(known.version, known.model, known.text_features)
+        except ModelRefused as error:
+            self._failing(tenant, known, str(error))
+        except WorkerLost as error:
+            self._dying(tenant, worker, str(error))
+            known.losses += 1
+            if known.losses >= LOAD_LOSSES_MAX:
+                reason = f"the worker died {known.losses} times while it loaded the model; the last time: {error}"
+                self._failing(tenant, known, reason)
+        else:
+            self._loaded(tenant, known, report)
+        self._scheduler.charge(tenant.name, _cpu_seconds(worker.pid) - before)
+        self._resume(tenant)
+
+    def _loaded(self, tenant: _Tenant, known: _Version, report: LoadReport) -> None:
+        known.state, known.model, known.losses = "loaded", None, 0
+        self._scheduler.set_cost(tenant.name, known.key, _first_cost(report))
+        self._scheduler.unblock(tenant.name, known.key)
+        log.info("model loaded", model=str(known.version.name), version=known.version.short_version)
+
+    def _resume(self, tenant: _Tenant) -> None:
+        if tenant.worker is None or tenant.lost or tenant.worker.lost.is_set():
+            tenant.changed.set()
+            return
+        self._scheduler.unblock(tenant.name)
+        self._wake()
+
+    def _dying(self, tenant: _Tenant, worker: WorkerProcess, reason: str) -> None:
+        """Send the worker nothing more; the keeper goes on once it has ended."""
+        if tenant.worker is worker and self._tenants.get(tenant.name) is tenant:
+            worker.kill()
+            tenant.lost, tenant.last_error = True, reason
+            self._scheduler.block(tenant.name)
+            tenant.changed.set()
+
+    def _failing(self, tenant: _Tenant, known: _Version, reason: str) -> None:
+        known.state, known.model, known.reason, known.last_error = "failing", None, reason, reason
+        known.failed_at = self._clock.monotonic()
+        name, version = known.version.name, known.version
+        log.warning("model failing", model=str(name), version=version.short_version, reason=reason)
+        for ticket in self._scheduler.remove_model(tenant.name, known.key):
+            known.rows_failed += _fail(ticket, reason)
+        self._schedule(tenant, known)
+        if self._on_failing is not None:
+            self._on_failing(name, version.version, reason)
+
+    def _unneeded(self, tenant: _Tenant) -> _Version | None:
+        for known in tenant.versions.values():
+            if known.retired and self._scheduler.rows_held(tenant.name, known.key) == 0:
+                return known
+        return None
+
+    async def _unload(self, tenant: _Tenant, known: _Version) -> None:
+        del tenant.versions[known.key]
+        self._scheduler.remove_model(tenant.name, known.key)
+        if known.fetch is not None:
+            known.fetch.cancel()
+        worker = tenant.worker
+        if worker is None or known.state != "loaded":
+            return
+        self._scheduler.block(tenant.name)
+        await tenant.idle.wait()
+        try:
+            await worker.unload(known.key)
+        except WorkerLost as error:
+            self._dying(tenant, worker, str(error))
+        self._resume(tenant)
+
+    def _lost(self, tenant: _Tenant, reason: str) -> None:
+        """The worker is gone: skip the tenant until the next one has its versions."""
+        tenant.worker, tenant.lost = None, False
+        self._scheduler.block(tenant.name)
+        for known in tenant.versions.values():
+            if known.state in ("loaded", "fetched"):
+                self._scheduler.block(tenant.name, known.key)
+            if known.state == "loaded":
+                self._fetch_again(tenant, known)
+        self._back_off(tenant, reason)
+
+    def _back_off(self, tenant: _Tenant, reason: str) -> None:
+        tenant.restarts += 1
+        tenant.last_error = reason
+        doubled = max(tenant.backoff_ms * 2, limits.WORKER_BACKOFF_MS_MIN)
+        tenant.backoff_ms = min(doubled, limits.WORKER_BACKOFF_MS_MAX)
+        log.warning("worker lost", tenant=tenant.name, reason=reason, backoff_ms=tenant.backoff_ms)
+        tenant.changed.set()
+
+    # Batches
+
+    def _wake(self) -> None:
+        if not self._woken:
+            self._woken = True
+            asyncio.get_running_loop().call_soon(self._dispatch)
+
+    def _dispatch(self) -> None:
+        self._woken = False
+        while (dispatch := self._scheduler.next()) is not None:
+            tenant = self._tenants[dispatch.tenant]
+            worker, known = tenant.worker, tenant.versions[dispatch.model]
+            if worker is None or worker.lost.is_set():
+                self._scheduler.block(tenant.name)
+                self._scheduler.requeue(dispatch, 0.0)
+                continue
+            tenant.idle.clear()
+            tenant.batch = self._supervisor.start("batch", self._run(tenant, worker, known, dispatch))
+
+    async def _run(self, tenant: _Tenant, worker: WorkerProcess, known: _Version, dispatch: Dispatch) -> None:
+        batch = Batch.of(dispatch.parts)
+        started, before = self._clock.monotonic(), _cpu_seconds(worker.pid)
+        learn, used = False, 0.0
+        pieces: list[Piece] = []
+        try:
+            left = self._without_refused(known, batch)
+            if left is not None:
+                batch = left
+                outputs = await worker.call(known.key, batch.rows, known.version.deadline_ms / 1000)
+                used = _cpu_seconds(worker.pid) - before
+                learn, tenant.backoff_ms = len(batch.rows) == dispatch.rows, 0
+                known.rows_failed += len(outputs.errors)
+                batch.answer(outputs, used)
+        except CallFailed as error:
+            used, tenant.backoff_ms = _cpu_seconds(worker.pid) - before, 0
+            pieces = self._raised(known, batch.piece(), str(error))
+        except WorkerLost as error:
+            # Its CPU time went with it: charge the time it held the slot, and learn that such batches take long.
+            used = self._clock.monotonic() - started
+            learn = used >= known.version.deadline_ms / 1000
+            self._dying(tenant, worker, str(error))
+            removed = self._tenants.get(tenant.name) is not tenant
+            pieces = [batch.piece()] if removed else self._died(known, batch.piece(), str(error))
+        finally:
+            self._ended(tenant, known, dispatch, max(used, 0.0), learn, pieces)
+
+    def _abandon(self, ticket: object, reason: str) -> None:
+        """Rows of a tenant that is removed get an error; those of a pool that stops are the caller's again."""
+        if not self._stopped:
+            _fail(ticket, reason)
+            return
+        assert isinstance(ticket, Submission | Piece)
+        for owner in ticket.owners if isinstance(ticket, Piece) else (ticket,):
+            owner.future.cancel()
+
+    def _ended(
+        self, tenant: _Tenant, known: _Version, dispatch: Dispatch, cpu_seconds: float, learn: bool, pieces: list[Piece]
+    ) -> None:
+        self._scheduler.complete(dispatch, cpu_seconds, learn=learn)
+        present = self._tenants.get(tenant.name) is tenant and tenant.versions.get(known.key) is known
+        for piece in reversed(pieces):
+            if not present:
+                self._abandon(piece, f"{known.version.name} was removed while its rows ran")
+            elif not piece.abandoned:
+                self._scheduler.enqueue(
+                    piece, tenant.name, known.key, len(piece.rows), dispatch.priority, whole=True, first=True
+                )
+        tenant.idle.set()
+        if known.retired:
+            tenant.changed.set()
+        self._wake()
+
+    @staticmethod
+    def _without_refused(known: _Version, batch: Batch) -> Batch | None:
+        """The batch without rows whose likes were refused in it before; None when none is left."""
+        first = batch.parts[0][0]
+        isolation = first.isolation if isinstance(first, Piece) else None
+        if not isinstance(first, Piece) or isolation is None:
+            return batch
+        refused = isolation.refusals(first.rows)
+        if refused:
+            rows = np.array(sorted(refused))
+            known.rows_failed += len(rows)
+            first.take(rows).answer(None, {at: refused[int(row)] for at, row in enumerate(rows)}, 0.0)
+            left = np.setdiff1d(np.arange(len(first.rows)), rows)
+            if not len(left):
+                return None
+            first = first.take(left, first.losses, isolation)
+        isolation.calls_left -= 1
+        return Batch([(first, 0, len(first.rows))], first.rows)
+
+    @staticmethod
+    def _raised(known: _Version, piece: Piece, reason: str) -> list[Piece]:
+        """What to try after the model raised on the piece; rows that are to blame are answered."""
+        known.last_error = reason
+        isolation = piece.isolation
+        alone = len(piece.rows) == 1
+        if alone and isolation is not None:
+            isolation.learn(piece.rows, reason)
+        if alone or (isolation is not None and isolation.calls_left <= 0):
+            known.rows_failed += len(piece.rows)
+            told = reason if alone else f"{reason} (said of {len(piece.rows)} rows together; too many fail to try each)"
+            piece.answer(None, dict.fromkeys(range(len(piece.rows)), told), 0.0)
+            return []
+        if isolation is None:
+            isolation = Isolation()
+            return [piece.take(at, isolation=isolation) for at in first_pieces(piece.rows)]
+        return [piece.take(at, piece.losses, isolation) for at in halves(len(piece.rows))]
+
+    @staticmethod
+    def _died(known: _Version, piece: Piece, reason: str) -> list[Piece]:
+        """What to try after the worker was lost with the piece: the same again, then its halves, at last none."""
+        known.last_error = reason
+        piece.losses += 1
+        if piece.losses < LOSSES_MAX:
+            return [piece]
+        if len(piece.rows) == 1:
+            known.rows_failed += 1
+            piece.answer(None, {0: f"the worker was lost {piece.losses} times with this row: {reason}"}, 0.0)
+            return []
+        return [_half(piece, at) for at in halves(len(piece.rows))]
+
+    def _answered(
+        self, tenant: _Tenant, known: _Version, submission: Submission, future: asyncio.Future[ModelOutputs]
+    ) -> None:
+        if future.cancelled() and self._tenants.get(tenant.name) is tenant and known.key in tenant.versions:
+            self._scheduler.cancel(tenant.name, known.key, submission)
+
+
+async def _watch(tenant: _Tenant, worker: WorkerProcess) -> None:
+    await worker.lost.wait()
+    tenant.changed.set()
+
+
+def _half(piece: Piece, at: Ints) -> Piece:
+    """A half of a piece whose loss is proven needs one more loss to be halved; a single row must be lost twice."""
+    return piece.take(at, LOSSES_MAX - 1 if len(at) > 1 else 0, piece.isolation)
+
+
+def _in_state(tenant: _Tenant, state: VersionState) -> _Version | None:
+    return next((known for known in tenant.versions.values() if known.state == state), None)
+
+
+def _fail(ticket: object, reason: str) -> int:
+    """Answer the ticket's rows with `reason`; how many."""
+    if isinstance(ticket, Piece):
+        ticket.answer(None, dict.fromkeys(range(len(ticket.rows)), reason), 0.0)
+        return len(ticket.rows)
+    assert isinstance(ticket, Submission)
+    count = ticket.left
+    ticket.fail(reason)
+    return count
+
+
+def _cpu_seconds(pid: int) -> float:
+    """CPU time of a process with all its threads, from the kernel: a worker can't lie about it. 0 once it is gone.
+
+    The clock's id is made as glibc's clock_getcpuclockid(3) makes it.
+    """
+    try:
+        return time.clock_gettime((~pid << 3) | 2)
+    except OSError:
+        return 0.0
+
+
+def _first_cost(report: LoadReport) -> CostEstimate:
+    """The worker's own figures are only where learning starts; batches grow from small ones in any case."""
+    call, row = report.seconds_per_call, report.seconds_per_row
+    default = CostEstimate()
+    return CostEstimate(
+        seconds_per_call=call if math.isfinite(call) and call > 0 else default.seconds_per_call,
+        seconds_per_row=row if math.isfinite(row) and row > 0 else default.seconds_per_row,
+    )
+
+
+def _tenant_statistics(tenant: _Tenant, shares: SchedulerStatistics) -> TenantStatistics:
+    share = shares.tenants[tenant.name]
+    versions = []
+    for known in tenant.versions.values():
+        model = share.models[known.key]
+        versions.append(
+            VersionStatistics(
+                model=known.version.name.model,
+                version=known.version.version,
+                state=known.state,
+                rows=model.rows_done,
+                calls=model.calls,
+                cpu_seconds=model.cpu_seconds,
+                rows_queued=model.rows_queued,
+                seconds_per_call=model.seconds_per_call,
+                seconds_per_row=model.seconds_per_row,
+                rows_failed=known.rows_failed,
+                last_error=known.last_error,
+            )
+        )
+    return TenantStatistics(
+        tenant=tenant.name,
+        weight=share.weight,
+        cpu_seconds=share.cpu_seconds,
+        restarts=tenant.restarts,
+        backoff_ms=tenant.backoff_ms,
+        last_error=tenant.last_error,
+        worker=tenant.worker.statistics() if tenant.worker else None,
+        versions=tuple(versions),
+    )

@@ -1,0 +1,323 @@
+"""The model pool with real workers: answers in order, poison rows found, lost workers replaced, fair shares, bounds."""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import io
+import os
+import signal
+from collections.abc import AsyncIterator, Callable
+
+import joblib
+import numpy as np
+import pytest
+import pytest_asyncio
+from sklearn.ensemble import RandomForestClassifier
+from sklearn.feature_extraction.text import CountVectorizer
+from sklearn.linear_model import LogisticRegression
+from sklearn.naive_bayes import MultinomialNB
+from sklearn.pipeline import make_pipeline
+from sklearn.preprocessing import OneHotEncoder
+
+from node.kernel.clock import SystemClock
+from node.kernel.errors import BoundExceeded, NotFound
+from node.kernel.supervise import Supervisor
+from node.kernel.types import FeatureRows, ModelName, ModelOutputs, ModelVersion
+from tenants.manifest import TenantSettings
+from tenants.pool import ModelPool, TenantStatistics, VersionStatistics
+from tenants.sandbox import SandboxSettings
+from tenants.workers import WarmServer
+
+pytestmark = pytest.mark.asyncio(loop_scope="module")
+
+RNG = np.random.default_rng(7)
+X = RNG.normal(size=(400, 3))
+Y = (X.sum(axis=1) > 0).astype(int)
+FEATURES = ("amount", "visits", "age")
+LINEAR = LogisticRegression().fit(X, Y)
+
+
+class Models:
+    """Model files by sha256, as the blob store of a node holds them."""
+
+    def __init__(self) -> None:
+        self.files: dict[str, bytes] = {}
+        self.fetches = 0
+
+    def add(
+        self, model: object, tenant: str = "ads", name: str = "bid", deadline_ms: int = 5000,
+        features: tuple[str, ...] = FEATURES,
+    ) -> ModelVersion:  # fmt: skip
+        stream = io.BytesIO()
+        joblib.dump(model, stream)
+        blob = hashlib.sha256(stream.getvalue()).hexdigest()
+        self.files[blob] = stream.getvalue()
+        version = hashlib.sha256(f"{blob} {tenant} {name}".encode()).hexdigest()
+        return ModelVersion(
+            ModelName(tenant, name),
+            version,
+            blob,
+            ("transaction",),
+            features,
+            ("score",),
+            "predict_proba",
+            0,
+            deadline_ms,
+        )
+
+    async def fetch(self, blob: str) -> bytes:
+        self.fetches += 1
+        try:
+            return self.files[blob]
+        except KeyError:
+            raise NotFound(f"no file {blob} here") from None
+
+
+class Running:
+    def __init__(self, pool: ModelPool, models: Models, failing: list[tuple[ModelName, str, str]]) -> None:
+        self.pool = pool
+        self.models = models
+        self.failing = failing
+
+    def tenant(self, name: str = "ads") -> TenantStatistics:
+        return next(tenant for tenant in self.pool.statistics().tenants if tenant.tenant == name)
+
+    def version(self, version: ModelVersion) -> VersionStatistics:
+        tenant = self.tenant(version.name.tenant)
+        return next(known for known in tenant.versions if known.version == version.version)
+
+    def pid(self, name: str = "ads") -> int:
+        worker = self.tenant(name).worker
+        assert worker is not None
+        return worker.pid
+
+
+@pytest_asyncio.fixture(scope="module", loop_scope="module")
+async def server() -> AsyncIterator[WarmServer]:
+    server = WarmServer(SandboxSettings(required=frozenset()), SystemClock())
+    await server.start()
+    yield server
+    await server.stop()
+
+
+@pytest_asyncio.fixture(loop_scope="module")
+async def running(server: WarmServer) -> AsyncIterator[Running]:
+    supervisor, models = Supervisor(), Models()
+    failing: list[tuple[ModelName, str, str]] = []
+    pool = ModelPool(
+        server, models.fetch, SystemClock(), supervisor, parallel=1,
+        on_failing=lambda name, version, reason: failing.append((name, version, reason)),
+    )  # fmt: skip
+    yield Running(pool, models, failing)
+    await pool.stop()
+    assert supervisor.failure is None, "a background task died"
+    await supervisor.stop()
+
+
+async def until(condition: Callable[[], bool]) -> None:
+    async with asyncio.timeout(20):
+        while not condition():  # noqa: ASYNC110
+            await asyncio.sleep(0.002)
+
+
+async def answered(future: asyncio.Future[ModelOutputs]) -> ModelOutputs:
+    async with asyncio.timeout(20):
+        return await future
+
+
+def rows_of(numbers: np.ndarray, names: tuple[str, ...] = FEATURES) -> FeatureRows:
+    return FeatureRows(names, np.ascontiguousarray(numbers, dtype=np.float64))
+
+
+async def test_split_and_joined_batches_come_back_in_order(running: Running) -> None:
+    version = running.models.add(LINEAR)
+    sizes = [1, 3, 2000, 1, 700, 4096, 2]
+    numbers = [RNG.normal(size=(size, 3)) for size in sizes]
+    futures = [running.pool.submit(version, rows_of(part)) for part in numbers]
+    for part, future in zip(numbers, futures, strict=True):
+        outputs = await answered(future)
+        assert not outputs.errors
+        np.testing.assert_allclose(outputs.values[:, 0], LINEAR.predict_proba(part)[:, 1], rtol=1e-12)
+    statistics = running.version(version)
+    assert statistics.rows == sum(sizes)
+    assert statistics.calls != len(sizes), "small ones share a call, large ones are split"
+    assert statistics.rows_queued == 0
+    assert running.tenant().cpu_seconds > 0
+    assert (await answered(running.pool.submit(version, rows_of(np.empty((0, 3)))))).values.shape == (0, 1)
+
+
+async def test_rows_that_a_model_raises_on_get_errors_and_the_others_their_outputs(running: Running) -> None:
+    version = running.models.add(LINEAR)
+    numbers = RNG.normal(size=(1500, 3))
+    bad = [3, 700, 701, 1499]
+    numbers[bad, 1] = np.nan
+    numbers[9, 2] = np.inf
+    outputs = await answered(running.pool.submit(version, rows_of(numbers)))
+    assert sorted(outputs.errors) == [3, 9, 700, 701, 1499]
+    assert "NaN" in outputs.errors[3]
+    assert "infinity" in outputs.errors[9]
+    good = np.setdiff1d(np.arange(1500), list(outputs.errors))
+    np.testing.assert_allclose(outputs.values[good, 0], LINEAR.predict_proba(numbers[good])[:, 1], rtol=1e-12)
+    assert np.isnan(outputs.values[bad]).all()
+    assert running.tenant().restarts == 0, "a model that raises costs no worker"
+
+
+async def test_many_rows_with_the_same_gap_cost_few_calls(running: Running) -> None:
+    version = running.models.add(LINEAR)
+    await answered(running.pool.submit(version, rows_of(RNG.normal(size=(4000, 3)))))
+    before = running.version(version).calls
+    numbers = RNG.normal(size=(1000, 3))
+    numbers[::2, 0] = np.nan
+    outputs = await answered(running.pool.submit(version, rows_of(numbers)))
+    assert sorted(outputs.errors) == list(range(0, 1000, 2))
+    assert running.version(version).calls - before <= 40, "500 rows were not tried one by one"
+    assert running.version(version).rows_failed == 500
+
+
+async def test_a_text_no_model_has_seen_is_found_among_many_rows(running: Running) -> None:
+    shops = np.array([["north"], ["south"], ["east"]] * 40, dtype=object)
+    model = make_pipeline(OneHotEncoder(handle_unknown="error"), LogisticRegression()).fit(shops, [0, 1, 1] * 40)
+    version = running.models.add(model, features=("shop",))
+    texts: list[str | None] = ["north", "south", "east"] * 100
+    texts[17], texts[250] = "moon", None
+    outputs = await answered(
+        running.pool.submit(version, FeatureRows(("shop",), np.full((300, 1), np.nan), {"shop": texts}))
+    )
+    assert sorted(outputs.errors) == [17, 250]
+    assert "moon" in outputs.errors[17]
+    assert np.isfinite(outputs.values[[0, 16, 18, 299]]).all()
+
+
+async def test_a_killed_worker_is_replaced_and_no_row_is_lost(running: Running) -> None:
+    version = running.models.add(LINEAR)
+    await answered(running.pool.submit(version, rows_of(X)))
+    killed = running.pid()
+    futures = [running.pool.submit(version, rows_of(RNG.normal(size=(900, 3)))) for _ in range(4)]
+    os.kill(killed, signal.SIGKILL)
+    for future in futures:
+        outputs = await answered(future)
+        assert not outputs.errors
+        assert np.isfinite(outputs.values).all()
+    await until(lambda: running.tenant().restarts == 1)
+    await answered(running.pool.submit(version, rows_of(X)))
+    assert running.pid() != killed
+    assert running.tenant().backoff_ms == 0, "a call that worked ends the back-off"
+
+
+async def test_rows_that_take_the_worker_along_are_found_and_the_rest_is_answered(running: Running) -> None:
+    """A token pattern that backtracks for ages on one kind of text: the call passes its deadline and is killed."""
+    words = ["ab aab", "aaab", "xab ab", "b"] * 20
+    vectorizer = CountVectorizer(token_pattern=r"(?:a+)+b")
+    model = make_pipeline(vectorizer, MultinomialNB()).fit(words, [0, 1, 1, 0] * 20)
+    version = running.models.add(model, features=("query",), deadline_ms=500)
+    texts: list[str | None] = [*words[:9], "a" * 60, *words[:3]]
+    rows = FeatureRows(("query",), np.full((13, 1), np.nan), {"query": texts})
+    outputs = await answered(running.pool.submit(version, rows))
+    assert list(outputs.errors) == [9]
+    assert "lost 2 times" in outputs.errors[9]
+    assert "deadline" in outputs.errors[9]
+    good = [row for row in range(13) if row != 9]
+    expected = model.predict_proba([texts[row] for row in good])[:, 1]
+    np.testing.assert_allclose(outputs.values[good, 0], expected, rtol=1e-12)
+
+
+async def test_a_version_that_cannot_load_fails_its_rows_and_tells(running: Running) -> None:
+    version = running.models.add(LINEAR, features=("amount", "visits"))
+    healthy = running.models.add(LINEAR, name="other")
+    outputs = await answered(running.pool.submit(version, rows_of(X[:5, :2], ("amount", "visits"))))
+    assert sorted(outputs.errors) == [0, 1, 2, 3, 4]
+    assert "3 columns" in outputs.errors[0]
+    assert [(name, hash_) for name, hash_, _ in running.failing] == [(version.name, version.version)]
+    again = await answered(running.pool.submit(version, rows_of(X[:2, :2], ("amount", "visits"))))
+    assert sorted(again.errors) == [0, 1]
+    assert not (await answered(running.pool.submit(healthy, rows_of(X)))).errors
+
+
+async def test_rows_wait_while_the_file_cannot_be_had(running: Running) -> None:
+    version = running.models.add(LINEAR)
+    file = running.models.files.pop(version.blob)
+    future = running.pool.submit(version, rows_of(X))
+    await until(lambda: "can't be had yet" in running.version(version).last_error)
+    assert not future.done()
+    running.models.files[version.blob] = file
+    assert not (await answered(future)).errors
+
+
+async def test_queues_are_bounded_by_the_tenant_s_setting(running: Running) -> None:
+    version = running.models.add(LINEAR)
+    running.pool.configure(TenantSettings("ads", rows_queued_max=1000))
+    assert running.pool.rows_queued_max(version.name) == 1000
+    first = running.pool.submit(version, rows_of(RNG.normal(size=(900, 3))))
+    with pytest.raises(BoundExceeded, match="900 rows and can't take 101 more"):
+        running.pool.submit(version, rows_of(RNG.normal(size=(101, 3))))
+    await answered(first)
+    assert not (await answered(running.pool.submit(version, rows_of(RNG.normal(size=(101, 3)))))).errors
+
+
+async def test_tenants_share_by_weight_in_measured_cpu_time(running: Running) -> None:
+    """A slow forest and a quick regression, three to one by weight: CPU time is shared, not calls or rows."""
+    forest = RandomForestClassifier(20, max_depth=8, n_jobs=1).fit(X, Y)
+    heavy = running.models.add(forest, tenant="heavy")
+    light = running.models.add(LINEAR, tenant="light")
+    running.pool.configure(TenantSettings("heavy", weight=1.0, rows_queued_max=65_536))
+    running.pool.configure(TenantSettings("light", weight=3.0, rows_queued_max=65_536))
+    for version in (heavy, light):
+        await answered(running.pool.submit(version, rows_of(X)))
+    before = {tenant: running.tenant(tenant).cpu_seconds for tenant in ("heavy", "light")}
+    numbers = RNG.normal(size=(4096, 3))
+
+    async def keep_busy(version: ModelVersion) -> None:
+        while running.tenant("light").cpu_seconds - before["light"] < 0.6:
+            await running.pool.submit(version, rows_of(numbers))
+
+    async with asyncio.timeout(60):
+        await asyncio.gather(*(keep_busy(version) for version in (heavy, light) for _ in range(8)))
+    used = {tenant: running.tenant(tenant).cpu_seconds - before[tenant] for tenant in ("heavy", "light")}
+    assert 2.5 <= used["light"] / used["heavy"] <= 3.6
+
+
+async def test_a_retired_version_runs_its_queue_and_is_unloaded(running: Running) -> None:
+    old, new = running.models.add(LINEAR), running.models.add(LogisticRegression(C=0.01).fit(X, Y))
+    await answered(running.pool.submit(old, rows_of(X)))
+    waiting = [running.pool.submit(old, rows_of(X)) for _ in range(5)]
+    running.pool.retire(old)
+    running.pool.admit(new)
+    for future in waiting:
+        assert not (await answered(future)).errors
+    await until(lambda: [known.version for known in running.tenant().versions] == [new.version])
+    await until(lambda: running.version(new).state == "loaded")
+    worker = running.tenant().worker
+    assert worker is not None
+    assert worker.versions == (new.version,)
+
+
+async def test_cancelled_rows_are_not_run(running: Running) -> None:
+    version = running.models.add(LINEAR)
+    futures = [running.pool.submit(version, rows_of(X)) for _ in range(3)]
+    futures[1].cancel()
+    await asyncio.gather(futures[0], futures[2])
+    assert running.version(version).rows == 2 * len(X)
+
+
+async def test_removing_a_tenant_answers_its_rows_and_ends_its_worker(running: Running) -> None:
+    version = running.models.add(LINEAR)
+    await answered(running.pool.submit(version, rows_of(X)))
+    pid = running.pid()
+    futures = [running.pool.submit(version, rows_of(RNG.normal(size=(4000, 3)))) for _ in range(2)]
+    await asyncio.sleep(0)
+    await running.pool.remove("ads")
+    for future in futures:
+        outputs = await answered(future)
+        assert all("removed" in reason for reason in outputs.errors.values())
+        assert len(outputs.errors) > 0
+    await until(lambda: not os.path.exists(f"/proc/{pid}"))
+
+
+async def test_stopping_gives_the_rows_back_to_the_caller(running: Running) -> None:
+    version = running.models.add(LINEAR)
+    futures = [running.pool.submit(version, rows_of(RNG.normal(size=(4000, 3)))) for _ in range(2)]
+    await running.pool.stop()
+    assert all(future.cancelled() for future in futures)
+    with pytest.raises(BoundExceeded, match="stopping"):
+        running.pool.submit(version, rows_of(X))
