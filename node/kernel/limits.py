@@ -78,7 +78,7 @@ HTTP_BODY_BYTES_MAX = 1 * MIB
 HTTP_REQUESTS_MAX = 256
 """Requests in progress; one more is answered 503."""
 HTTP_REQUEST_MS_MAX = 10_000
-"""From the first byte of a request to the last of its answer; also how long a connection may be idle."""
+"""From a request's headers to the last byte of its answer; also how long headers may take, or a connection idle."""
 HTTP_CONNECTIONS_MAX = 1024
 """One more is told 503 and closed."""
 HTTP_LINE_BYTES_MAX = 8 * KIB

@@ -1,0 +1,125 @@
+"""The routes of the API, each answered from a `NodeView`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from http import HTTPStatus
+
+import msgspec
+
+from node.kernel.clock import Clock
+from node.kernel.types import ModelName
+from node.serving.metrics import METRICS_TYPE, NodeMetrics
+from node.serving.openapi import openapi_document
+from node.serving.problems import unavailable
+from node.serving.routes import AtQuery, Call, FeaturesQuery, Reply, Route
+from node.serving.view import (
+    AsOf,
+    Body,
+    CustomerFeatures,
+    CustomerInferences,
+    CustomerState,
+    HttpStatus,
+    Models,
+    NodeStatus,
+    NodeView,
+)
+
+API_VERSION = "1"
+_READS = (HTTPStatus.NOT_FOUND,)
+
+
+class Health(Body, frozen=True):
+    """The process lives: its event loop answers."""
+
+    alive: bool
+
+
+class Readiness(Body, frozen=True):
+    ready: bool
+
+
+class Endpoints:
+    """`http` gives the server's own figures."""
+
+    def __init__(self, view: NodeView, clock: Clock, http: Callable[[], HttpStatus]) -> None:
+        self._view = view
+        self._clock = clock
+        self._http = http
+        self._metrics = NodeMetrics(self.node_status)
+        self._openapi = b""
+
+    def routes(self) -> tuple[Route, ...]:
+        routes = (
+            Route("/healthz", "Whether the process lives", self._health, Health),
+            Route("/readyz", "Whether the node does its work; else why not", self._readiness, Readiness),
+            Route("/metrics", "Figures for Prometheus", self._metrics_text, None),
+            Route("/v1/status", "The node, its partitions and tenants", self._status, NodeStatus),
+            Route("/v1/models", "All versions of all models, with state and reasons", self._models, Models),
+            Route("/v1/customers/{customer}", "Profile and aggregates", self._customer, CustomerState, AtQuery, _READS),
+            Route(
+                "/v1/customers/{customer}/features",
+                "A model's features as they would be computed now",
+                self._features,
+                CustomerFeatures,
+                FeaturesQuery,
+                _READS,
+            ),
+            Route(
+                "/v1/customers/{customer}/inferences",
+                "The latest inference of each model",
+                self._inferences,
+                CustomerInferences,
+                AtQuery,
+                _READS,
+            ),
+            Route("/v1/openapi.json", "This description", self._openapi_json, None),
+        )
+        self._openapi = msgspec.json.encode(openapi_document(routes, "Headrace", API_VERSION))
+        return routes
+
+    def node_status(self) -> NodeStatus:
+        reasons = list(self._view.unready())
+        status = self._view.status()
+        return msgspec.structs.replace(status, ready=not reasons, reasons=reasons, http=self._http())
+
+    async def _health(self, call: Call) -> Reply:
+        return _reply(Health(alive=True))
+
+    async def _readiness(self, call: Call) -> Reply:
+        reasons = self._view.unready()
+        if reasons:
+            raise unavailable("not-ready", "the node does not do all of its work now", reasons=reasons)
+        return _reply(Readiness(ready=True))
+
+    async def _metrics_text(self, call: Call) -> Reply:
+        return Reply(self._metrics.text(), METRICS_TYPE)
+
+    async def _openapi_json(self, call: Call) -> Reply:
+        return Reply(self._openapi)
+
+    async def _status(self, call: Call) -> Reply:
+        return _reply(self.node_status())
+
+    async def _models(self, call: Call) -> Reply:
+        return _reply(Models(models=list(self._view.models())))
+
+    async def _customer(self, call: Call) -> Reply:
+        return _reply(await self._view.customer(call.variables["customer"], self._at(call)))
+
+    async def _features(self, call: Call) -> Reply:
+        model = ModelName(*call.query.model.split("/"))
+        return _reply(await self._view.features(call.variables["customer"], model, self._at(call)))
+
+    async def _inferences(self, call: Call) -> Reply:
+        return _reply(await self._view.inferences(call.variables["customer"], self._at(call)))
+
+    def _at(self, call: Call) -> AsOf:
+        text = call.query.at
+        if text == "last":
+            return "last"
+        return int(text) if text else self._clock.now_ms()
+
+
+def _reply(body: Body) -> Reply:
+    return Reply(msgspec.json.encode(body))

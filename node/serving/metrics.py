@@ -1,0 +1,162 @@
+"""Figures for Prometheus, made from one `NodeStatus` a scrape: nothing is counted twice, or kept here.
+
+Label values are the operator's and tenants' names, never a customer's. A metric gives at most METRIC_SERIES_MAX
+series; what is beyond is added up under `_other`.
+"""
+
+from __future__ import annotations
+
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterable, Iterator, Mapping
+
+from prometheus_client import CollectorRegistry, ProcessCollector, generate_latest
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
+from prometheus_client.registry import Collector
+
+from node.kernel.limits import METRIC_SERIES_MAX
+from node.serving.view import HttpStatus, NodeStatus, PartitionStatus, TenantStatus
+
+METRICS_TYPE = "text/plain; version=0.0.4; charset=utf-8"
+_OTHER = "_other"
+
+Series = Mapping[tuple[str, ...], float]
+"""Label values -> value."""
+
+
+class NodeMetrics:
+    def __init__(self, status: Callable[[], NodeStatus]) -> None:
+        self._registry = CollectorRegistry()
+        ProcessCollector(registry=self._registry)
+        self._registry.register(_StatusCollector(status))
+
+    def text(self) -> bytes:
+        return generate_latest(self._registry)
+
+
+class _StatusCollector(Collector):
+    def __init__(self, status: Callable[[], NodeStatus]) -> None:
+        self._status = status
+
+    def describe(self) -> Iterable[Metric]:
+        """Nothing: else registering would ask the node for its status before it has started."""
+        return ()
+
+    def collect(self) -> Iterator[Metric]:
+        status = self._status()
+        yield _gauge("ready", "1 while the node does all of its work.", (), {(): float(status.ready)})
+        yield from _partition_metrics(status.partitions)
+        yield from _counted_metrics(status.partitions)
+        yield from _tenant_metrics(status)
+        if status.http is not None:
+            yield from _http_metrics(status.http)
+
+
+def _partition_metrics(partitions: list[PartitionStatus]) -> Iterator[Metric]:
+    def by_partition(value: Callable[[PartitionStatus], float | None]) -> Series:
+        values = {(str(partition.number),): value(partition) for partition in partitions}
+        return {labels: found for labels, found in values.items() if found is not None}
+
+    label = ("partition",)
+    yield _gauge("partition_running", "1 while it runs.", label, by_partition(lambda one: one.phase == "running"))
+    yield _counter("partition_failures", "Times it was opened again.", label, by_partition(lambda one: one.failures))
+    yield _gauge("lag_events", "Events between progress and source end.", label, by_partition(lambda one: one.lag))
+    yield _counter("events", "Events taken in.", label, by_partition(lambda one: one.counters.get("events", 0)))
+    ignored = by_partition(lambda one: one.counters.get("ignored", 0))
+    yield _counter("ignored", "Events of types that are not configured.", label, ignored)
+    late = by_partition(lambda one: one.counters.get("late", 0))
+    yield _counter("late", "Events too late for a window they belong to.", label, late)
+    yield _counter("cache_hits", "Rows found in the cache.", label, by_partition(lambda one: one.cache.hits))
+    yield _counter("cache_misses", "Rows read from the store.", label, by_partition(lambda one: one.cache.misses))
+    yield _gauge("cache_rows", "Rows in the cache.", label, by_partition(lambda one: one.cache.rows))
+    yield _gauge("cache_bytes", "Bytes of the cache.", label, by_partition(lambda one: one.cache.bytes))
+    steps: defaultdict[tuple[str, ...], float] = defaultdict(float)
+    for partition in partitions:
+        for step, seconds in partition.step_seconds.items():
+            steps[step,] += seconds
+    yield _counter("step_seconds", "Time of the cycle, by step, all partitions.", ("step",), steps)
+
+
+def _counted_metrics(partitions: list[PartitionStatus]) -> Iterator[Metric]:
+    """Counters are named `<what> <of which>`; all partitions together."""
+    counted: dict[str, Counter[tuple[str, ...]]] = {"dead_letters": Counter(), "inferences": Counter()}
+    counted |= {"failed": Counter(), "shed": Counter()}
+    for partition in partitions:
+        for name, value in partition.counters.items():
+            what, _, which = name.partition(" ")
+            if what in counted and which:
+                counted[what][_labels(what, which)] += value
+    model = ("tenant", "model")
+    yield _counter("dead_letters", "Records that could not be used.", ("reason",), counted["dead_letters"])
+    yield _counter("inferences", "Inferences committed.", model, counted["inferences"])
+    yield _counter("model_failures", "Triggers a model failed on.", model, counted["failed"])
+    yield _counter("sheds", "Triggers given up.", ("reason", *model), counted["shed"])
+    rows: Counter[tuple[str, ...]] = Counter()
+    oldest: dict[tuple[str, ...], float] = {}
+    for partition in partitions:
+        for name, waiting in partition.backlog.items():
+            labels = _labels("backlog", name)
+            rows[labels] += waiting.rows
+            oldest[labels] = max(oldest.get(labels, 0.0), waiting.oldest_ms / 1000)
+    yield _gauge("backlog_rows", "Triggers in the sequence log.", model, rows)
+    yield _gauge("backlog_oldest_seconds", "Age of the oldest of them, by event time.", model, oldest, max)
+
+
+def _labels(what: str, which: str) -> tuple[str, ...]:
+    if what == "dead_letters":
+        return (which,)
+    reason, _, name = which.rpartition(" ")
+    tenant, _, model = name.partition("/")
+    return (reason, tenant, model) if what == "shed" else (tenant, model)
+
+
+def _tenant_metrics(status: NodeStatus) -> Iterator[Metric]:
+    def by_tenant(value: Callable[[TenantStatus], float]) -> Series:
+        return {(tenant.tenant,): value(tenant) for tenant in status.tenants}
+
+    label = ("tenant",)
+    yield _counter("worker_cpu_seconds", "CPU time of workers.", label, by_tenant(lambda one: one.cpu_seconds))
+    yield _counter("worker_calls", "Batches run.", label, by_tenant(lambda one: one.calls))
+    yield _counter("worker_restarts", "Workers started again.", label, by_tenant(lambda one: one.restarts))
+    yield _gauge("rows_queued", "Rows that wait for a worker.", label, by_tenant(lambda one: one.rows_queued))
+
+
+def _http_metrics(http: HttpStatus) -> Iterator[Metric]:
+    answered: dict[tuple[str, ...], float] = {}
+    for name, value in http.answered.items():
+        route, _, status = name.rpartition(" ")
+        answered[route, status] = value
+    yield _counter("http_requests", "Requests answered.", ("route", "status"), answered)
+    refused: Series = {(reason,): value for reason, value in http.refused.items()}
+    yield _counter("http_refused", "Requests and connections over a bound.", ("reason",), refused)
+    yield _counter("http_seconds", "Time spent answering.", (), {(): http.seconds})
+    yield _gauge("http_requests_in_progress", "Requests in progress.", (), {(): http.in_progress})
+    yield _gauge("http_connections", "Open connections.", (), {(): http.connections})
+
+
+def _counter(name: str, text: str, labels: tuple[str, ...], series: Series) -> Metric:
+    family = CounterMetricFamily(f"headrace_{name}", text, labels=labels)
+    for values, value in bounded(series).items():
+        family.add_metric(values, value)
+    return family
+
+
+def _gauge(
+    name: str, text: str, labels: tuple[str, ...], series: Series, combine: Callable[[Iterable[float]], float] = sum
+) -> Metric:
+    family = GaugeMetricFamily(f"headrace_{name}", text, labels=labels)
+    for values, value in bounded(series, combine).items():
+        family.add_metric(values, value)
+    return family
+
+
+def bounded(series: Series, combine: Callable[[Iterable[float]], float] = sum) -> Series:
+    """At most METRIC_SERIES_MAX series, first by label values; the last combines all that are beyond.
+
+    By name, not by value: a series must not change from scrape to scrape.
+    """
+    if len(series) <= METRIC_SERIES_MAX:
+        return series
+    names = sorted(series)
+    kept = {name: series[name] for name in names[: METRIC_SERIES_MAX - 1]}
+    beyond = combine([series[name] for name in names[METRIC_SERIES_MAX - 1 :]])
+    return kept | {(_OTHER,) * len(names[0]): beyond}

@@ -1,0 +1,233 @@
+"""What the HTTP API needs of the node, and the bodies it answers with: the one contract between the two.
+
+Numbers that are missing (NaN inside) are null. Times ending in `_ms` are milliseconds since the Unix epoch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Literal, Protocol, TypeAlias
+
+from msgspec import Struct
+
+from node.kernel.types import ModelName, ModelVersion
+
+AsOf: TypeAlias = int | Literal["last"]
+"""A time in ms, or "last": the time of the customer's own latest event."""
+
+Delivery: TypeAlias = Literal["exactly_once", "at_least_once"]
+
+
+class Body(Struct, frozen=True, kw_only=True):
+    """Root of everything that is answered."""
+
+
+class CustomerState(Body, frozen=True):
+    """A customer's profile and every aggregate that is kept for it, as of `at_ms`."""
+
+    customer: str
+    partition: int
+    also_on: list[int]
+    """Further partitions that hold the customer: its events are not all keyed alike."""
+    at_ms: int
+    changed_ms: int | None
+    """Time of the customer's latest event."""
+    profile: dict[str, float | None]
+    aggregates: dict[str, float | None]
+
+
+class CustomerFeatures(Body, frozen=True):
+    """One model's features as they would be computed at `at_ms`, were there no new event."""
+
+    customer: str
+    tenant: str
+    model: str
+    version: str
+    partition: int
+    at_ms: int
+    features: dict[str, float | str | None]
+    """In the order of the model's columns."""
+    needs_event: list[str]
+    """Features that only an event can give: null here."""
+
+
+class Inference(Body, frozen=True):
+    tenant: str
+    model: str
+    version: str
+    """Its first 12 hex digits."""
+    live: bool
+    """Whether that version is the one that runs now."""
+    outputs: dict[str, float | str | None]
+    """A class that has a name is given by it, as in the inferences topic."""
+    event_time_ms: int
+    expires_ms: int | None
+    """Null: never, or the model is gone and its TTL with it."""
+
+
+class CustomerInferences(Body, frozen=True):
+    """The latest stored inference of each model, without those expired by `at_ms`."""
+
+    customer: str
+    partition: int
+    at_ms: int
+    inferences: list[Inference]
+
+
+class ModelCost(Body, frozen=True):
+    """Learned from the calls so far; null before the first."""
+
+    ms_per_call: float | None = None
+    ms_per_row: float | None = None
+    cpu_seconds: float = 0.0
+    calls: int = 0
+    rows: int = 0
+    rows_queued: int = 0
+
+
+class ModelInfo(Body, frozen=True):
+    """One version of one model, whatever its state."""
+
+    tenant: str
+    model: str
+    version: str
+    """Its first 12 hex digits."""
+    sha256: str
+    """The whole version: sha256 of model file and manifest together; empty if the pair could not be read."""
+    state: str
+    reasons: list[str] = []
+    """Why it is in this state, when that needs a reason: what its tenant has to mend."""
+    events: list[str] = []
+    columns: list[str] = []
+    outputs: list[str] = []
+    labels: list[str] = []
+    method: str = ""
+    ttl_ms: int = 0
+    """Of the stored inference; 0: never expires."""
+    deadline_ms: int = 0
+    weight: float = 1.0
+    cost: ModelCost = ModelCost()
+
+    @staticmethod
+    def of(version: ModelVersion, state: str, reasons: Sequence[str] = (), cost: ModelCost | None = None) -> ModelInfo:
+        return ModelInfo(
+            tenant=version.name.tenant,
+            model=version.name.model,
+            version=version.short_version,
+            sha256=version.version,
+            state=state,
+            reasons=list(reasons),
+            events=list(version.events),
+            columns=list(version.features),
+            outputs=list(version.outputs),
+            labels=list(version.labels),
+            method=version.method,
+            ttl_ms=version.ttl_ms,
+            deadline_ms=version.deadline_ms,
+            weight=version.weight,
+            cost=cost or ModelCost(),
+        )
+
+
+class Models(Body, frozen=True):
+    models: list[ModelInfo]
+
+
+class BacklogStatus(Body, frozen=True):
+    """Triggers of one model that wait in the sequence log."""
+
+    rows: int
+    chunks: int
+    oldest_ms: int
+    """Age of the oldest, by event time."""
+
+
+class CacheStatus(Body, frozen=True):
+    """The row cache."""
+
+    hits: int = 0
+    misses: int = 0
+    rows: int = 0
+    bytes: int = 0
+
+
+class PartitionStatus(Body, frozen=True):
+    number: int
+    phase: str
+    reason: str = ""
+    """Why it waits; empty while it runs."""
+    failures: int = 0
+    delivery: Delivery = "exactly_once"
+    lag: int | None = None
+    """Events between the progress and the end of the source."""
+    progress: dict[str, int] = {}
+    """Source topic -> next offset."""
+    counters: dict[str, int] = {}
+    """Totals since the changelog began: `events`, `late`, `dead_letters <reason>`, `inferences <model>`…"""
+    step_seconds: dict[str, float] = {}
+    backlog: dict[str, BacklogStatus] = {}
+    cache: CacheStatus = CacheStatus()
+
+
+class TenantStatus(Body, frozen=True):
+    tenant: str
+    weight: float = 1.0
+    cpu_seconds: float = 0.0
+    """Of its worker, since the node started."""
+    cpu_share: float | None = None
+    """Of all tenants' CPU time lately, 0 to 1."""
+    calls: int = 0
+    rows_queued: int = 0
+    restarts: int = 0
+    worker: str = ""
+    """What its worker process does: running, starting, backing off…"""
+
+
+class HttpStatus(Body, frozen=True):
+    in_progress: int
+    connections: int
+    answered: dict[str, int]
+    """Route and status ("/v1/models 200") -> requests."""
+    refused: dict[str, int]
+    """Why (requests, connections, time) -> how many."""
+    seconds: float
+    """Spent answering, added up."""
+
+
+class NodeStatus(Body, frozen=True):
+    node: str
+    started_ms: int
+    now_ms: int
+    delivery: Delivery = "exactly_once"
+    """at_least_once: the broker has no transactions; drop duplicates by the inference's id."""
+    ready: bool = True
+    reasons: list[str] = []
+    """Why it is not ready."""
+    partitions: list[PartitionStatus] = []
+    tenants: list[TenantStatus] = []
+    tasks: list[str] = []
+    """Background tasks that run."""
+    http: HttpStatus | None = None
+
+
+class NodeView(Protocol):
+    """The node, as the HTTP API sees it: committed state only, and never a long wait on the event loop.
+
+    Reads of a customer raise NotFound (unknown customer or model), StoreUnavailable, StateCorrupt.
+    """
+
+    def status(self) -> NodeStatus:
+        """`ready`, `reasons` and `http` are filled in by the server."""
+        ...
+
+    def unready(self) -> Sequence[str]:
+        """Why the node can't do its work now, one line each: partitions not running, the broker gone. Empty: ready."""
+        ...
+
+    def models(self) -> Sequence[ModelInfo]: ...
+
+    async def customer(self, customer: str, at: AsOf) -> CustomerState: ...
+
+    async def features(self, customer: str, model: ModelName, at: AsOf) -> CustomerFeatures: ...
+
+    async def inferences(self, customer: str, at: AsOf) -> CustomerInferences: ...
