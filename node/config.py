@@ -36,7 +36,7 @@ from node.config_sections import (
     Topic,
 )
 from node.kernel import limits
-from node.kernel.errors import ConfigError
+from node.kernel.errors import ConfigError, printable
 
 __all__ = [
     "Config",
@@ -71,7 +71,7 @@ def load_config(path: Path | str) -> Config:
     config = parse_config(_read(path), path.resolve().parent)
     problems = [*_file_problems(config)]
     if problems:
-        raise ConfigError([_one_line(problem) for problem in problems])
+        raise ConfigError([printable(problem) for problem in problems])
     return config
 
 
@@ -87,7 +87,7 @@ def parse_config(text: str, folder: Path) -> Config:
     profile = _profile(tables.get("profile", {}), problems)
     problems.extend(_cross_problems(sections))
     if problems:
-        raise ConfigError([_one_line(problem) for problem in problems])
+        raise ConfigError([printable(problem) for problem in problems])
     built: dict[str, Any] = {name: kind(**sections[name]) for name, kind in SECTIONS.items()}
     config = Config(**built, profile=profile)
     return _with_absolute_paths(config, folder)
@@ -98,13 +98,13 @@ def _read(path: Path) -> str:
         with path.open("rb") as file:
             data = file.read(CONFIG_BYTES_MAX + 1)
     except OSError as error:
-        raise ConfigError([f"the file {path} can't be read: {error.strerror}"]) from error
+        raise ConfigError([f"the file can't be read: {error.strerror}"]) from error
     if len(data) > CONFIG_BYTES_MAX:
-        raise ConfigError([f"the file {path} is larger than {CONFIG_BYTES_MAX} bytes"])
+        raise ConfigError([f"the file is larger than {CONFIG_BYTES_MAX} bytes"])
     try:
         return data.decode()
     except UnicodeDecodeError as error:
-        raise ConfigError([f"the file {path} is not UTF-8: {error.reason} at byte {error.start}"]) from error
+        raise ConfigError([f"the file is not UTF-8: {error.reason} at byte {error.start}"]) from error
 
 
 def _tables(document: Mapping[str, Any], problems: list[str]) -> dict[str, dict[str, Any]]:
@@ -365,11 +365,6 @@ def _unknown(key: str, known: Sequence[str]) -> str:
 def _suggestion(name: str, known: Sequence[str]) -> str:
     close = difflib.get_close_matches(name, known, n=1)
     return f"did you mean {close[0]}?" if close else f"allowed: {', '.join(known)}"
-
-
-def _one_line(problem: str) -> str:
-    """Names and values of the file may hold line breaks and control characters; a problem shows them escaped."""
-    return "".join(character if character.isprintable() else repr(character)[1:-1] for character in problem)
 
 
 def _shown(value: Any) -> str:

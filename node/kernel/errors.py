@@ -7,6 +7,11 @@ complete by itself, so that a log line or a problem document needs nothing besid
 from __future__ import annotations
 
 
+def printable(text: str) -> str:
+    """The text with line breaks, control and other invisible characters escaped: one line that is safe to show."""
+    return "".join(character if character.isprintable() else repr(character)[1:-1] for character in text)
+
+
 class HeadraceError(Exception):
     """Root of all errors that Headrace raises on purpose."""
 

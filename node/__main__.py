@@ -1,0 +1,149 @@
+"""The command line: `headrace run | check | status | models`.
+
+Imports are inside the commands, so that each starts as quickly as what it does allows.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, NoReturn
+
+import typer
+
+from node.kernel.errors import ConfigError, HeadraceError
+
+if TYPE_CHECKING:
+    from node.config_sections import Config
+
+app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False, rich_markup_mode=None)
+
+ConfigPath = Annotated[Path, typer.Option("--config", help="The node's TOML file.")]
+Url = Annotated[str, typer.Option("--url", help="Address of the node's HTTP interface.")]
+AsJson = Annotated[bool, typer.Option("--json", help="Print the node's answer as it is.")]
+NODE_URL = "http://127.0.0.1:8080"
+
+
+def _version(wanted: bool) -> None:
+    if not wanted:
+        return
+    from importlib.metadata import PackageNotFoundError, version
+
+    try:
+        typer.echo(f"headrace {version('headrace')}")
+    except PackageNotFoundError:
+        typer.echo("headrace, run from its source tree without being installed")
+    raise typer.Exit
+
+
+@app.callback()
+def root(
+    show_version: Annotated[
+        bool, typer.Option("--version", help="Print the version.", callback=_version, is_eager=True)
+    ] = False,
+) -> None:
+    """Runs many teams' models on a Kafka event stream."""
+
+
+@app.command()
+def run(config: ConfigPath) -> None:
+    """Run a node.
+
+    It ends on SIGTERM or SIGINT, after it has finished its cycles and committed them.
+    """
+    settings = _loaded(config)
+    from node.logs import configure_logging
+
+    configure_logging(settings.node.log_format, settings.node.log_level, settings.node.name)
+    from node.app import run as run_node
+
+    try:
+        code = run_node(settings)
+    except HeadraceError as error:
+        _fail(str(error))
+    raise typer.Exit(code)
+
+
+@app.command()
+def check(config: ConfigPath) -> None:
+    """Check a config file.
+
+    Prints a line for each mistake and exits 1, or a summary of what the node would do.
+    """
+    settings = _loaded(config)
+    typer.echo(f"{config}: no mistakes")
+    for name, value in _summary(settings):
+        typer.echo(f"  {name:<13}{value}")
+
+
+@app.command()
+def status(url: Url = NODE_URL, as_json: AsJson = False) -> None:
+    """Show the state of a running node.
+
+    Its partitions and its tenants, with the reason for whatever does not run.
+    """
+    from node import console
+
+    try:
+        if as_json:
+            typer.echo(console.fetch(url, "/v1/status"))
+        else:
+            console.show(*console.status_view(console.fetch_object(url, "/v1/status")))
+    except HeadraceError as error:
+        _fail(str(error))
+
+
+@app.command()
+def models(url: Url = NODE_URL, as_json: AsJson = False) -> None:
+    """Show the models of a running node.
+
+    All versions, with their state and the reason for it.
+    """
+    from node import console
+
+    try:
+        if as_json:
+            typer.echo(console.fetch(url, "/v1/models"))
+        else:
+            console.show(*console.models_view(console.fetch_object(url, "/v1/models")))
+    except HeadraceError as error:
+        _fail(str(error))
+
+
+def _loaded(path: Path) -> Config:
+    from node.config import load_config
+
+    try:
+        return load_config(path)
+    except ConfigError as error:
+        _fail(*(f"{path}: {problem}" for problem in error.problems))
+
+
+def _summary(config: Config) -> list[tuple[str, str]]:
+    kafka, events = config.kafka, config.events
+    fields = ", ".join(f"{name} ({field.type})" for name, field in events.fields.items())
+    partitions = "all" if kafka.partitions == "all" else ", ".join(map(str, kafka.partitions))
+    return [
+        ("node", f"{config.node.name}, data in {config.node.data_dir}"),
+        ("kafka", f"{', '.join(kafka.bootstrap)}, transactions {kafka.transactions}"),
+        ("reads", f"{', '.join(kafka.topics)}; partitions: {partitions}"),
+        ("writes", ", ".join((kafka.inferences_topic, kafka.changelog_topic, kafka.dead_letters_topic))),
+        ("event types", ", ".join(events.types)),
+        ("fields", fields or "none"),
+        ("profile", ", ".join(config.profile) or "none"),
+        ("tenants", config.tenants.directory),
+        ("http", f"{config.http.host}:{config.http.port}"),
+    ]
+
+
+def _fail(*lines: str) -> NoReturn:
+    for line in lines:
+        typer.echo(line, err=True)
+    raise typer.Exit(1)
+
+
+def main() -> None:
+    app(prog_name="headrace")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,158 @@
+"""What the command line shows of a running node: its answers, fetched and laid out as tables.
+
+The bodies are those of `node.serving.view`. They are read as plain JSON: a field that another version of the node
+does not have is left blank.
+"""
+
+from __future__ import annotations
+
+import http.client
+import urllib.error
+import urllib.request
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import msgspec
+from rich.console import Console, RenderableType
+from rich.table import Table
+from rich.text import Text
+
+from node.kernel.errors import HeadraceError, printable
+
+ANSWER_BYTES_MAX = 64 * 1024 * 1024
+ANSWER_SECONDS_MAX = 10.0
+PIPE_COLUMNS = 200
+"""Width where there is no terminal to ask."""
+
+
+class NodeUnreachable(HeadraceError):
+    """The node did not answer, or not as a node does; the message says at which address and why."""
+
+
+def fetch(url: str, path: str) -> bytes:
+    """The body of GET `url` + `path`. Raises NodeUnreachable."""
+    address = url.rstrip("/") + path
+    if not address.startswith(("http://", "https://")):
+        raise NodeUnreachable(f"{printable(url)} is no address of a node; give one such as http://127.0.0.1:8080")
+    opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+    try:
+        with opener.open(address, timeout=ANSWER_SECONDS_MAX) as answer:
+            body: bytes = answer.read(ANSWER_BYTES_MAX)
+    except urllib.error.HTTPError as error:
+        raise NodeUnreachable(f"{address} answered {error.code}: {_problem_detail(error)}") from error
+    except urllib.error.URLError as error:
+        raise NodeUnreachable(f"no node answers at {address}: {printable(str(error.reason))}") from error
+    except (OSError, ValueError, http.client.HTTPException) as error:
+        raise NodeUnreachable(f"no node answers at {address}: {printable(str(error) or repr(error))}") from error
+    return body
+
+
+def _problem_detail(error: urllib.error.HTTPError) -> str:
+    try:
+        return printable(str(msgspec.json.decode(error.read(ANSWER_BYTES_MAX))["detail"]))
+    except (OSError, ValueError, TypeError, LookupError, http.client.HTTPException):
+        return printable(str(error.reason))
+
+
+def fetch_object(url: str, path: str) -> dict[str, Any]:
+    """The answer as a JSON object. Raises NodeUnreachable."""
+    body = fetch(url, path)
+    try:
+        return msgspec.json.decode(body, type=dict[str, Any])
+    except ValueError as error:
+        raise NodeUnreachable(f"{url} answered with something else than a node's JSON: {error}") from error
+
+
+def show(*parts: RenderableType) -> None:
+    console = Console(highlight=False)
+    if not console.is_terminal:
+        console.width = PIPE_COLUMNS
+    for part in parts:
+        console.print(part)
+
+
+def status_view(status: Mapping[str, Any]) -> list[RenderableType]:
+    ready = bool(status.get("ready"))
+    head = Text.assemble(
+        ("ready" if ready else "not ready", "green" if ready else "red"),
+        f"  {_text(status.get('node'))}  {_text(status.get('delivery')).replace('_', ' ')}",
+        f"  up {_duration(status)}",
+    )
+    reasons = [Text(f"  {_text(reason)}") for reason in status.get("reasons", ())]
+    partitions = _table(
+        "partition", "phase", "lag", "events", "late", "dead letters", "backlog rows", "reason", right=range(2, 7)
+    )
+    for partition in status.get("partitions", ()):
+        counters: Mapping[str, int] = partition.get("counters", {})
+        dead = sum(count for name, count in counters.items() if name.split()[0] == "dead_letters")
+        backlog = sum(entry.get("rows", 0) for entry in partition.get("backlog", {}).values())
+        _add(
+            partitions,
+            *(partition.get("number"), partition.get("phase"), _count(partition.get("lag"))),
+            *(_count(counters.get("events", 0)), _count(counters.get("late", 0)), _count(dead), _count(backlog)),
+            partition.get("reason"),
+        )
+    tenants = _table(
+        "tenant", "worker", "weight", "CPU s", "CPU share", "calls", "queued", "restarts", right=range(2, 8)
+    )
+    for tenant in status.get("tenants", ()):
+        share = tenant.get("cpu_share")
+        _add(
+            tenants,
+            *(tenant.get("tenant"), tenant.get("worker"), tenant.get("weight"), f"{tenant.get('cpu_seconds', 0):.1f}"),
+            "" if share is None else f"{share:.0%}",
+            *(_count(tenant.get("calls")), _count(tenant.get("rows_queued")), _count(tenant.get("restarts"))),
+        )
+    return [head, *reasons, partitions, tenants]
+
+
+def models_view(answer: Mapping[str, Any]) -> list[RenderableType]:
+    models = _table(
+        "model", "version", "state", "on", "outputs", "ms/row", "calls", "rows", "queued", right=range(5, 9)
+    )
+    reasons: list[RenderableType] = []
+    for model in answer.get("models", ()):
+        cost: Mapping[str, Any] = model.get("cost", {})
+        name = f"{_text(model.get('tenant'))}/{_text(model.get('model'))}"
+        per_row = cost.get("ms_per_row")
+        _add(
+            models,
+            *(name, model.get("version"), model.get("state")),
+            *(", ".join(map(_text, model.get("events", ()))), ", ".join(map(_text, model.get("outputs", ())))),
+            "" if per_row is None else f"{per_row:.3f}",
+            *(_count(cost.get("calls")), _count(cost.get("rows")), _count(cost.get("rows_queued"))),
+        )
+        reasons.extend(Text(f"{name}: {_text(reason)}", style="yellow") for reason in model.get("reasons", ()))
+    return [models, *reasons]
+
+
+def _table(*headings: str, right: Iterable[int]) -> Table:
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    numbers = set(right)
+    for position, heading in enumerate(headings):
+        table.add_column(heading, justify="right" if position in numbers else "left", overflow="fold")
+    return table
+
+
+def _add(table: Table, *cells: object) -> None:
+    table.add_row(*(Text(_text(cell)) for cell in cells))
+
+
+def _text(value: object) -> str:
+    """Names and reasons come from tenants: shown without markup or escape sequences."""
+    return "" if value is None else printable(str(value))
+
+
+def _count(value: int | None) -> str:
+    return "" if value is None else f"{value:,}"
+
+
+def _duration(status: Mapping[str, Any]) -> str:
+    seconds = max(0, status.get("now_ms", 0) - status.get("started_ms", 0)) // 1000
+    days, seconds = divmod(seconds, 86_400)
+    hours, seconds = divmod(seconds, 3600)
+    minutes, seconds = divmod(seconds, 60)
+    parts = [(days, "d"), (hours, "h"), (minutes, "min"), (seconds, "s")]
+    while len(parts) > 1 and parts[0][0] == 0:
+        parts.pop(0)
+    return " ".join(f"{count} {unit}" for count, unit in parts[:2])

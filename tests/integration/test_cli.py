@@ -1,0 +1,221 @@
+"""The command line as its users run it: a process of its own, against real files and a real HTTP server."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import subprocess
+import sys
+from collections.abc import AsyncIterator, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import msgspec
+import pytest
+
+from node.config import HttpSection
+from node.kernel.clock import ManualClock
+from node.kernel.errors import NotFound
+from node.kernel.types import ModelName
+from node.serving.server import HttpServer
+from node.serving.view import (
+    AsOf,
+    BacklogStatus,
+    CustomerFeatures,
+    CustomerInferences,
+    CustomerState,
+    ModelCost,
+    ModelInfo,
+    Models,
+    NodeStatus,
+    PartitionStatus,
+    TenantStatus,
+)
+
+ROOT = Path(__file__).parents[2]
+GOOD = '[events]\ntypes = ["search"]\n[events.fields]\namount = "number"\n'
+SECONDS_MAX = 30
+
+
+class Ran(NamedTuple):
+    code: int | None
+    out: str
+    err: str
+
+
+async def headrace(*arguments: str) -> Ran:
+    process = await asyncio.create_subprocess_exec(
+        *(sys.executable, "-m", "node", *arguments),
+        cwd=ROOT,
+        env={**os.environ, "http_proxy": "http://127.0.0.1:9", "COLUMNS": "80"},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+    )
+    out, err = await asyncio.wait_for(process.communicate(), SECONDS_MAX)
+    return Ran(process.returncode, out.decode(), err.decode())
+
+
+class OneNode:
+    """A node to look at: partition 0 runs, partition 1 waits."""
+
+    def status(self) -> NodeStatus:
+        counters = {"events": 1_234_567, "late": 8, "dead_letters not_json": 3, "dead_letters too_deep": 4}
+        backlog = {"shop/bid": BacklogStatus(rows=40, chunks=2, oldest_ms=9), "ads/click": BacklogStatus(2, 1, 5)}
+        return NodeStatus(
+            node="mill",
+            started_ms=0,
+            now_ms=93_784_000,
+            partitions=[
+                PartitionStatus(number=0, phase="running", lag=77, counters=counters, backlog=backlog),
+                PartitionStatus(number=1, phase="waiting", reason="Kafka does not answer [bold]\x1b[31m"),
+            ],
+            tenants=[TenantStatus(tenant="shop", cpu_seconds=12.34, cpu_share=0.25, calls=5000, worker="running")],
+        )
+
+    def unready(self) -> Sequence[str]:
+        return ["partition 1 waits: Kafka does not answer"]
+
+    def models(self) -> Sequence[ModelInfo]:
+        cost = ModelCost(ms_per_row=0.0125, calls=5000, rows=160_000, rows_queued=2)
+        live = ModelInfo(
+            tenant="shop", model="bid", version="0123456789ab", sha256="f" * 64, state="live", events=["search"],
+            outputs=["score"], cost=cost,
+        )  # fmt: skip
+        broken = ModelInfo(
+            tenant="ads", model="click", version="", sha256="", state="refused", reasons=["no such\nfield: [red]x"]
+        )
+        return [live, broken]
+
+    async def customer(self, customer: str, at: AsOf) -> CustomerState:
+        raise NotFound(customer)
+
+    async def features(self, customer: str, model: ModelName, at: AsOf) -> CustomerFeatures:
+        raise NotFound(customer)
+
+    async def inferences(self, customer: str, at: AsOf) -> CustomerInferences:
+        raise NotFound(customer)
+
+
+@pytest.fixture
+async def url() -> AsyncIterator[str]:
+    server = HttpServer(OneNode(), HttpSection(port=0), ManualClock())
+    await server.start()
+    yield f"http://{server.address}"
+    await server.stop()
+
+
+def row(text: str, start: str) -> str:
+    """The one line of a table that begins with `start`, blanks squeezed."""
+    (line,) = [line for line in text.splitlines() if line.startswith(start)]
+    return " ".join(line.split())
+
+
+async def test_check_sums_up_a_good_file(tmp_path: Path) -> None:
+    (tmp_path / "good.toml").write_text(GOOD)
+    ran = await headrace("check", "--config", str(tmp_path / "good.toml"))
+    assert (ran.code, ran.err) == (0, "")
+    assert "no mistakes" in ran.out.splitlines()[0]
+    assert "amount (number)" in ran.out
+    assert "headrace.inferences, headrace.changelog, headrace.dead-letters" in ran.out
+    assert os.listdir(tmp_path) == ["good.toml"]
+
+
+@pytest.mark.parametrize("command", ["check", "run"])
+async def test_each_mistake_is_a_line(tmp_path: Path, command: str) -> None:
+    path = tmp_path / "bad.toml"
+    path.write_text(f'{GOOD}[cycle]\nevnts_max = 1\ncommit_interval_ms = "fast"\n')
+    ran = await headrace(command, "--config", str(path))
+    assert (ran.code, ran.out) == (1, "")
+    assert ran.err.splitlines() == [
+        f"{path}: [cycle] evnts_max is not known; did you mean events_max?",
+        f'{path}: [cycle] commit_interval_ms is "fast"; allowed: an integer from 1 to 10000',
+    ]
+
+
+async def test_check_without_the_file(tmp_path: Path) -> None:
+    path = tmp_path / "none.toml"
+    ran = await headrace("check", "--config", str(path))
+    assert ran == (1, "", f"{path}: the file can't be read: No such file or directory\n")
+
+
+async def test_status_as_tables(url: str) -> None:
+    ran = await headrace("status", "--url", url)
+    assert (ran.code, ran.err) == (0, "")
+    lines = ran.out.splitlines()
+    assert lines[0] == "not ready  mill  exactly once  up 1 d 2 h"
+    assert lines[1].strip() == "partition 1 waits: Kafka does not answer"
+    assert row(ran.out, "0 ") == "0 running 77 1,234,567 8 7 42"
+    assert row(ran.out, "1 ").endswith(r"Kafka does not answer [bold]\x1b[31m")
+    assert row(ran.out, "shop ") == "shop running 1.0 12.3 25% 5,000 0 0"
+
+
+async def test_models_as_tables(url: str) -> None:
+    ran = await headrace("models", "--url", url)
+    assert (ran.code, ran.err) == (0, "")
+    assert row(ran.out, "shop/bid ") == "shop/bid 0123456789ab live search score 0.013 5,000 160,000 2"
+    assert row(ran.out, "ads/click ").startswith("ads/click refused")
+    assert r"ads/click: no such\nfield: [red]x" in ran.out
+
+
+async def test_answers_as_json(url: str) -> None:
+    ran = await headrace("status", "--json", "--url", url)
+    assert msgspec.json.decode(ran.out, type=NodeStatus).partitions == OneNode().status().partitions
+    ran = await headrace("models", "--json", "--url", f"{url}/")
+    assert msgspec.json.decode(ran.out, type=Models).models == OneNode().models()
+
+
+@pytest.mark.parametrize("command", ["status", "models"])
+@pytest.mark.parametrize(
+    ("place", "words"),
+    [
+        ("http://127.0.0.1:1", "no node answers at http://127.0.0.1:1/v1/"),
+        ("http://[::1", "no node answers at http://[::1/v1/"),
+        ("http://bad host:1", "no node answers at http://bad host:1/v1/"),
+        ("file:///etc", "file:///etc is no address of a node"),
+        ("{url}/elsewhere", "/elsewhere/v1/"),
+    ],
+)
+async def test_a_node_that_cannot_be_reached_is_one_line(url: str, command: str, place: str, words: str) -> None:
+    ran = await headrace(command, "--url", place.replace("{url}", url))
+    assert (ran.code, ran.out) == (1, "")
+    assert ran.err.count("\n") == 1
+    assert words in ran.err
+
+
+async def test_an_answer_that_is_no_node_is_one_line() -> None:
+    async def answer(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        await reader.readuntil(b"\r\n\r\n")
+        writer.write(replies.pop(0))
+        writer.close()
+
+    replies = [b"HTTP/1.0 200 OK\r\n\r\n<html>", b"HTTP/1.0 200 OK\r\n\r\n[]", b"nonsense\r\n\r\n", b""]
+    async with await asyncio.start_server(answer, "127.0.0.1", 0) as server:
+        port = server.sockets[0].getsockname()[1]
+        while replies:
+            ran = await headrace("status", "--url", f"http://127.0.0.1:{port}")
+            assert (ran.code, ran.out, ran.err.count("\n")) == (1, "", 1)
+
+
+async def test_help_and_version() -> None:
+    ran = await headrace("--version")
+    assert (ran.code, ran.out.startswith("headrace")) == (0, True)
+    ran = await headrace("--help")
+    assert all(command in ran.out for command in ("run", "check", "status", "models"))
+    assert (await headrace("check")).code == 2
+
+
+@pytest.mark.parametrize("command", ["check", "status"])
+async def test_quick_commands_import_nothing_heavy(tmp_path: Path, command: str) -> None:
+    (tmp_path / "good.toml").write_text(GOOD)
+    arguments = {"check": ["--config", str(tmp_path / "good.toml")], "status": ["--url", "http://127.0.0.1:1"]}
+    code = (
+        "import sys; from node.__main__ import app\n"
+        f"try: app({[command, *arguments[command]]!r})\n"
+        "except SystemExit: pass\n"
+        "print('loaded:', *{'numpy', 'aiohttp', 'aiokafka', 'rocksdict', 'structlog', 'asyncio'} & set(sys.modules))"
+    )
+    process = await asyncio.create_subprocess_exec(
+        sys.executable, "-c", code, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE
+    )
+    out, _ = await asyncio.wait_for(process.communicate(), SECONDS_MAX)
+    assert out.decode().splitlines()[-1] == "loaded:"
