@@ -155,7 +155,7 @@ def annotation_problems(source: str, name: str) -> list[str]:
 # Put together from halves, so that this file passes its own check.
 UNFINISHED = re.compile(r"\b(TO" + r"DO|FIX" + r"ME)\b")
 ADDRESS = re.compile(
-    r"index-" + r"url|--regis" + r"try|https?://[\w.-]*(?:py" + r"pi|npm" + r"js|maven|pythonho" + r"sted|crates)\b",
+    r"index-" + r"url|--regis" + r"try|https?://[\w.-]*(?:py" + r"pi|npm" + r"js|mav" + r"en|pythonho" + r"sted|crates)\b",
     re.IGNORECASE,
 )
 
@@ -328,7 +328,7 @@ BAD_SOURCES: list[tuple[Callable[[str, str], list[str]], str]] = [
     (word_problems, "--extra-index-" + "url=x"),
     (word_problems, "https://py" + "pi.org/simple"),
     (word_problems, "https://files.pythonho" + "sted.org/x"),
-    (word_problems, "http://repo.maven" + ".example/x"),
+    (word_problems, "http://repo.mav" + "en.example/x"),
     (sleep_problems, "import time\ntime.sleep(1)"),
     (sleep_problems, "from time import sleep"),
 ]
