@@ -23,7 +23,6 @@ give the same `StoredOutput`, whose names hold '_'. `expression_name` does it to
 from __future__ import annotations
 
 import ast
-import difflib
 import re
 import warnings
 from collections.abc import Collection, Iterable, Mapping, Sequence
@@ -42,6 +41,7 @@ from node.kernel.types import (
     ModelName,
     StoredOutput,
 )
+from tenants.wording import one_line, parse_duration, shown, suggestion
 
 EVENT_TYPE: Final = "type"
 """The pseudo-field `event.type`: the name of the event's type, as text."""
@@ -144,52 +144,6 @@ class ExpressionError(HeadraceError):
 
 class _Rejected(HeadraceError):
     """Unwinds to the nearest place where parsing can go on; the problem itself is already noted."""
-
-
-_UNITS_MS: Final = {"ms": 1, "s": 1000, "m": 60_000, "h": 3_600_000, "d": 86_400_000, "w": 7 * 86_400_000}
-_DURATION: Final = re.compile(r"([0-9]{1,15})(ms|s|m|h|d|w)")
-
-
-def parse_duration(text: str, ms_max: int, *, milliseconds: bool = False) -> int:
-    """'90s', '5m', '1h', '7d', '2w' (and '250ms' if asked) -> milliseconds. Raises ValueError with the reason."""
-    match = _DURATION.fullmatch(text)
-    if match is None or (match[2] == "ms" and not milliseconds):
-        example = "'250ms' or '5s'" if milliseconds else "'90s', '5m', '1h', '7d' or '2w'"
-        raise ValueError(f"{shown(text)} is not a duration; write a whole number and a unit, such as {example}")
-    duration_ms = int(match[1]) * _UNITS_MS[match[2]]
-    if not 0 < duration_ms <= ms_max:
-        raise ValueError(f"{shown(text)} must be more than 0 and at most {_longest(ms_max)}")
-    return duration_ms
-
-
-def _longest(duration_ms: int) -> str:
-    unit = next(unit for unit in ("d", "h", "m", "s", "ms") if duration_ms % _UNITS_MS[unit] == 0)
-    return f"{duration_ms // _UNITS_MS[unit]}{unit}"
-
-
-def shown(name: object) -> str:
-    """A name as it stands in a message: quoted, on one line, not endless."""
-    try:
-        text = repr(name)
-    except ValueError:  # Python refuses to write out an integer of thousands of digits.
-        return "a number far too long"
-    return text if len(text) <= 80 else text[:77] + "..."
-
-
-def one_line(text: str) -> str:
-    """Foreign text, such as a parser's message, as one printable line."""
-    return text if text.isprintable() else ascii(text)[1:-1]
-
-
-def suggestion(name: str, known: Iterable[str]) -> str:
-    """`, did you mean 'x'?`, or what there is to choose from when nothing is near."""
-    choices = sorted(known)
-    near = difflib.get_close_matches(name[:128], choices, n=1)
-    if near:
-        return f", did you mean {shown(near[0])}?"
-    if not choices:
-        return "; there are none"
-    return "; known: " + ", ".join(map(shown, choices[:8])) + (", …" if len(choices) > 8 else "")
 
 
 def expression_name(name: ModelName) -> ModelName:

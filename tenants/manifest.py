@@ -32,13 +32,10 @@ from tenants.expression import (
     Scope,
     StoredValue,
     evaluate_profile,
-    one_line,
-    parse_duration,
     parse_expression,
-    shown,
-    suggestion,
     walk,
 )
+from tenants.wording import one_line, parse_duration, shown, suggestion
 
 METHODS: Final = ("predict_proba", "predict", "transform", "decision_function", "score_samples")
 """What a model may be called by. predict_proba with one output named gives its last column."""

@@ -21,10 +21,10 @@ from tenants.expression import (
     StoredValue,
     evaluate_profile,
     expression_name,
-    parse_duration,
     parse_expression,
     parse_filter,
 )
+from tenants.wording import parse_duration
 
 HOUR_MS = 3_600_000
 SCHEMA = EventSchema(
