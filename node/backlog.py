@@ -228,7 +228,7 @@ def take(triggers: Triggers, selection: slice) -> Triggers:
 
 async def finish_within(work: Iterable[Awaitable[ModelOutputs]], wait_seconds: float) -> list[Answering]:
     """Start all, wait for all of them at most `wait_seconds`; those not done go on."""
-    futures = [asyncio.ensure_future(one) for one in work]
+    futures: list[Answering] = [asyncio.ensure_future(one) for one in work]
     if futures:
         await asyncio.wait(futures, timeout=wait_seconds)
     return futures

@@ -1,0 +1,234 @@
+"""The heart of the node: one cycle of one partition.
+
+A cycle takes a micro-batch of events from the source and ends with all its consequences committed, or with
+an error after which the partition is opened again from what was committed. Everything between is columns.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from node.backlog import Answer, Backlog
+from node.columns import where
+from node.commit import Committer
+from node.ingest.decode import Decoded, EventDecoder
+from node.ingest.source import Polled, Source
+from node.kernel.ports import FeaturePlan, ModelRunner
+from node.kernel.types import (
+    Aggregate,
+    Bools,
+    EventColumns,
+    Floats,
+    Frame,
+    Ints,
+    ModelName,
+    ModelVersion,
+    StoredOutput,
+    Triggers,
+)
+from node.outbox import Outgoing
+from node.outgoing import Origin, answered_records, counts, failed_letters, refused_letters
+from node.state.cache import RowCache
+from node.state.codec import images
+from node.state.fold import FoldResult, fold
+from node.state.layout import Layout
+from node.state.outputs import read_output, write_outputs
+from node.steps import StepTimes
+from node.triggers import Outcome, run_triggers, select, triggers_of
+
+
+@dataclass(frozen=True, slots=True)
+class CycleSettings:
+    events_max: int
+    wait_ms: int
+    deadline_seconds: float
+    """How long a cycle waits for models before it commits without them."""
+
+
+@dataclass(slots=True)
+class PartitionState:
+    """What one partition holds in memory between cycles; made anew from the store whenever it is opened."""
+
+    layout: Layout
+    cache: RowCache
+    backlog: Backlog
+    counters: Counter[str] = field(default_factory=Counter)
+    layout_committed: int = -1
+    """Id of the newest layout that a frame of this session carried."""
+
+
+@dataclass(frozen=True, slots=True)
+class Engine:
+    """What all partitions of a node share."""
+
+    decoder: EventDecoder
+    plans: Callable[[], FeaturePlan]
+    runner: ModelRunner
+    settings: CycleSettings
+
+
+class Cycle:
+    def __init__(
+        self,
+        engine: Engine,
+        origin: Origin,
+        source: Source,
+        committer: Committer,
+        state: PartitionState,
+        steps: StepTimes,
+    ) -> None:
+        self._engine = engine
+        self._origin = origin
+        self._source = source
+        self._committer = committer
+        self._state = state
+        self._steps = steps
+
+    async def run(self) -> bool:
+        """One cycle; True if the source gave as many events as were asked for, so that more are likely waiting."""
+        engine, state, steps = self._engine, self._state, self._steps
+        with steps.measure("poll"):  # 1. Poll a micro-batch.
+            polled = await self._source.poll(engine.settings.events_max, engine.settings.wait_ms)
+        settled = state.backlog.settle()
+        if not polled.records and not settled.cursors:
+            state.backlog.pump()
+            return False
+        with steps.measure("decode"):  # 2. Decode it into columns; what can't be is a dead letter.
+            decoded = self._decode(polled)
+        with steps.measure("load"):  # 3, 4. One row for each customer seen, in one matrix.
+            plan = self._plan()
+            customers, positions = _customers(decoded.events, settled.answers)
+            rows = state.cache.load(customers)
+        with steps.measure("fold"):  # 5. Fold the events into the matrix, in rounds.
+            selections = select(plan, decoded.events, self._origin.schema)
+            wanted = _union(selections, len(decoded.events))
+            folded = self._fold(plan, decoded.events, rows, wanted)
+        with steps.measure("features"):  # 6. Each distinct feature once, then each model's rows.
+            triggering = where(decoded.events, wanted)
+            reads = _Reads(plan, state.layout, rows, triggering.rows, triggering.times_ms, folded.values)
+            work = _work(plan, triggering, {name: mask[wanted] for name, mask in selections.items()}, reads)
+        with steps.measure("trigger"):  # 7. Models answer, or their triggers go to the sequence log.
+            outcome = await run_triggers(engine.runner, state.backlog, work, settled, engine.settings.deadline_seconds)
+        with steps.measure("encode"):
+            _store_answers(state.layout, rows, outcome.answers, positions)
+            outgoing = self._outgoing(polled, decoded, customers, rows, outcome, folded.late)
+        await self._committer.commit(outgoing, customers, rows)  # 8. One transaction, then the store, then the cache.
+        state.layout_committed = state.layout.id
+        state.backlog.pump()
+        return len(polled.records) >= engine.settings.events_max
+
+    def _decode(self, polled: Polled) -> Decoded:
+        records, count = polled.records, len(polled.records)
+        return self._engine.decoder.decode(
+            [record.value for record in records],
+            np.fromiter([record.timestamp for record in records], np.int64, count),
+            np.fromiter(polled.topics, np.int64, count),
+            np.fromiter([record.offset for record in records], np.int64, count),
+        )
+
+    def _plan(self) -> FeaturePlan:
+        """The plan for this cycle; one that asks for more state than rows hold grows the layout first."""
+        plan, state = self._engine.plans(), self._state
+        grown = state.layout.grown(plan.aggregates, plan.stored_models)
+        if grown is not state.layout:
+            state.layout = grown
+            state.cache.grow(grown)
+        return plan
+
+    def _fold(self, plan: FeaturePlan, events: EventColumns, rows: Floats, wanted: Bools) -> FoldResult:
+        layout, types = self._state.layout, self._origin.schema.types
+        return fold(layout, rows, events, plan.masks(events), wanted, types, plan.aggregates)
+
+    def _outgoing(
+        self, polled: Polled, decoded: Decoded, customers: Sequence[str], rows: Floats, outcome: Outcome, late: int
+    ) -> Outgoing:
+        state, origin = self._state, self._origin
+        state.counters.update(counts(decoded, outcome.answers, outcome.shed, late))
+        letters = refused_letters(origin, polled.records, polled.topics, decoded)
+        inferences = []
+        for answer in outcome.answers:
+            letters += failed_letters(origin, answer)
+            inferences += answered_records(origin, answer)
+        frame = Frame(
+            progress=polled.progress,
+            layout_id=state.layout.id,
+            customers=[customer.encode() for customer in customers],
+            rows=images(rows),
+            layout=state.layout.encode() if state.layout.id != state.layout_committed else None,
+            appended=outcome.appended,
+            cursors=outcome.cursors,
+            counters=dict(state.counters),
+        )
+        return Outgoing(frame, inferences, letters)
+
+
+class _Reads:
+    """`Reads` of one micro-batch's triggering events."""
+
+    def __init__(
+        self,
+        plan: FeaturePlan,
+        layout: Layout,
+        rows: Floats,
+        at: Ints,
+        times_ms: Ints,
+        aggregates: Mapping[Aggregate, Floats],
+    ) -> None:
+        self._ttls = {version.name: version.ttl_ms for version in plan.stored_models}
+        self._layout = layout
+        self._rows = rows
+        self._at = at
+        self._times_ms = times_ms
+        self._aggregates = aggregates
+
+    def aggregate(self, aggregate: Aggregate) -> Floats:
+        return self._aggregates[aggregate]
+
+    def stored(self, output: StoredOutput) -> Floats:
+        return read_output(self._layout, self._rows, output, self._ttls[output.name], self._at, self._times_ms)
+
+
+def _customers(events: EventColumns, answers: Sequence[Answer]) -> tuple[list[str], dict[str, int]]:
+    """All customers of this commit, those of the events first, and the position of each."""
+    positions = dict.fromkeys(events.customers, 0)
+    for answer in answers:
+        positions.update(dict.fromkeys(answer.triggers.customers, 0))
+    customers = list(positions)
+    return customers, dict(zip(customers, range(len(customers)), strict=True))
+
+
+def _union(selections: Mapping[ModelName, Bools], count: int) -> Bools:
+    union = np.zeros(count, np.bool_)
+    for mask in selections.values():
+        union |= mask
+    return union
+
+
+def _work(
+    plan: FeaturePlan, triggering: EventColumns, selections: Mapping[ModelName, Bools], reads: _Reads
+) -> list[tuple[ModelVersion, Triggers]]:
+    if not selections:
+        return []
+    rows = plan.rows(triggering, reads, selections)
+    return [
+        (version, triggers_of(version, triggering, selections[version.name], rows[version.name]))
+        for version in plan.models
+        if version.name in selections
+    ]
+
+
+def _store_answers(layout: Layout, rows: Floats, answers: Sequence[Answer], positions: Mapping[str, int]) -> None:
+    """Each customer's newest inference by event time into the row: it costs no write of its own."""
+    for answer in answers:
+        at = np.fromiter(
+            [positions[customer] for customer in answer.triggers.customers], np.int64, len(answer.triggers)
+        )
+        good = np.ones(len(at), np.bool_)
+        good[list(answer.outputs.errors)] = False
+        write_outputs(
+            layout, rows, answer.version, at[good], answer.triggers.times_ms[good], answer.outputs.values[good]
+        )

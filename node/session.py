@@ -1,0 +1,140 @@
+"""Opening a partition: fence, recover, position. What is opened here is closed here."""
+
+from __future__ import annotations
+
+import asyncio
+from collections import Counter
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass
+from typing import Protocol
+
+import structlog
+
+from node.backlog import Backlog, Bound, Versions
+from node.commit import Committer
+from node.cycle import Cycle, Engine, PartitionState
+from node.ingest.source import Source
+from node.kernel.clock import Clock
+from node.kernel.errors import StateCorrupt
+from node.kernel.ports import StateStore
+from node.kernel.types import ModelName, Statistics
+from node.outbox import Outbox
+from node.outgoing import Origin
+from node.state.cache import RowCache
+from node.state.layout import Layout
+from node.steps import StepTimes
+
+log = structlog.get_logger(__name__)
+
+_CHUNKS_MAX = 1_000_000
+
+
+class Recovered(Protocol):
+    def statistics(self) -> Statistics: ...
+
+
+@dataclass(frozen=True, slots=True)
+class Parts:
+    """What a session is made of; everything is made anew for each, so nothing stale outlives a failure."""
+
+    store: Callable[[], StateStore]
+    outbox: Callable[[], Outbox]
+    source: Callable[[], Source]
+    fold_changelog: Callable[[StateStore], Awaitable[Recovered]]
+    versions: Versions
+    bound: Callable[[ModelName], Bound]
+    cache_bytes: int
+    flush_interval_seconds: float
+
+
+class PartitionSession:
+    """An open partition. `node.partition` runs its cycles and closes it."""
+
+    def __init__(
+        self,
+        cycle: Cycle,
+        source: Source,
+        outbox: Outbox,
+        store: StateStore,
+        state: PartitionState,
+        steps: StepTimes,
+        flush_interval_seconds: float,
+        clock: Clock,
+    ) -> None:
+        self.source = source
+        self.outbox = outbox
+        self.store = store
+        self.state = state
+        self.steps = steps
+        self._cycle = cycle
+        self._clock = clock
+        self._flush_interval = flush_interval_seconds
+        self._flushed = clock.monotonic()
+
+    async def cycle(self) -> bool:
+        more = await self._cycle.run()
+        if self._clock.monotonic() - self._flushed > self._flush_interval:
+            await asyncio.to_thread(self.store.flush)
+            self._flushed = self._clock.monotonic()
+        return more
+
+    async def close(self) -> None:
+        """Clients first, then the state; nothing is flushed that was not committed, since nothing such exists."""
+        self.state.backlog.close()
+        await self.source.close()
+        await self.outbox.close()
+        self.store.close()
+
+    def statistics(self, now_ms: int) -> Statistics:
+        return {
+            "lag": self.source.lag(),
+            "progress": dict(self.source.progress),
+            "transactions": self.outbox.transactional,
+            "counters": dict(self.state.counters),
+            "backlog": self.state.backlog.statistics(now_ms),
+            "steps": self.steps.statistics(),
+            "cache": self.state.cache.statistics(),
+            "store": self.store.statistics(),
+            "layout": {"id": self.state.layout.id, "slots": self.state.layout.slots},
+        }
+
+
+async def open_session(
+    parts: Parts, engine: Engine, origin: Origin, steps: StepTimes, clock: Clock
+) -> PartitionSession:
+    """Open partition `origin.partition`.
+
+    1. The producer starts: from now on an earlier owner cannot commit, and the changelog has an end.
+    2. The store folds every committed frame it has not seen.
+    3. The source goes on where the last frame says.
+
+    Raises what these raise; nothing stays open then.
+    """
+    store = parts.store()
+    outbox, source = parts.outbox(), parts.source()
+    try:
+        await outbox.open()
+        recovered = await parts.fold_changelog(store)
+        log.info("partition recovered", partition=origin.partition, **recovered.statistics())
+        state = _state(store, parts, engine)
+        await source.open(store.progress())
+    except BaseException:
+        await source.close()
+        await outbox.close()
+        store.close()
+        raise
+    committer = Committer(outbox, store, state.cache, steps)
+    cycle = Cycle(engine, origin, source, committer, state, steps)
+    state.backlog.pump()
+    return PartitionSession(cycle, source, outbox, store, state, steps, parts.flush_interval_seconds, clock)
+
+
+def _state(store: StateStore, parts: Parts, engine: Engine) -> PartitionState:
+    encoded = store.layout()
+    layout = Layout.empty() if encoded is None else Layout.decode(encoded)
+    backlog = Backlog(engine.runner, store, parts.versions, parts.bound)
+    try:
+        backlog.restore(store.chunks(_CHUNKS_MAX))
+    except ValueError as failure:
+        raise StateCorrupt(f"the sequence log can't be read: {failure}") from failure
+    return PartitionState(layout, RowCache(store, layout, parts.cache_bytes), backlog, Counter(store.counters()))

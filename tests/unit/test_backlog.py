@@ -1,0 +1,145 @@
+"""The sequence log's in-memory end: order within a model, bounds, and nothing lost or settled twice."""
+
+from __future__ import annotations
+
+import asyncio
+from collections import deque
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from node.backlog import Backlog, Bound, Settled
+from node.kernel.errors import BoundExceeded
+from node.kernel.types import FeatureRows, Frame, ModelName, ModelOutputs, ModelVersion, SequenceChunk, Triggers
+from node.state.memory import MemoryStore
+from node.triggers import Outcome, run_triggers
+
+NAMES = (ModelName("ads", "bid"), ModelName("risk", "score"))
+
+
+class ManualRunner:
+    """Answers when the test says so; takes at most `room` submissions at once."""
+
+    def __init__(self, room: int = 100) -> None:
+        self.room = room
+        self.open: deque[tuple[FeatureRows, asyncio.Future[ModelOutputs]]] = deque()
+
+    def submit(self, version: ModelVersion, rows: FeatureRows) -> asyncio.Future[ModelOutputs]:
+        if len(self.open) >= self.room:
+            raise BoundExceeded("full")
+        future = asyncio.get_running_loop().create_future()
+        self.open.append((rows, future))
+        return future
+
+    def rows_queued_max(self, name: ModelName) -> int:
+        return self.room
+
+    def answer(self, position: int) -> None:
+        rows, future = self.open[position]
+        del self.open[position]
+        if not future.cancelled():
+            future.set_result(ModelOutputs(rows.numbers[:, :1].copy()))
+
+
+def version(name: ModelName, sha: str = "a" * 64) -> ModelVersion:
+    return ModelVersion(name, sha, "b" * 64, ("buy",), ("x",), ("score",), "predict", 0, 1000)
+
+
+def triggers(name: ModelName, first: int, count: int, sha: str = "a" * 64) -> Triggers:
+    numbers = np.arange(first, first + count, dtype=np.int64)
+    rows = FeatureRows(("x",), numbers.astype(np.float64).reshape(-1, 1))
+    zeros = np.zeros(count, np.int64)
+    return Triggers(name, sha, tuple(f"c{n}" for n in numbers), zeros, numbers, zeros, numbers, rows)
+
+
+def commit(store: MemoryStore, outcome: Outcome | Settled, offset: int, appended: list[SequenceChunk]) -> None:
+    frame = Frame({"events": offset}, 0, [], np.zeros((0, 1)), appended=appended, cursors=outcome.cursors)
+    store.apply(frame, offset)
+
+
+@st.composite
+def plans(draw: st.DrawFn) -> list[tuple[str, int, int]]:
+    step = st.tuples(st.sampled_from(["work", "answer", "restart"]), st.integers(0, 1), st.integers(0, 7))
+    return draw(st.lists(step, max_size=40))
+
+
+@settings(deadline=None)
+@given(plans(), st.integers(1, 4))
+def test_every_trigger_is_answered_once_and_in_order(steps: list[tuple[str, int, int]], room: int) -> None:
+    asyncio.run(_every_trigger(steps, room))
+
+
+async def _every_trigger(steps: list[tuple[str, int, int]], room: int) -> None:
+    store, runner = MemoryStore(), ManualRunner(room)
+    answered: dict[ModelName, list[int]] = {name: [] for name in NAMES}
+    submitted = dict.fromkeys(NAMES, 0)
+    offset = 0
+
+    def fresh() -> Backlog:
+        made = Backlog(runner, store, lambda name, sha: version(name, sha), lambda name: Bound(10_000))
+        made.restore(store.chunks(10_000))
+        made.pump()
+        return made
+
+    async def cycle(work: list[tuple[ModelVersion, Triggers]]) -> None:
+        nonlocal offset
+        await asyncio.sleep(0)
+        settled = backlog.settle()
+        outcome = await run_triggers(runner, backlog, work, settled, 0.0)
+        offset += 1
+        commit(store, outcome, offset, outcome.appended)
+        for answer in outcome.answers:
+            answered[answer.triggers.name] += answer.triggers.offsets.tolist()
+        backlog.pump()
+
+    backlog = fresh()
+    for kind, which, amount in steps:
+        name = NAMES[which]
+        if kind == "work" and amount:
+            await cycle([(version(name), triggers(name, submitted[name], amount))])
+            submitted[name] += amount
+        elif kind == "answer" and runner.open:
+            runner.answer(amount % len(runner.open))
+            await cycle([])
+        elif kind == "restart":
+            backlog.close()
+            runner.open.clear()
+            backlog = fresh()
+    for _ in range(1000):
+        if not backlog.rows:
+            break
+        while runner.open:
+            runner.answer(len(runner.open) - 1)
+        await cycle([])
+    for name in NAMES:
+        assert answered[name] == list(range(submitted[name]))
+    assert store.chunks(10) == []
+
+
+@pytest.mark.parametrize(("policy", "left"), [("shed_oldest", [4, 5, 6, 7]), ("shed_newest", [0, 1, 2, 3])])
+async def test_over_its_bound_a_line_sheds_by_policy_and_counts(policy: str, left: list[int]) -> None:
+    store, name = MemoryStore(), NAMES[0]
+    backlog = Backlog(ManualRunner(0), store, lambda *_: version(name), lambda _: Bound(4, policy))  # type: ignore[arg-type]
+    settled = Settled()
+    chunks = [backlog.append(triggers(name, first, 4), None, settled) for first in (0, 4)]
+    commit(store, settled, 1, [chunk for chunk in chunks if chunk is not None])
+    assert settled.shed == {f"overload {name}": 4}
+    assert [offset for chunk in store.chunks(9) for offset in chunk.triggers.offsets.tolist()] == left
+    assert backlog.rows == 4
+
+
+async def test_triggers_of_a_deleted_model_are_shed_and_counted() -> None:
+    store, name = MemoryStore(), NAMES[0]
+    backlog = Backlog(ManualRunner(), store, lambda *_: None, lambda _: Bound(100))
+    appended = Settled()
+    chunk = backlog.append(triggers(name, 0, 3), None, appended)
+    assert chunk is not None
+    commit(store, appended, 1, [chunk])
+    backlog.pump()
+    assert backlog.changed.is_set()
+    settled = backlog.settle()
+    assert settled.shed == {f"deleted {name}": 3}
+    commit(store, settled, 2, [])
+    assert store.chunks(9) == []
