@@ -155,7 +155,13 @@ def annotation_problems(source: str, name: str) -> list[str]:
 # Put together from halves, so that this file passes its own check.
 UNFINISHED = re.compile(r"\b(TO" + r"DO|FIX" + r"ME)\b")
 ADDRESS = re.compile(
-    r"index-" + r"url|--regis" + r"try|https?://[\w.-]*(?:py" + r"pi|npm" + r"js|mav" + r"en|pythonho" + r"sted|crates)\b",
+    r"index-"
+    + r"url|--regis"
+    + r"try|https?://[\w.-]*(?:py"
+    + r"pi|npm"
+    + r"js|mav"
+    + r"en|pythonho"
+    + r"sted|crates)\b",
     re.IGNORECASE,
 )
 
