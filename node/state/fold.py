@@ -18,7 +18,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
 
 import numpy as np
 
@@ -27,14 +26,11 @@ from node.state.contributions import Contributions
 from node.state.crossing import Crossing
 from node.state.finish import finished
 from node.state.layout import NO_TILE, Layout
-from node.state.planes import PlacedGroup, PlaneIndex
+from node.state.planes import PlacedGroup, PlaneIndex, plane_index
 from node.state.segments import Segments
 
-_LAYOUTS_REMEMBERED = 8
 _SORTED_BY_RADIX_MAX = 1 << 16
 """numpy's stable sort is a radix sort for 16-bit keys, five times as fast as for wider ones."""
-
-plane_index = lru_cache(_LAYOUTS_REMEMBERED)(PlaneIndex.of)
 
 
 @dataclass(frozen=True, slots=True)

@@ -7,12 +7,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 
 import numpy as np
 
 from node.kernel.types import Floats, Ints
 from node.state.layout import INITIAL, KINDS, PLANES, Accumulator, Group, Kind, Layout
 
+_LAYOUTS_REMEMBERED = 8
 _SUMMED: tuple[Kind, ...] = ("count", "sum", "shifted", "squared")
 
 
@@ -162,3 +164,8 @@ class PlaneIndex:
             min(range(len(groups)), key=lambda number: groups[number].width_ms or np.inf, default=0),
             located,
         )
+
+
+@lru_cache(_LAYOUTS_REMEMBERED)
+def plane_index(layout: Layout) -> PlaneIndex:
+    return PlaneIndex.of(layout)

@@ -1,0 +1,93 @@
+"""(P) Rows as bytes, and the keys of what is stored beside them.
+
+A stored row is its slots, little endian, nothing else: the header in slot 0 names the layout it was written under.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from node.kernel.errors import StateCorrupt
+from node.kernel.types import Floats
+from node.state.layout import Layout, header
+
+_SLOT_BYTES = 8
+_ADVICE = "delete the partition's folder, it is rebuilt from the changelog"
+
+
+def images(rows: Floats) -> Floats:
+    """float64 [customers, slots], C order, of `rows` [slots, customers]: what a frame holds."""
+    return np.ascontiguousarray(rows.T)
+
+
+def split(images: Floats) -> list[bytes]:
+    """One bytes object for each row of `images` [customers, slots]."""
+    count, slots = images.shape
+    if not count:
+        return []
+    contiguous = np.ascontiguousarray(images, dtype="<f8")
+    pieces: list[bytes] = contiguous.view(f"V{slots * _SLOT_BYTES}").reshape(count).tolist()
+    return pieces
+
+
+def pack(rows: Floats) -> list[bytes]:
+    """One bytes object for each column of `rows` [slots, customers]."""
+    return split(images(rows))
+
+
+def unpack(layout: Layout, stored: Sequence[bytes | None]) -> Floats:
+    """float64 [slots, customers], C order, under `layout`; None gives the row of a customer never seen.
+
+    Raises StateCorrupt for bytes that are not a row of this layout or of one that it grew from.
+    """
+    return np.ascontiguousarray(unpack_images(layout, stored).T)
+
+
+def unpack_images(layout: Layout, stored: Sequence[bytes | None]) -> Floats:
+    """As `unpack`, but one row of slots for each customer: float64 [customers, slots]."""
+    size = layout.slots * _SLOT_BYTES
+    if stored and {None if row is None else len(row) for row in stored} == {size}:
+        found = np.frombuffer(b"".join(stored), "<f8").reshape(len(stored), layout.slots)  # type: ignore[arg-type]
+        _check_headers(found, layout.id)
+        return found.copy()
+    rows = np.tile(layout.initial, (len(stored), 1))
+    places: dict[int, list[int]] = {}
+    for place, row in enumerate(stored):
+        if row is not None:
+            places.setdefault(len(row), []).append(place)
+    for length, at in places.items():
+        _put(layout, rows, at, b"".join(stored[place] for place in at), length)  # type: ignore[misc]
+    return rows
+
+
+def _put(layout: Layout, rows: Floats, at: list[int], joined: bytes, length: int) -> None:
+    slots, rest = divmod(length, _SLOT_BYTES)
+    if rest or slots not in layout.sizes:
+        raise StateCorrupt(
+            f"a stored row of {length} bytes is not one of layout {layout.id} or of an earlier one; {_ADVICE}"
+        )
+    found = np.frombuffer(joined, "<f8").reshape(len(at), slots)
+    headers = found[:, 0].view("<u8")
+    known = [header(number).view("<u8")[0] for number, size in enumerate(layout.sizes) if size == slots]
+    _check(bool(np.isin(headers, known).all()))
+    rows[at, 1:slots] = found[:, 1:]
+
+
+def _check_headers(found: Floats, layout_id: int) -> None:
+    _check(bool((found[:, 0].view("<u8") == header(layout_id).view("<u8")[0]).all()))
+
+
+def _check(sound: bool) -> None:
+    if not sound:
+        raise StateCorrupt(f"a stored row's header does not name a layout of its length; {_ADVICE}")
+
+
+def sequence_prefix(model: str) -> bytes:
+    """Of the keys of a model's chunks (`model` is the text of its ModelName); in the order of (model, number)."""
+    return model.encode() + b"\0"
+
+
+def sequence_key(model: str, number: int) -> bytes:
+    return sequence_prefix(model) + number.to_bytes(8, "big")

@@ -1,0 +1,75 @@
+"""The state store in memory: the same contract as RocksDB's, for tests, the simulator and throw-away runs."""
+
+from __future__ import annotations
+
+import bisect
+from collections.abc import Mapping, Sequence
+
+from node.kernel.chunks import decode_chunk, encode_chunk
+from node.kernel.types import Frame, SequenceChunk
+from node.state.codec import sequence_key, sequence_prefix, split
+
+
+class MemoryStore:
+    """Loses everything when the process ends; the changelog has it all."""
+
+    def __init__(self) -> None:
+        self._rows: dict[bytes, bytes] = {}
+        self._keys: list[bytes] | None = []
+        self._chunks: dict[bytes, bytes] = {}
+        self._changelog_offset = 0
+        self._progress: dict[str, int] = {}
+        self._counters: dict[str, int] = {}
+        self._layout: bytes | None = None
+
+    def load(self, customers: Sequence[bytes]) -> list[bytes | None]:
+        return [self._rows.get(customer) for customer in customers]
+
+    def apply(self, frame: Frame, changelog_offset: int) -> None:
+        self._rows.update(zip(frame.customers, split(frame.rows), strict=True))
+        self._keys = None
+        for chunk in frame.appended:
+            self._chunks[sequence_key(str(chunk.triggers.name), chunk.number)] = encode_chunk(chunk)
+        for model, number in frame.cursors.items():
+            first, end = sequence_key(model, 0), sequence_key(model, number)
+            for key in [key for key in self._chunks if first <= key < end]:
+                del self._chunks[key]
+        self._changelog_offset = changelog_offset
+        self._progress, self._counters = dict(frame.progress), dict(frame.counters)
+        self._layout = frame.layout or self._layout
+
+    def changelog_offset(self) -> int:
+        return self._changelog_offset
+
+    def progress(self) -> Mapping[str, int]:
+        return self._progress
+
+    def layout(self) -> bytes | None:
+        return self._layout
+
+    def counters(self) -> Mapping[str, int]:
+        return self._counters
+
+    def chunks(self, limit: int, model: str | None = None, number_min: int = 0) -> list[SequenceChunk]:
+        prefix = b"" if model is None else sequence_prefix(model)
+        keys = sorted(key for key in self._chunks if key.startswith(prefix) and _number(key) >= number_min)
+        return [decode_chunk(self._chunks[key]) for key in keys[:limit]]
+
+    def scan(self, after: bytes | None, limit: int) -> list[tuple[bytes, bytes]]:
+        if self._keys is None:
+            self._keys = sorted(self._rows)
+        start = 0 if after is None else bisect.bisect_right(self._keys, after)
+        return [(key, self._rows[key]) for key in self._keys[start : start + limit]]
+
+    def flush(self) -> None:
+        """Nothing is kept on disk."""
+
+    def close(self) -> None:
+        """Nothing is open."""
+
+    def statistics(self) -> Mapping[str, object]:
+        return {"kind": "memory", "customers": len(self._rows), "chunks": len(self._chunks)}
+
+
+def _number(key: bytes) -> int:
+    return int.from_bytes(key[-8:], "big")

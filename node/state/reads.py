@@ -1,0 +1,47 @@
+"""(P) Reading aggregates from rows as of a time, without an event: for the API and for models that run by interval."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from node.kernel.types import Aggregate, Floats, Ints
+from node.state.finish import finished
+from node.state.layout import Layout
+from node.state.planes import PlacedGroup, plane_index
+
+
+def read(
+    layout: Layout, rows: Floats, times_ms: Ints, aggregates: Sequence[Aggregate] | None = None
+) -> dict[Aggregate, Floats]:
+    """float64 [customers] for each of `aggregates` (all of the layout's by default).
+
+    `rows` is float64 [slots, customers], `times_ms` [customers] the time to read each row at. A window ends with the
+    tile of that time, so events that are newer than the tile do not count. `since` counts from the last event at all.
+    """
+    index = plane_index(layout)
+    values = np.empty((len(index.planes), rows.shape[1]))
+    for placed in index.groups:
+        values[placed.numbers] = _window_values(placed, rows, times_ms)
+    before, seconds = values[index.planes.highest], times_ms / 1000.0
+    asked = layout.aggregates if aggregates is None else aggregates
+    return {aggregate: finished(index, layout, aggregate, values, before, seconds) for aggregate in asked}
+
+
+def _window_values(placed: PlacedGroup, rows: Floats, times_ms: Ints) -> Floats:
+    """float64 [planes of the group, customers]"""
+    group, planes = placed.group, placed.planes
+    block = rows[group.first_slot : group.last_slot].reshape(len(group.initial), group.tiles, -1)
+    heads = rows[group.head_slot].astype(np.int64)
+    last = times_ms // group.width_ms if group.width_ms else np.zeros_like(times_ms)
+    slots = np.arange(group.tiles)[:, None]
+    tiles = heads - (heads - slots) % group.tiles
+    older = np.where((tiles > last - group.tiles) & (tiles < last), block, group.initial[:, None, None])
+    own = np.where((tiles == last).any(axis=0), _own_tile(block, last % group.tiles), group.initial[:, None])
+    return planes.joined(planes.reduced(older), own)
+
+
+def _own_tile(block: Floats, slots: Ints) -> Floats:
+    own: Floats = block[:, slots, np.arange(block.shape[2])]
+    return own
