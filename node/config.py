@@ -215,7 +215,17 @@ def _cross_problems(sections: Mapping[str, Mapping[str, Any]]) -> Iterator[str]:
     for name in types:
         if keyword.iskeyword(name):
             yield f"[events] types has {_shown(name)}, a word of Python that no manifest can name"
+    yield from _type_text_problems(types, events.get("type_texts", {}))
     yield from _path_problems(EventsSection(**{"types": ("any",), **events}))
+
+
+def _type_text_problems(types: Sequence[str], texts: Mapping[str, str]) -> Iterator[str]:
+    for name in texts:
+        if types and name not in types:
+            yield f"[events] type_texts has {_shown(name)}, which is not in types; {_suggestion(name, types)}"
+    yield from _list_problems(
+        "[events] types and type_texts together", [texts.get(name, name) for name in dict.fromkeys(types)]
+    )
 
 
 def _topic_problems(kafka: KafkaSection) -> Iterator[str]:
@@ -349,8 +359,10 @@ def _allowed(kind: msgspec.inspect.Type) -> str:
             return f"a list{size}, each {_allowed(kind.item_type)}"
         case msgspec.inspect.UnionType():
             return ", or ".join(_allowed(member) for member in kind.types)
-        case msgspec.inspect.DictType():
-            return "a table"
+        case msgspec.inspect.DictType(key_type=key, value_type=value):
+            if isinstance(value, msgspec.inspect.StructType):
+                return "a table"
+            return f"a table of {_allowed(key)}, to {_allowed(value)}"
         case _:
             raise TypeError(f"no words for {kind}: config fields are numbers, texts, booleans, choices, lists, tables")
 

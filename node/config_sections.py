@@ -27,6 +27,7 @@ JsonPath: TypeAlias = Annotated[str, Meta(pattern=r"^[^.]+(\.[^.]+){0,15}\Z", ma
 FilePath: TypeAlias = Annotated[str, Meta(pattern=r"^[^\x00-\x1f\x7f]{1,4096}\Z")]
 Text: TypeAlias = Annotated[str, Meta(pattern=r"^[^\x00-\x1f\x7f]{0,1024}\Z")]
 DottedName: TypeAlias = Annotated[str, Meta(pattern=r"^[A-Za-z_][\w.]*\.[A-Za-z_]\w*\Z")]
+EventTypeText: TypeAlias = Annotated[str, Meta(min_length=1, max_length=limits.EVENT_TYPE_BYTES_MAX)]
 SandboxLayer: TypeAlias = Literal["landlock", "seccomp", "rlimits", "uid", "cgroup"]
 
 PATTERN_WORDS = {
@@ -229,6 +230,14 @@ class EventsSection(Section, frozen=True):
             description="Event types that manifests may name. New ones go at the end.",
         ),
     ]
+    type_texts: Annotated[
+        dict[Identifier, EventTypeText],
+        Meta(
+            max_length=limits.EVENT_TYPES_MAX,
+            description="What events hold for a type where that is not its name: "
+            '`type_texts = { order_placed = "order.placed" }`.',
+        ),
+    ] = {}
     type: Annotated[JsonPath, Meta(description="Path of the event's type, a text.")] = "type"
     time: Annotated[
         JsonPath, Meta(description="Path of the event's time; the Kafka timestamp where an event has none.")

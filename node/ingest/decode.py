@@ -71,7 +71,7 @@ class EventDecoder:
 
     def __init__(self, events: EventsSection) -> None:
         self._config = events
-        self._codes = {name: code for code, name in enumerate(events.types)}
+        self._codes = {events.type_texts.get(name, name): code for code, name in enumerate(events.types)}
         fields = {field.path: _FIELD_TYPES[field.type] for field in events.fields.values()}
         kinds = {events.type: str, events.time: _TIME_TYPES[events.time_unit], events.customer: str | int, **fields}
         struct, self._readers = _struct_of(kinds)
@@ -138,7 +138,7 @@ class EventDecoder:
             return None, (Reason.NOT_JSON, str(error))
         name = self._head_type([head])[0]
         if name in self._codes:
-            return None, (Reason.WRONG_TYPE, detail)
+            return None, (Reason.NUMBER_TOO_LARGE if "out of range" in detail else Reason.WRONG_TYPE, detail)
         return None, self._type_mistake(name)
 
     def _typed(self, objects: list[Any], indexes: Ints, mistakes: dict[int, Mistake]) -> tuple[list[Any], Ints, Ints]:

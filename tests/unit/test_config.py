@@ -127,6 +127,17 @@ def test_topics_follow_the_application_unless_named() -> None:
         ("tenants", "weight_max = nan", "[tenants] weight_max is nan; allowed: a number above 0 to 1000"),
         ("tenants", 'allow = ["torch"]', '[tenants] allow[0] is "torch"; allowed: a list, each'),
         ("tenants", 'allow_globals = ["os"]', '[tenants] allow_globals[0] is "os"; allowed: a list'),
+        (
+            "events",
+            'type_texts = { serch = "a.b" }',
+            '[events] type_texts has "serch", which is not in types; did you mean',
+        ),
+        ("events", 'type_texts = { search = "" }', '[events] type_texts is {"search":""}; allowed: a table of a name'),
+        (
+            "events",
+            'type_texts = { search = "transaction" }',
+            '[events] types and type_texts together has "transaction" 2',
+        ),
         ("events", "time = 5", "[events] time is 5; allowed: a path of keys joined by dots"),
         ("events", 'time = "a..b"', '[events] time is "a..b"; allowed: a path of keys joined by dots'),
         ("events", 'time = "type"', '[events] time has the path "type", which [events] type reads already'),
@@ -255,9 +266,7 @@ def test_a_password_that_is_not_there_is_a_mistake(tmp_path: Path) -> None:
 
 
 def test_files_that_cannot_be_read(tmp_path: Path) -> None:
-    assert load_problems(tmp_path / "none.toml") == [
-        "the file can't be read: No such file or directory"
-    ]
+    assert load_problems(tmp_path / "none.toml") == ["the file can't be read: No such file or directory"]
     assert "Is a directory" in load_problems(tmp_path)[0]
     latin = tmp_path / "latin.toml"
     latin.write_bytes(b'x = "\xff"')
