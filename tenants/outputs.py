@@ -43,9 +43,11 @@ class Outputs:
         """Values [rows, outputs] and the rows without a usable output. Raises CallFailed."""
         try:
             given = self._method(model_input.of(rows))
+            values, errors = self._columns(given, len(rows))
+        except CallFailed:
+            raise
         except Exception as error:
             raise CallFailed(shorten(f"the model raised {type(error).__name__}: {error}")) from error
-        values, errors = self._columns(given)
         if values.shape != (len(rows), len(self._names)):
             raise CallFailed(
                 f"the model gave {values.shape[0]} rows of {values.shape[1]} outputs for {len(rows)} rows, "
@@ -53,21 +55,21 @@ class Outputs:
             )
         return values, row_errors(values, self._names, errors)
 
-    def _columns(self, given: Any) -> tuple[Floats, dict[int, str]]:
+    def _columns(self, given: Any, rows: int) -> tuple[Floats, dict[int, str]]:
         if self._probabilities:
-            return self._numbers(self._probability_columns(given)), {}
-        matrix = _matrix(given)
+            return self._numbers(self._probability_columns(given, rows)), {}
+        matrix = _matrix(given, rows)
         if matrix.dtype.kind in "OUST" and self._indices:
             return self._label_columns(matrix)
         return self._numbers(matrix), {}
 
-    def _probability_columns(self, given: Any) -> Any:
+    def _probability_columns(self, given: Any, rows: int) -> Any:
         if isinstance(given, list):  # one array for each target
-            parts = [_matrix(part) for part in given]
+            parts = [_matrix(part, rows) for part in given]
             if len(self._names) == len(parts):
                 return np.hstack([part[:, -1:] for part in parts])
             return np.hstack(parts)
-        matrix = _matrix(given)
+        matrix = _matrix(given, rows)
         return matrix[:, -1:] if len(self._names) == 1 else matrix
 
     def _numbers(self, matrix: Any) -> Floats:
@@ -127,11 +129,11 @@ def _class_indices(model: Any) -> list[dict[str, int]]:
     return [{str(label): index for index, label in enumerate(array.ravel().tolist())} for array in arrays]
 
 
-def _matrix(given: Any) -> Any:
+def _matrix(given: Any, rows: int) -> Any:
     """A dense array of two dimensions. Raises CallFailed when there are more."""
     dense = given.toarray() if hasattr(given, "toarray") else np.asarray(given)
     if dense.ndim == 1:
-        return dense.reshape(-1, 1)
+        return dense.reshape(1, -1) if rows == 1 else dense.reshape(-1, 1)  # some flatten the answer to one row
     if dense.ndim != 2:
         raise CallFailed(f"the model gave an array of {dense.ndim} dimensions; only rows of numbers can be stored")
     return dense

@@ -173,6 +173,7 @@ def _restrict_files() -> None:
         for folder in library_folders():
             rules.allow(folder, rules=landlock.FSAccess.READ_FILE | landlock.FSAccess.READ_DIR)
         rules.apply()
+        os.close(rules._fd)  # the package leaves it open
     except landlock.LandlockError as error:
         raise _LayerMissing(f"landlock: {error}") from error
 

@@ -9,6 +9,7 @@ else may only be instantiated without its `__init__`, or referred to.
 from __future__ import annotations
 
 import _compat_pickle
+import functools
 import importlib
 import io
 import math
@@ -22,6 +23,7 @@ from typing import Any, ClassVar, cast
 import numpy as np
 from joblib.compressor import _COMPRESSORS, _ZFILE_PREFIX
 from joblib.numpy_pickle import NumpyArrayWrapper
+from sklearn.utils.validation import check_array
 
 from node.kernel.errors import ModelRefused
 from node.kernel.limits import MIB, MODEL_UNPACKED_BYTES_MAX
@@ -112,7 +114,27 @@ def latin1_bytes(text: str, encoding: str) -> bytes:
     return text.encode("latin-1")
 
 
-_STAND_INS: dict[tuple[str, str], object] = {("_codecs", "encode"): latin1_bytes}
+class ArrayCheck(functools.partial[Any]):
+    """All that scikit-learn's own models need of `functools.partial`: histogram boosting keeps a `check_array` with its
+    arguments. A partial of anything else would be a way to call it with arguments of the file's choice."""
+
+    def __new__(cls, function: object) -> ArrayCheck:
+        _require_check_array(function)
+        return super().__new__(cls, check_array)
+
+    def __setstate__(self, state: Any) -> None:
+        _require_check_array(state[0])
+        cast("Any", super()).__setstate__(state)
+
+
+def _require_check_array(function: object) -> None:
+    if function is not check_array:
+        raise ModelRefused(
+            "the file uses functools.partial, of which only scikit-learn's own use is allowed; leave it out"
+        )
+
+
+_STAND_INS: dict[tuple[str, str], object] = {("_codecs", "encode"): latin1_bytes, ("functools", "partial"): ArrayCheck}
 _ABSENT = object()
 
 

@@ -13,8 +13,10 @@ import time
 from collections.abc import Iterable
 from dataclasses import dataclass
 
+import joblib.externals.loky.backend.context
 import joblib.parallel
 import numpy as np
+import sklearn.utils.parallel
 
 from node.kernel.errors import CallFailed, HeadraceError, SandboxUnavailable
 from node.kernel.limits import MODEL_UNPACKED_BYTES_MAX
@@ -31,10 +33,12 @@ def prepare(libraries: Iterable[str], extra_globals: Iterable[str], modules: Ite
     """In the warm server: import all that workers will need, and make joblib compute in the calling thread.
 
     Models stored with n_jobs > 1 would otherwise start processes, which the sandbox forbids, or threads, which
-    do not help a tenant whose share is less than a core.
+    do not help a tenant whose share is less than a core. What is looked up in /proc and /sys is looked up now.
     """
     for module in modules:
         importlib.import_module(module)
+    joblib.externals.loky.backend.context._cpu_count_user = lambda _cores: 1
+    sklearn.utils.parallel._get_threadpool_controller()
     for backend in list(joblib.parallel.BACKENDS):
         joblib.parallel.BACKENDS[backend] = joblib.parallel.SequentialBackend
     return Allowlist.shipped(libraries, extra_globals)

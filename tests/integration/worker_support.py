@@ -1,0 +1,56 @@
+"""What the tests of workers share: model files, versions and a warm server."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from typing import Any
+
+import joblib
+import numpy as np
+
+from node.kernel.clock import SystemClock
+from node.kernel.limits import MIB
+from node.kernel.types import FeatureRows, ModelName, ModelVersion
+from tenants.sandbox import SandboxSettings
+from tenants.workers import WarmServer
+
+MEMORY_BYTES = 512 * MIB
+COMPRESSIONS: tuple[Any, ...] = (0, ("zlib", 3), ("gzip", 3), ("bz2", 3), ("xz", 1), ("lzma", 1))
+
+
+def stored(model: Any, compress: Any = 0, protocol: int | None = None) -> bytes:
+    file = io.BytesIO()
+    joblib.dump(model, file, compress=compress, protocol=protocol)
+    return file.getvalue()
+
+
+def version_of(
+    features: tuple[str, ...], outputs: tuple[str, ...] = ("score",), method: str = "predict_proba", number: int = 0
+) -> ModelVersion:
+    return ModelVersion(
+        name=ModelName("grocery", "coupons"),
+        version=f"{number:064x}",
+        blob="b" * 64,
+        events=("transaction",),
+        features=features,
+        outputs=outputs,
+        method=method,
+        ttl_ms=0,
+        deadline_ms=5000,
+    )
+
+
+def rows_of(names: tuple[str, ...], numbers: Any, texts: dict[str, list[str | None]] | None = None) -> FeatureRows:
+    return FeatureRows(names, np.ascontiguousarray(numbers, dtype=np.float64), texts or {})
+
+
+@asynccontextmanager
+async def warm_server(settings: SandboxSettings | None = None) -> AsyncIterator[WarmServer]:
+    server = WarmServer(settings or SandboxSettings(), SystemClock())
+    await server.start()
+    try:
+        yield server
+    finally:
+        await server.stop()
