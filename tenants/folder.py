@@ -1,0 +1,144 @@
+"""The watched directory as it lies on disk: which pairs there are, reading them safely, answering beside them.
+
+Blocking: the watcher calls it in a thread. Tenants own their folders and may put anything there: links, pipes,
+files that change while they are read.
+"""
+
+from __future__ import annotations
+
+import os
+import stat
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TypeAlias
+
+from node.kernel import limits
+from node.kernel.errors import ManifestError
+from node.kernel.types import ModelName
+from tenants.manifest import is_name
+
+MANIFEST = ".toml"
+MODEL = ".joblib"
+STATUS = ".status.json"
+TENANT_FILE = "tenant.toml"
+ENTRIES_MAX = 4096
+"""Directory entries looked at in one tenant's folder."""
+
+Signature: TypeAlias = tuple[int, int, int, int]
+"""Device, inode, size and modification time: what changes when a file does."""
+
+
+@dataclass(frozen=True, slots=True)
+class Scan:
+    """What is there. A pair has the signatures of its manifest and its model file, `halves` are pairs not whole yet.
+
+    `places` identifies the directories themselves: a watch on one that was made again hears nothing.
+    """
+
+    pairs: Mapping[ModelName, tuple[Signature, Signature]] = field(default_factory=dict)
+    halves: frozenset[ModelName] = frozenset()
+    tenants: Mapping[str, Signature | None] = field(default_factory=dict)
+    """Tenant -> signature of its tenant.toml, None without one."""
+    places: tuple[tuple[str, int, int], ...] = ()
+    ignored: tuple[str, ...] = ()
+    """One line for each name that can't be taken."""
+
+
+def scan(root: Path) -> Scan:
+    """Look at every tenant's folder. Raises OSError when the root itself can't be read."""
+    pairs: dict[ModelName, tuple[Signature, Signature]] = {}
+    halves: set[ModelName] = set()
+    tenants: dict[str, Signature | None] = {}
+    found = os.stat(root)
+    places = [("", found.st_dev, found.st_ino)]
+    ignored: list[str] = []
+    for folder in sorted(os.scandir(root), key=lambda entry: entry.name):
+        if folder.name.startswith(".") or not folder.is_dir(follow_symlinks=False):
+            continue
+        if not is_name(folder.name):
+            ignored.append(f"{folder.name}/: a tenant's folder is named with a-z, 0-9, '_' and '-' only")
+            continue
+        if len(tenants) >= limits.TENANTS_MAX:
+            ignored.append(f"{folder.name}/: there are {limits.TENANTS_MAX} tenants already")
+            continue
+        try:
+            found = os.stat(folder.path)
+            files = _files(folder.path)
+        except OSError:
+            continue  # removed meanwhile
+        places.append((folder.name, found.st_dev, found.st_ino))
+        tenants[folder.name] = files.pop(TENANT_FILE, None)
+        stems = {name.removesuffix(suffix) for name in files for suffix in (MANIFEST, MODEL) if name.endswith(suffix)}
+        for stem in sorted(stems):
+            manifest, model = files.get(stem + MANIFEST), files.get(stem + MODEL)
+            if manifest is not None and model is not None:
+                pairs[ModelName(folder.name, stem)] = manifest, model
+            else:
+                halves.add(ModelName(folder.name, stem))
+    return Scan(pairs, frozenset(halves), tenants, tuple(places), tuple(ignored))
+
+
+def _files(folder: str) -> dict[str, Signature]:
+    """The manifests and model files by name, at most ENTRIES_MAX entries looked at."""
+    files: dict[str, Signature] = {}
+    with os.scandir(folder) as entries:
+        for _, entry in zip(range(ENTRIES_MAX), entries, strict=False):
+            if entry.name.startswith(".") or not entry.name.endswith((MANIFEST, MODEL)):
+                continue
+            try:
+                found = entry.stat()  # of what a link points to: that is what changes
+            except OSError:
+                continue
+            if stat.S_ISREG(found.st_mode):
+                files[entry.name] = _signature(found)
+    return files
+
+
+def _signature(found: os.stat_result) -> Signature:
+    return found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns
+
+
+@contextmanager
+def opened(root: Path, tenant: str, name: str, bytes_max: int) -> Iterator[tuple[Path, Signature]]:
+    """A file of a tenant, held open: a path that leads to that very file, and its signature.
+
+    Raises ManifestError with a line for the tenant when it isn't a plain file inside the tenant's folder or has
+    more than `bytes_max` bytes, OSError when it has gone.
+    """
+    folder = root / tenant
+    descriptor = os.open(folder / name, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC | os.O_NOCTTY)
+    try:
+        found = os.fstat(descriptor)
+        held = Path(f"/proc/self/fd/{descriptor}")
+        # Asked of the open file, so that a link put in its place meanwhile changes nothing.
+        if not stat.S_ISREG(found.st_mode) or not Path(os.readlink(held)).is_relative_to(folder.resolve()):
+            raise ManifestError([f"{name}: not a plain file in the tenant's folder; put the file itself there"])
+        if found.st_size > bytes_max:
+            raise ManifestError([f"{name}: has {found.st_size} bytes, at most {bytes_max} are taken; make it smaller"])
+        yield held, _signature(found)
+    finally:
+        os.close(descriptor)
+
+
+def write_status(root: Path, name: ModelName, content: bytes) -> None:
+    """Put `<model>.status.json` beside the pair, whole or not at all. Raises OSError."""
+    replace_file(root / name.tenant / f"{name.model}{STATUS}", content, durable=False)
+
+
+def remove_status(root: Path, name: ModelName) -> None:
+    (root / name.tenant / f"{name.model}{STATUS}").unlink(missing_ok=True)
+
+
+def replace_file(path: Path, content: bytes, *, durable: bool = True) -> None:
+    """Write beside, then rename. The temporary name is hidden and made anew: no link at it is followed."""
+    temporary = path.with_name(f".{path.name}.new")
+    temporary.unlink(missing_ok=True)
+    descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, 0o644)
+    with os.fdopen(descriptor, "wb") as target:
+        target.write(content)
+        if durable:
+            target.flush()
+            os.fsync(descriptor)
+    temporary.replace(path)

@@ -1,0 +1,414 @@
+"""Takes models from the watched directory: `<watched>/<tenant>/<model>.toml` beside `<model>.joblib`.
+
+watchfiles says that something happened; what is there is always found by looking (`tenants.folder.scan`), which is
+repeated every few seconds, as events get lost when a directory is removed and made again. A pair is taken once it is
+whole: sizes and times unchanged for the settle time. What becomes of it is the registry's decision.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import msgspec
+import structlog
+from watchfiles import Change, awatch
+
+from node.kernel import limits
+from node.kernel.clock import Clock
+from node.kernel.errors import HeadraceError, ManifestError, ModelRefused, SandboxUnavailable, WorkerLost
+from node.kernel.supervise import Supervisor
+from node.kernel.types import EventSchema, ModelName, ModelVersion
+from tenants import folder, registry
+from tenants.folder import MANIFEST, MODEL, TENANT_FILE, Scan, Signature
+from tenants.manifest import TenantCaps, TenantSettings, parse_tenant
+from tenants.registry import Action, Event, Snapshot, StartTrial, TrialReport
+from tenants.workers import LoadReport, WarmServer
+
+log = structlog.get_logger(__name__)
+
+TRIALS_MAX = 2
+"""Trials at once: one slow model file must not hold up everybody's."""
+TRIAL_ATTEMPTS_MAX = 2
+
+
+@dataclass(frozen=True, slots=True)
+class WatchSettings:
+    """`registry` is the file that keeps the live versions over a restart.
+
+    `settle_ms`: how long a pair must be unchanged. `rescan_ms`: how soon what no event told is found.
+    """
+
+    root: Path
+    registry: Path
+    caps: TenantCaps = field(default_factory=TenantCaps)
+    settle_ms: int = 300
+    rescan_ms: int = 5000
+
+
+@dataclass(frozen=True, slots=True)
+class Blobs:
+    """Where model files are kept, by sha256. Blocking; called in a thread."""
+
+    put: Callable[[Path], str]
+    get: Callable[[str], bytes]
+
+
+@dataclass(frozen=True, slots=True)
+class WatchStatistics:
+    root: str
+    tenants: int
+    models: int
+    live: int
+    trials_running: int
+    trials: int
+    scans: int
+    ignored: tuple[str, ...]
+    last_error: str
+
+
+@dataclass(slots=True)
+class _Seen:
+    """A pair or tenant.toml as it was when it last changed; `since` None once it has been taken."""
+
+    signature: object
+    since: float | None
+
+
+@dataclass(slots=True)
+class _Counters:
+    scans: int = 0
+    trials: int = 0
+    last_error: str = ""
+    ignored: tuple[str, ...] = ()
+
+
+class ModelWatcher:
+    """Keeps the registry's snapshot in step with the directory. `changed` hears of each new snapshot.
+
+    `acted` hears of each action that is for the pool (GoLive, Retire, ConfigureTenant, RemoveTenant), in order and
+    after the registry file holds it.
+    """
+
+    def __init__(
+        self,
+        settings: WatchSettings,
+        schema: EventSchema,
+        server: WarmServer,
+        blobs: Blobs,
+        clock: Clock,
+        supervisor: Supervisor,
+        changed: Callable[[Snapshot], None],
+        acted: Callable[[Action], None] = lambda action: None,
+    ) -> None:
+        self._settings = settings
+        self._schema = schema
+        self._server = server
+        self._blobs = blobs
+        self._clock = clock
+        self._supervisor = supervisor
+        self._changed = changed
+        self._acted = acted
+        self._snapshot = Snapshot()
+        self._seen: dict[ModelName | str, _Seen] = {}
+        self._applying = asyncio.Lock()
+        self._wake = asyncio.Event()
+        self._rearm = asyncio.Event()
+        self._places: tuple[tuple[str, int, int], ...] = ()
+        self._trial_slots = asyncio.Semaphore(TRIALS_MAX)
+        self._trials: dict[ModelName, asyncio.Task[None]] = {}
+        self._saved = b""
+        self._counters = _Counters()
+
+    @property
+    def snapshot(self) -> Snapshot:
+        return self._snapshot
+
+    async def start(self) -> None:
+        """Make what was live before a restart live at once, then watch. Raises ManifestError for a damaged file."""
+        await self._restore()
+        self._supervisor.start("model watch", self._watch_events())
+        self._supervisor.start("model watcher", self._run())
+
+    def failing(self, name: ModelName, version: str, reason: str) -> None:
+        """For the pool: a live version can't be run any more."""
+        self._supervisor.start(f"failing {name}", self._apply(registry.VersionFailing(name, version, reason)))
+
+    def statistics(self) -> WatchStatistics:
+        return WatchStatistics(
+            root=str(self._settings.root),
+            tenants=len(self._snapshot.tenants),
+            models=len(self._snapshot.models),
+            live=len(self._snapshot.live),
+            trials_running=len(self._trials),
+            trials=self._counters.trials,
+            scans=self._counters.scans,
+            ignored=self._counters.ignored,
+            last_error=self._counters.last_error,
+        )
+
+    # The loop
+
+    async def _restore(self) -> None:
+        try:
+            content = await asyncio.to_thread(self._settings.registry.read_bytes)
+        except FileNotFoundError:
+            return
+        self._snapshot, problems = registry.decode(content, self._schema)
+        for problem in problems:
+            log.warning("model not taken over from before", problem=problem)
+        self._saved = content
+        for settings in self._snapshot.tenants.values():
+            self._acted(registry.ConfigureTenant(settings))
+        for version, manifest in self._snapshot.live:
+            self._acted(registry.GoLive(version, registry.text_features(manifest)))
+        self._changed(self._snapshot)
+
+    async def _run(self) -> None:
+        """One turn: look, take what has settled, sleep until something happens or is due."""
+        while True:
+            self._wake.clear()
+            due_seconds = await self._look()
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(due_seconds):
+                    await self._wake.wait()
+
+    async def _watch_events(self) -> None:
+        while True:
+            self._rearm.clear()
+            try:
+                async for _ in awatch(
+                    self._settings.root, watch_filter=_concerns_us, stop_event=self._rearm, debounce=200, step=20
+                ):
+                    self._wake.set()
+            except (OSError, RuntimeError) as error:  # the root is missing or can't be watched: rescans go on
+                self._counters.last_error = f"{self._settings.root} can't be watched: {error}"
+                await asyncio.sleep(self._settings.rescan_ms / 1000)
+
+    async def _look(self) -> float:
+        """Scan and take what is whole; seconds until there is a reason to look again."""
+        rescan_seconds = self._settings.rescan_ms / 1000
+        try:
+            found = await asyncio.to_thread(folder.scan, self._settings.root)
+        except OSError as error:
+            # A directory that is not mounted must not retire every model.
+            self._counters.last_error = f"{self._settings.root} can't be read: {error}; models stay as they are"
+            log.warning("watched directory not readable", error=str(error))
+            return rescan_seconds
+        self._counters.scans += 1
+        self._counters.ignored = found.ignored
+        if found.places != self._places:
+            self._places = found.places
+            self._rearm.set()
+        now = self._clock.monotonic()
+        await self._take_tenants(found, now)
+        for name, signatures in found.pairs.items():
+            if self._settled(name, signatures, now):
+                await self._take_pair(name, signatures)
+        await self._take_deletions(found, now)
+        waiting = [seen.since for seen in self._seen.values() if seen.since is not None]
+        if not waiting:
+            return rescan_seconds
+        settled_in = min(waiting) + self._settings.settle_ms / 1000 - self._clock.monotonic()
+        return min(max(settled_in, 0.005), rescan_seconds)
+
+    def _settled(self, key: ModelName | str, signature: object, now: float) -> bool:
+        """Whether this is new and unchanged for the settle time; then it counts as taken."""
+        seen = self._seen.get(key)
+        if seen is None or seen.signature != signature:
+            self._seen[key] = _Seen(signature, now)
+            return False
+        if seen.since is None or now - seen.since < self._settings.settle_ms / 1000:
+            return False
+        seen.since = None
+        return True
+
+    async def _take_tenants(self, found: Scan, now: float) -> None:
+        for tenant, signature in found.tenants.items():
+            key = f"{tenant}/{TENANT_FILE}"
+            if tenant not in self._snapshot.tenants:
+                await self._apply(registry.TenantSeen(TenantSettings(tenant)))
+            if self._settled(key, signature, now):
+                settings = await asyncio.to_thread(self._read_tenant, tenant, signature is not None)
+                if settings is not None:
+                    await self._apply(registry.TenantSeen(settings))
+
+    def _read_tenant(self, tenant: str, present: bool) -> TenantSettings | None:
+        """The settings; None when they are wrong, and those from before stay."""
+        if not present:
+            return TenantSettings(tenant)
+        try:
+            with folder.opened(self._settings.root, tenant, TENANT_FILE, limits.MANIFEST_BYTES_MAX) as (path, _):
+                settings = parse_tenant(TENANT_FILE, tenant, path.read_bytes(), self._settings.caps)
+                problems = settings.capped
+        except ManifestError as error:
+            settings, problems = None, error.problems
+        except OSError:
+            return None
+        for problem in problems:
+            log.warning("tenant settings", tenant=tenant, problem=problem)
+        self._answer(ModelName(tenant, "tenant"), {"state": "live" if settings else "refused", "problems": problems})
+        return settings
+
+    async def _take_pair(self, name: ModelName, signatures: tuple[Signature, Signature]) -> None:
+        event = await asyncio.to_thread(self._read_pair, name, signatures)
+        if event is None:
+            self._seen.pop(name, None)  # it changed while it was read
+        else:
+            await self._apply(event)
+
+    def _read_pair(self, name: ModelName, signatures: tuple[Signature, Signature]) -> Event | None:
+        """Copy the model file among the blobs and read the manifest; None when either is not as it was."""
+        root, now_ms = self._settings.root, self._clock.now_ms()
+        manifest_name, model_name = name.model + MANIFEST, name.model + MODEL
+        try:
+            with (
+                folder.opened(root, name.tenant, manifest_name, limits.MANIFEST_BYTES_MAX) as (manifest, first),
+                folder.opened(root, name.tenant, model_name, limits.MODEL_BYTES_MAX) as (model, second),
+            ):
+                if (first, second) != signatures:
+                    return None
+                text, blob = manifest.read_bytes(), self._blobs.put(model)
+            with folder.opened(root, name.tenant, model_name, limits.MODEL_BYTES_MAX) as (_, after):
+                return registry.PairSeen(name, text, blob, now_ms) if after == second else None
+        except ManifestError as error:
+            return registry.PairRefused(name, error.problems, now_ms)
+        except HeadraceError as error:
+            return registry.PairRefused(name, (f"{model_name}: {error}",), now_ms)
+        except FileNotFoundError:
+            return None
+        except OSError as error:
+            return registry.PairRefused(name, (f"{name.model}: can't be read: {error.strerror}",), now_ms)
+
+    async def _take_deletions(self, found: Scan, now: float) -> None:
+        """A model whose two files are both gone, and a tenant whose folder is, for the settle time, is forgotten."""
+        for name in [name for name in self._snapshot.models if name not in found.pairs and name not in found.halves]:
+            if self._settled(name, "gone", now):
+                await self._apply(registry.PairGone(name))
+                self._seen.pop(name, None)
+                with contextlib.suppress(OSError):
+                    await asyncio.to_thread(folder.remove_status, self._settings.root, name)
+        for tenant in [tenant for tenant in self._snapshot.tenants if tenant not in found.tenants]:
+            if self._settled(f"{tenant}/{TENANT_FILE}", "gone", now):
+                await self._apply(registry.TenantGone(tenant))
+                self._seen.pop(f"{tenant}/{TENANT_FILE}", None)
+        for name in found.halves:
+            self._seen.pop(name, None)
+        known = {*found.pairs, *self._snapshot.models}
+        for key in [key for key in self._seen if isinstance(key, ModelName) and key not in known]:
+            del self._seen[key]
+
+    # What the registry decides
+
+    async def _apply(self, event: Event) -> None:
+        async with self._applying:
+            before = self._snapshot
+            self._snapshot, actions = registry.apply(before, event, self._schema)
+            if self._snapshot is before:
+                return
+            await self._save()
+            for action in actions:
+                await self._act(action)
+            self._changed(self._snapshot)
+
+    async def _act(self, action: Action) -> None:
+        if isinstance(action, StartTrial):
+            self._start_trial(action)
+        elif not isinstance(action, registry.WriteStatus):
+            self._acted(action)
+        elif action.name in self._snapshot.models:
+            told = registry.status(self._snapshot, action.name)
+            log.info("model", model=str(action.name), state=told["state"], problems=told["problems"])
+            await asyncio.to_thread(self._answer, action.name, told)
+
+    async def _save(self) -> None:
+        content = registry.encode(self._snapshot)
+        if content != self._saved:
+            await asyncio.to_thread(folder.replace_file, self._settings.registry, content)
+            self._saved = content
+
+    def _answer(self, name: ModelName, told: dict[str, object]) -> None:
+        told = {**told, "written_at_ms": self._clock.now_ms()}
+        try:
+            content = msgspec.json.format(msgspec.json.encode(told), indent=2)
+            if len(content) > limits.STATUS_FILE_BYTES_MAX:
+                content = msgspec.json.encode(_shortened(told))
+            folder.write_status(self._settings.root, name, content)
+        except OSError as error:  # the tenant's folder: full, read-only or just removed
+            log.warning("status file not written", model=str(name), error=str(error))
+
+    # Trials
+
+    def _start_trial(self, trial: StartTrial) -> None:
+        name = trial.version.name
+        older = self._trials.pop(name, None)
+        if older is not None:
+            older.cancel()
+        task = self._supervisor.start(f"trial of {name}", self._try(trial))
+        self._trials[name] = task
+        task.add_done_callback(lambda done: self._trials.pop(name) if self._trials.get(name) is done else None)
+
+    async def _try(self, trial: StartTrial) -> None:
+        version = trial.version
+        async with self._trial_slots:
+            self._counters.trials += 1
+            try:
+                report = await self._loaded(version, trial.text_features)
+            except SandboxUnavailable:
+                raise  # the operator's to mend, not the tenant's
+            except HeadraceError as error:
+                failed = registry.TrialFailed(version.name, version.version, str(error), self._clock.now_ms())
+                await self._apply(failed)
+                return
+        passed = registry.TrialPassed(version.name, version.version, _trial_report(report), self._clock.now_ms())
+        await self._apply(passed)
+
+    async def _loaded(self, version: ModelVersion, text_features: tuple[str, ...]) -> LoadReport:
+        """The report of a throw-away worker that loads the version. Raises ModelRefused, NotFound."""
+        model = await asyncio.to_thread(self._blobs.get, version.blob)
+        settings = self._snapshot.tenants.get(version.name.tenant) or TenantSettings(version.name.tenant)
+        lost = ""
+        for _ in range(TRIAL_ATTEMPTS_MAX):
+            try:
+                worker = await self._server.spawn(version.name.tenant, settings.memory_mb * limits.MIB)
+            except WorkerLost as error:
+                lost = str(error)
+                continue
+            try:
+                return await worker.load(version, model, text_features)
+            except WorkerLost as error:
+                lost = str(error)
+            finally:
+                worker.kill()
+                await worker.close()
+        raise ModelRefused(f"the worker died each of {TRIAL_ATTEMPTS_MAX} times it loaded the model: {lost}")
+
+
+def _shortened(told: dict[str, object]) -> dict[str, object]:
+    """A status that is too long for its file, without the columns and with the first problems only."""
+    problems = told.get("problems")
+    first = [str(problem)[:500] for problem in problems[:40]] if isinstance(problems, list | tuple) else []
+    kept: dict[str, object] = {
+        key: told[key] for key in ("model", "state", "version", "sha256", "written_at_ms") if key in told
+    }
+    return {**kept, "problems": first, "shortened": True}
+
+
+def _concerns_us(change: Change, path: str) -> bool:
+    """Folders (no suffix), manifests and model files; not our own status files, nor hidden or temporary ones."""
+    name = Path(path).name
+    return not name.startswith(".") and (name.endswith((MANIFEST, MODEL)) or "." not in name)
+
+
+def _trial_report(report: LoadReport) -> TrialReport:
+    return TrialReport(
+        seconds_per_call=report.seconds_per_call,
+        seconds_per_row=report.seconds_per_row,
+        memory_bytes=report.memory_bytes,
+        class_name=report.class_name,
+        labels=report.labels,
+        notes=report.notes,
+    )

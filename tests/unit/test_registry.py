@@ -1,0 +1,298 @@
+"""The registry: one live version at most, never touched by a bad file, whatever happens in whatever order."""
+
+from __future__ import annotations
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from node.kernel import limits
+from node.kernel.errors import ManifestError
+from node.kernel.types import EventSchema, ModelName
+from tenants.manifest import TenantSettings
+from tenants.registry import (
+    Action,
+    ConfigureTenant,
+    Event,
+    GoLive,
+    PairGone,
+    PairRefused,
+    PairSeen,
+    RemoveTenant,
+    Retire,
+    Snapshot,
+    StartTrial,
+    TenantGone,
+    TenantSeen,
+    TrialFailed,
+    TrialPassed,
+    TrialReport,
+    VersionFailing,
+    WriteStatus,
+    apply,
+    decode,
+    encode,
+    status,
+)
+
+SCHEMA = EventSchema(("transaction", "search"), {"amount": "number", "shop": "text"})
+REPORT = TrialReport(300e-6, 1e-6, 1000, "LogisticRegression", ("no", "yes"))
+BID, FRAUD, RISK = ModelName("ads", "bid"), ModelName("grocery", "fraud"), ModelName("grocery", "risk")
+
+
+def manifest(*features: str, extra: str = "") -> bytes:
+    lines = "\n".join(f'f{index} = "{feature}"' for index, feature in enumerate(features or ("event.amount",)))
+    return f'on = ["transaction"]\n{extra}\n[features]\n{lines}\n'.encode()
+
+
+def blob(number: int) -> str:
+    return f"{number:064x}"
+
+
+class Run:
+    """Applies events and keeps every action, checking what must hold after each."""
+
+    def __init__(self) -> None:
+        self.snapshot = Snapshot()
+        self.actions: list[Action] = []
+        self.live: dict[ModelName, str] = {}
+        self.time_ms = 0
+
+    def __call__(self, event: Event) -> list[Action]:
+        before = self.snapshot
+        self.snapshot, actions = apply(before, event, SCHEMA)
+        self.actions.extend(actions)
+        assert (self.snapshot is before) == (self.snapshot.number == before.number)
+        assert self.snapshot is not before or not actions
+        for action in actions:
+            if isinstance(action, GoLive):
+                self.live[action.version.name] = action.version.version
+            elif isinstance(action, Retire) and self.live.get(action.version.name) == action.version.version:
+                del self.live[action.version.name]
+        assert {version.name: version.version for version, _ in self.snapshot.live} == self.live
+        for name in self.snapshot.models:
+            assert status(self.snapshot, name)["state"] in ("live", "candidate", "waiting", "refused", "failing")
+        return list(actions)
+
+    def seen(self, name: ModelName, text: bytes, number: int) -> list[Action]:
+        self.time_ms += 1
+        return self(PairSeen(name, text, blob(number), self.time_ms))
+
+    def on_trial(self, name: ModelName) -> str:
+        newest = self.snapshot.models[name].newest
+        assert newest is not None
+        return newest.version
+
+    def passed(self, name: ModelName, version: str | None = None) -> list[Action]:
+        return self(TrialPassed(name, version or self.on_trial(name), REPORT, self.time_ms))
+
+    def state(self, name: ModelName) -> object:
+        return status(self.snapshot, name)["state"]
+
+
+def test_a_pair_is_tried_then_live_and_its_successor_retires_it() -> None:
+    run = Run()
+    assert [type(action) for action in run.seen(BID, manifest(), 1)] == [StartTrial, WriteStatus]
+    assert run.state(BID) == "candidate"
+    first = run.on_trial(BID)
+    actions = run.passed(BID)
+    assert [type(action) for action in actions] == [GoLive, WriteStatus]
+    assert isinstance(actions[0], GoLive)
+    assert actions[0].version.labels == ("no", "yes")
+    assert run.state(BID) == "live"
+    assert run.seen(BID, manifest(), 1) == [], "the same bytes are no news"
+
+    run.seen(BID, manifest(), 2)
+    assert run.live[BID] == first, "the running version goes on during the trial"
+    actions = run.passed(BID)
+    assert [type(action) for action in actions] == [GoLive, Retire, WriteStatus]
+    assert isinstance(actions[1], Retire)
+    assert actions[1].version.version == first
+    assert [type(action) for action in run(PairGone(BID))] == [Retire]
+    assert run.snapshot.models == {}
+
+
+def test_a_bad_file_never_touches_the_running_version() -> None:
+    run = Run()
+    run.seen(BID, manifest(), 1)
+    run.passed(BID)
+    live = run.live[BID]
+    assert [type(action) for action in run.seen(BID, manifest("event.amont"), 1)] == [WriteStatus]
+    told = status(run.snapshot, BID)
+    assert told["state"] == "refused"
+    assert "amont" in str(told["problems"])
+    assert isinstance(told["running"], dict)
+    assert told["running"]["version"] == live
+
+    run.seen(BID, manifest(), 2)
+    run(TrialFailed(BID, run.on_trial(BID), "it has 3 columns", 9))
+    assert status(run.snapshot, BID)["problems"] == ["bid.joblib: it has 3 columns"]
+    assert run.seen(BID, manifest(), 2) == [], "a refused pair is not tried again unchanged"
+    run(PairRefused(BID, ("bid.joblib: too large",), 10))
+    assert run.live[BID] == live
+    assert [type(action) for action in run.seen(BID, manifest(), 1)] == [WriteStatus]
+    assert run.state(BID) == "live", "putting the running pair back mends the status"
+
+
+def test_a_trial_that_is_overtaken_is_ignored() -> None:
+    run = Run()
+    run.seen(BID, manifest(), 1)
+    overtaken = run.on_trial(BID)
+    run.seen(BID, manifest(), 2)
+    assert run.passed(BID, overtaken) == []
+    assert run(TrialFailed(BID, overtaken, "no", 1)) == []
+    assert run.live == {}
+    run.passed(BID)
+    assert run.live[BID] != overtaken
+    assert run(TrialPassed(FRAUD, overtaken, REPORT, 1)) == []
+
+
+def test_a_model_waits_for_the_models_it_uses() -> None:
+    run = Run()
+    uses = manifest("models.ads.bid.score", "models.ads.bid.other")
+    assert [type(action) for action in run.seen(FRAUD, uses, 1)] == [WriteStatus]
+    assert run.state(FRAUD) == "waiting"
+    problems = str(status(run.snapshot, FRAUD)["problems"])
+    assert "models.ads.bid.score" in problems
+    assert "models.ads.bid.other" in problems
+    run.seen(BID, manifest(), 2)
+    actions = run.passed(BID)
+    assert [type(action) for action in actions] == [GoLive, WriteStatus, WriteStatus]
+    problems = str(status(run.snapshot, FRAUD)["problems"])
+    assert "models.ads.bid.score" not in problems
+    assert "models.ads.bid.other" in problems
+    run.seen(BID, manifest(extra='output = ["score", "other"]'), 3)
+    actions = run.passed(BID)
+    assert any(isinstance(action, StartTrial) and action.version.name == FRAUD for action in actions)
+    run.passed(FRAUD)
+    assert set(run.live) == {BID, FRAUD}
+    run(PairGone(BID))
+    assert set(run.live) == {FRAUD}, "what uses a deleted model goes on; the feature is missing"
+
+
+def test_a_model_may_use_its_own_last_output() -> None:
+    run = Run()
+    assert isinstance(run.seen(BID, manifest("models.ads.bid.score"), 1)[0], StartTrial)
+
+
+def test_names_that_expressions_cannot_tell_apart_are_refused() -> None:
+    run = Run()
+    run.seen(ModelName("ads", "a-b"), manifest(), 1)
+    run.seen(ModelName("ads", "a_b"), manifest(), 2)
+    assert run.state(ModelName("ads", "a_b")) == "refused"
+    assert "rename" in str(status(run.snapshot, ModelName("ads", "a_b"))["problems"])
+
+
+def test_bounds_are_refused_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(limits, "MODELS_PER_TENANT_MAX", 2)
+    monkeypatch.setattr(limits, "TENANTS_MAX", 1)
+    run = Run()
+    run(TenantSeen(TenantSettings("ads")))
+    for number, model in enumerate(("a", "b", "c")):
+        run.seen(ModelName("ads", model), manifest(), number)
+    assert run.state(ModelName("ads", "b")) == "candidate"
+    assert "2 models already" in str(status(run.snapshot, ModelName("ads", "c"))["problems"])
+    assert run(TenantSeen(TenantSettings("late"))) == []
+    run.seen(ModelName("late", "a"), manifest(), 1)
+    assert "1 tenants already" in str(status(run.snapshot, ModelName("late", "a"))["problems"])
+
+
+def test_tenants_come_change_and_go() -> None:
+    run = Run()
+    settings_ = TenantSettings("ads", weight=2.0)
+    assert run(TenantSeen(settings_)) == [ConfigureTenant(settings_)]
+    assert run(TenantSeen(settings_)) == []
+    run.seen(BID, manifest(), 1)
+    run.passed(BID)
+    actions = run(TenantGone("ads"))
+    assert [type(action) for action in actions] == [Retire, RemoveTenant]
+    assert run(TenantGone("ads")) == []
+
+
+def test_a_failing_version_is_told_and_may_recover() -> None:
+    run = Run()
+    run.seen(BID, manifest(), 1)
+    run.passed(BID)
+    assert run(VersionFailing(BID, "another", "why")) == []
+    run(VersionFailing(BID, run.live[BID], "can't load"))
+    assert run.state(BID) == "failing"
+    assert status(run.snapshot, BID)["problems"] == ["can't load"]
+    run(VersionFailing(BID, run.live[BID], ""))
+    assert run.state(BID) == "live"
+
+
+def test_what_is_kept_is_live_again_without_a_trial_and_damage_is_told() -> None:
+    run = Run()
+    run(TenantSeen(TenantSettings("ads", weight=3.0)))
+    run.seen(BID, manifest("event.amount", "event.shop"), 1)
+    run.passed(BID)
+    run.seen(FRAUD, manifest(), 2)
+    kept = encode(run.snapshot)
+    restored, problems = decode(kept, SCHEMA)
+    assert problems == ()
+    assert restored.live == run.snapshot.live
+    assert restored.tenants == run.snapshot.tenants
+    assert set(restored.models) == {BID}, "candidates are found again by the scan"
+    again, actions = apply(restored, PairSeen(BID, manifest("event.amount", "event.shop"), blob(1), 5), SCHEMA)
+    assert again is restored
+    assert actions == ()
+
+    narrower, problems = decode(kept, EventSchema(("transaction",), {"amount": "number"}))
+    assert narrower.models == {}
+    assert "shop" in problems[0]
+    with pytest.raises(ManifestError, match="damaged"):
+        decode(kept[:-5], SCHEMA)
+
+
+names = st.sampled_from([BID, FRAUD, RISK, ModelName("ads", "b-d"), ModelName("ads", "b_d")])
+texts = st.sampled_from(
+    [
+        manifest(),
+        manifest("event.shop"),
+        manifest("models.ads.bid.score"),
+        manifest("models.grocery.fraud.score"),
+        manifest("nonsense("),
+        b"\xff",
+    ]
+)
+happenings = st.one_of(
+    st.tuples(st.just("seen"), names, texts, st.integers(0, 2)),
+    st.tuples(st.just("seen"), names, texts, st.integers(0, 2)),
+    st.tuples(st.just("passed"), names),
+    st.tuples(st.just("passed"), names),
+    st.tuples(st.just("failed"), names),
+    st.tuples(st.just("gone"), names),
+    st.tuples(st.just("failing"), names),
+    st.tuples(st.just("tenant gone"), st.sampled_from(["ads", "grocery"])),
+)
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.lists(happenings, max_size=40))
+def test_any_order_of_events_keeps_one_live_version_and_survives_a_restart(run_of: list[tuple[object, ...]]) -> None:
+    run = Run()
+    for happening in run_of:
+        running = dict(run.live)
+        match happening:
+            case ("seen", ModelName() as name, bytes(text), int(number)):
+                run.seen(name, text, number)
+                assert run.live == running, "a new pair alone changes nothing that runs"
+            case ("passed", ModelName() as name) if name in run.snapshot.models and run.snapshot.models[name].newest:
+                run.passed(name, run.on_trial(name) or "none")
+            case ("failed", ModelName() as name) if name in run.snapshot.models and run.snapshot.models[name].newest:
+                run(TrialFailed(name, run.on_trial(name), "no", 1))
+                assert run.live == running
+            case ("gone", ModelName() as name):
+                run(PairGone(name))
+            case ("failing", ModelName() as name):
+                run(VersionFailing(name, run.live.get(name, ""), "why"))
+            case ("tenant gone", str(tenant)):
+                run(TenantGone(tenant))
+        for name, entry in run.snapshot.models.items():
+            assert entry.live is not None or entry.newest is not None
+            if entry.newest is not None and entry.newest.state == "waiting":
+                assert entry.newest.problems
+            if entry.live is not None and entry.newest is not None:
+                assert entry.newest.version != entry.live.version.version, str(name)
+        restored, _ = decode(encode(run.snapshot), SCHEMA)
+        assert restored.live == run.snapshot.live
