@@ -81,7 +81,7 @@ def answered_records(origin: Origin, answer: Answer) -> list[tuple[bytes, bytes]
 
 def counts(decoded: Decoded, answers: Sequence[Answer], shed: Counter[str], late: int) -> Counter[str]:
     """What to add to the partition's counters, by name: `events`, `dead_letters <reason>`, `inferences <model>`…"""
-    counted = Counter({"events": len(decoded.events), "ignored": decoded.ignored, "late": late})
+    counted = Counter({"commits": 1, "events": len(decoded.events), "ignored": decoded.ignored, "late": late})
     for refusal in decoded.refusals:
         counted[f"dead_letters {refusal.reason}"] += 1
     for answer in answers:

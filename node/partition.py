@@ -10,7 +10,7 @@ import asyncio
 import contextlib
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
-from typing import Literal, Protocol
+from typing import Literal
 
 import structlog
 
@@ -25,21 +25,12 @@ from node.kernel.errors import (
     TopicMissing,
 )
 from node.kernel.limits import BROKER_RETRY_MS_MAX, BROKER_RETRY_MS_MIN
+from node.session import PartitionSession
 
 log = structlog.get_logger(__name__)
 
 Phase = Literal["starting", "running", "waiting", "stopped"]
 _RECOVERABLE = (BrokerUnavailable, Fenced, FrameCorrupt, ProgressLost, StateCorrupt, StoreUnavailable, TopicMissing)
-
-
-class Session(Protocol):
-    """An opened partition: recovered, fenced and positioned."""
-
-    async def cycle(self) -> bool:
-        """One cycle; True when more events are likely waiting."""
-        ...
-
-    async def close(self) -> None: ...
 
 
 @dataclass(slots=True)
@@ -56,13 +47,15 @@ class Partition:
     def __init__(
         self,
         number: int,
-        open_session: Callable[[], Awaitable[Session]],
+        open_session: Callable[[], Awaitable[PartitionSession]],
         set_damaged_aside: Callable[[], None],
         commit_interval_seconds: float,
         clock: Clock,
     ) -> None:
         self.number = number
         self.condition = Condition()
+        self.session: PartitionSession | None = None
+        """While it is open."""
         self._open_session = open_session
         self._set_damaged_aside = set_damaged_aside
         self._interval = commit_interval_seconds
@@ -89,12 +82,14 @@ class Partition:
     async def _run_session(self) -> None:
         session = await self._open_session()
         try:
+            self.session = session
             self.condition.phase, self.condition.reason = "running", ""
             while not self._stopping.is_set():
                 started = self._clock.monotonic()
                 if not await session.cycle():
                     await self._pause(started + self._interval - self._clock.monotonic())
         finally:
+            self.session = None
             await session.close()
 
     def _fail(self, failure: Exception) -> None:

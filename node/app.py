@@ -1,0 +1,222 @@
+"""Wiring: the only module that sees node, replication and tenants together, and starts and stops them."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import shutil
+import signal
+import ssl
+from collections.abc import Awaitable, Callable
+from pathlib import Path
+
+import sdnotify
+import structlog
+import uvloop
+from tenants.service import TenantService, TenantServiceSettings
+
+from node.backlog import Bound
+from node.config_sections import Config, KafkaSection
+from node.cycle import CycleSettings, Engine
+from node.ingest.decode import EventDecoder
+from node.ingest.source import Source
+from node.ingest.topics import Topics
+from node.kernel.broker import ClientOptions
+from node.kernel.clock import Clock, SystemClock
+from node.kernel.limits import MIB
+from node.kernel.ports import StateStore
+from node.kernel.supervise import Supervisor
+from node.kernel.types import ModelName
+from node.outbox import Outbox, OutputTopics
+from node.outgoing import Origin
+from node.partition import Partition
+from node.partitions import Partitions
+from node.serving.server import HttpServer
+from node.session import Parts, Recovered, open_session
+from node.state.rocksdb import RocksEnvironment, RocksStore
+from node.steps import StepTimes
+from node.view import LocalView
+from replication.blobs import Blobs
+from replication.changelog import Changelog
+from replication.frame import encode_frame
+from tenants.sandbox import SandboxSettings
+
+log = structlog.get_logger(__name__)
+
+
+class Node:
+    """One node: partitions, tenants and HTTP, over one event loop."""
+
+    def __init__(self, config: Config, clock: Clock) -> None:
+        self._config = config
+        self._clock = clock
+        self._supervisor = Supervisor()
+        self._options = client_options(config.kafka, config.node.name)
+        self._data = Path(config.node.data_dir)
+        self._environment = RocksEnvironment.of(config.state.block_cache_mb * MIB, config.state.write_buffer_mb * MIB)
+        self._outputs = OutputTopics(
+            config.kafka.inferences_topic, config.kafka.changelog_topic, config.kafka.dead_letters_topic
+        )
+        self._tenants = _tenant_service(config, self._data, clock, self._supervisor)
+        self._engine = Engine(
+            EventDecoder(config.events),
+            self._tenants.plan,
+            self._tenants.runner,
+            CycleSettings(config.cycle.events_max, config.cycle.wait_ms, config.cycle.inference_deadline_ms / 1000),
+        )
+        self._partitions = Partitions(
+            Topics(self._options, config.kafka.replication_factor, config.kafka.create_topics),
+            config.kafka.topics,
+            {
+                self._outputs.inferences: {},
+                self._outputs.dead_letters: {},
+                self._outputs.changelog: {"cleanup.policy": "delete", "retention.ms": "-1", "retention.bytes": "-1"},
+            },
+            config.kafka.partitions,
+            self._partition,
+            self._supervisor,
+        )
+        self._view = LocalView(config, clock, self._partitions, self._tenants, self._supervisor)
+        self._http = HttpServer(self._view, config.http, clock)
+
+    async def run(self, stopping: asyncio.Event) -> int:
+        """Run until `stopping` is set or a background task dies; gives the exit code.
+
+        HTTP comes first, so that a node that waits for Kafka can say so.
+        """
+        await self._http.start()
+        await self._tenants.start()
+        self._supervisor.start("partitions", self._partitions.run())
+        sdnotify.SystemdNotifier().notify("READY=1")
+        log.info("node started", address=self._http.address, data_dir=str(self._data))
+        await _first(stopping.wait(), self._supervisor.failed.wait())
+        sdnotify.SystemdNotifier().notify("STOPPING=1")
+        await self._partitions.stop()
+        await self._tenants.stop()
+        await self._http.stop()
+        await self._supervisor.stop()
+        if self._supervisor.failure is not None:
+            log.error("node stopped because a task died", error=repr(self._supervisor.failure))
+            return 1
+        log.info("node stopped")
+        return 0
+
+    def _partition(self, number: int) -> Partition:
+        folder = self._data / "partitions" / str(number)
+        steps = StepTimes(self._clock)
+        origin = Origin(self._config.node.name, self._config.kafka.topics, number, self._config.schema())
+        parts = self._parts(number, folder)
+
+        return Partition(
+            number,
+            lambda: open_session(parts, self._engine, origin, steps, self._clock),
+            lambda: _set_aside(folder),
+            self._config.cycle.commit_interval_ms / 1000,
+            self._clock,
+        )
+
+    def _parts(self, number: int, folder: Path) -> Parts:
+        config, clock = self._config, self._clock
+        changelog = Changelog(self._options, self._outputs.changelog, number, clock)
+        fold: Callable[[StateStore], Awaitable[Recovered]] = changelog.fold_into
+        return Parts(
+            store=lambda: RocksStore(folder, self._environment),
+            outbox=lambda: Outbox(
+                self._options,
+                self._outputs,
+                config.kafka.application,
+                number,
+                config.kafka.transactions,
+                config.kafka.compression,
+                encode_frame,
+                clock,
+            ),
+            source=lambda: Source(
+                self._options,
+                config.kafka.topics,
+                number,
+                config.cycle.bytes_max,
+                config.cycle.start_from,
+                config.kafka.on_source_reset,
+                clock,
+            ),
+            fold_changelog=fold,
+            versions=self._tenants.version,
+            bound=self._bound,
+            cache_bytes=config.state.row_cache_mb * MIB,
+            flush_interval_seconds=config.state.flush_interval_s,
+        )
+
+    def _bound(self, name: ModelName) -> Bound:
+        settings = self._tenants.settings(name.tenant)
+        return Bound(settings.rows_queued_max, settings.overload)
+
+
+def _tenant_service(config: Config, data: Path, clock: Clock, supervisor: Supervisor) -> TenantService:
+    tenants = config.tenants
+    blobs = Blobs(data / "blobs")
+    settings = TenantServiceSettings(
+        directory=Path(tenants.directory),
+        state_file=data / "registry.json",
+        settle_ms=tenants.settle_ms,
+        rescan_seconds=tenants.rescan_s,
+        parallel=tenants.workers_parallel or max(1, (os.cpu_count() or 2) - 1),
+        quantum_seconds=tenants.quantum_ms / 1000,
+        weight_max=tenants.weight_max,
+        memory_mb_max=tenants.memory_mb_max,
+        rows_queued_max=tenants.rows_queued_max,
+        sandbox=SandboxSettings(
+            required=frozenset(tenants.sandbox_required),
+            libraries=frozenset(tenants.allow),
+            extra_globals=tuple(tenants.allow_globals),
+        ),
+    )
+    return TenantService(settings, config.schema(), blobs, clock, supervisor)
+
+
+def client_options(kafka: KafkaSection, client_id: str) -> ClientOptions:
+    """What every Kafka client of the node is made with. Raises ConfigError when the password can't be read."""
+    options: dict[str, object] = {
+        "bootstrap_servers": list(kafka.bootstrap),
+        "client_id": client_id,
+        "security_protocol": kafka.security_protocol,
+        "request_timeout_ms": 30_000,
+    }
+    if kafka.security_protocol.endswith("SSL"):
+        options["ssl_context"] = ssl.create_default_context(cafile=kafka.ssl_ca_file or None)
+    password = kafka.sasl_password()
+    if password is not None:
+        options["sasl_mechanism"] = kafka.sasl_mechanism
+        options["sasl_plain_username"] = kafka.sasl_username
+        options["sasl_plain_password"] = password
+    return options
+
+
+def _set_aside(folder: Path) -> None:
+    """Keep the newest damaged store for inspection; the partition is rebuilt from its changelog."""
+    damaged = folder.with_name(f"{folder.name}.damaged")
+    shutil.rmtree(damaged, ignore_errors=True)
+    with contextlib.suppress(FileNotFoundError):
+        folder.rename(damaged)
+    log.error("damaged store set aside, the partition is rebuilt from its changelog", folder=str(damaged))
+
+
+async def _first(*waits: Awaitable[object]) -> None:
+    tasks = [asyncio.ensure_future(wait) for wait in waits]
+    await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+    for task in tasks:
+        task.cancel()
+
+
+def run(config: Config) -> int:
+    """Run a node until SIGTERM or SIGINT; gives the exit code. Raises ConfigError."""
+
+    async def main() -> int:
+        stopping = asyncio.Event()
+        loop = asyncio.get_running_loop()
+        for number in (signal.SIGTERM, signal.SIGINT):
+            loop.add_signal_handler(number, stopping.set)
+        return await Node(config, SystemClock()).run(stopping)
+
+    return uvloop.run(main())
