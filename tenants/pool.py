@@ -27,6 +27,7 @@ from tenants.batch import Batch, Piece, Submission
 from tenants.cost import CostEstimate
 from tenants.isolation import Isolation, first_pieces, halves
 from tenants.manifest import TenantSettings
+from tenants.registry import Action, ConfigureTenant, GoLive, RemoveTenant, Retire
 from tenants.scheduler import URGENT, Dispatch, Scheduler, SchedulerStatistics
 from tenants.workers import LoadReport, WarmServer, WorkerProcess, WorkerStatistics
 
@@ -89,6 +90,7 @@ class _Version:
     """The file, from when it was fetched until it is loaded."""
     fetch: asyncio.Task[None] | None = None
     losses: int = 0
+    admitted: bool = False
     retired: bool = False
     failed_at: float = 0.0
     reason: str = ""
@@ -125,8 +127,8 @@ class ModelPool:
 
     `fetch` gives the bytes of a model file by sha256; while it fails, the rows wait and it is tried again.
     `parallel` is the number of batches that run at once, one a CPU. `on_failing` hears of each version that
-    can't be run any more, with the reason; its rows get that reason as their error until it loads again, which
-    is tried at a submission once WORKER_BACKOFF_MS_MAX has passed.
+    can't be run any more, with the reason, and with '' once it can again. Meanwhile its rows get that reason as their
+    error; another load is tried at a submission once WORKER_BACKOFF_MS_MAX has passed.
     """
 
     def __init__(
@@ -195,17 +197,28 @@ class ModelPool:
         tenant = self._tenant(version.name.tenant)
         known = tenant.versions.get(version.version)
         if known is None:
-            self._add_version(tenant, version, text_features)
-        else:
-            known.retired = False
+            known = self._add_version(tenant, version, text_features)
+        known.admitted, known.retired = True, False
 
     def retire(self, version: ModelVersion) -> None:
         """Forget a version once the rows queued for it have run."""
         tenant = self._tenants.get(version.name.tenant)
         known = tenant.versions.get(version.version) if tenant else None
         if tenant is not None and known is not None:
-            known.retired = True
+            known.admitted, known.retired = False, True
             tenant.changed.set()
+
+    def act(self, action: Action) -> None:
+        """Follow the registry."""
+        match action:
+            case ConfigureTenant():
+                self.configure(action.settings)
+            case GoLive():
+                self.admit(action.version, action.text_features)
+            case Retire():
+                self.retire(action.version)
+            case RemoveTenant():
+                self._supervisor.start(f"removal of {action.tenant}", self.remove(action.tenant))
 
     async def remove(self, tenant: str) -> None:
         """Forget a tenant; rows still queued get an error, its worker ends."""
@@ -247,7 +260,11 @@ class ModelPool:
                 f"version {version.short_version} of {version.name} not taken: tenant {tenant.name} has"
                 f" {VERSIONS_PER_TENANT_MAX} versions here already; retire some"
             )
-        added = tenant.versions[version.version] = _Version(version, text_features)
+        added = _Version(version, text_features)
+        # Rows of a version that was replaced still come from sequence logs: it runs them, and goes again.
+        others = (known for known in tenant.versions.values() if known.version.name == version.name)
+        added.retired = any(known.admitted for known in others)
+        tenant.versions[version.version] = added
         self._schedule(tenant, added)
         self._fetch_again(tenant, added)
         return added
@@ -359,6 +376,9 @@ class ModelPool:
 
     def _loaded(self, tenant: _Tenant, known: _Version, report: LoadReport) -> None:
         known.state, known.model, known.losses = "loaded", None, 0
+        if known.reason and self._on_failing is not None:
+            self._on_failing(known.version.name, known.key, "")
+        known.reason = ""
         self._scheduler.set_cost(tenant.name, known.key, _first_cost(report))
         self._scheduler.unblock(tenant.name, known.key)
         log.info("model loaded", model=str(known.version.name), version=known.version.short_version)

@@ -25,7 +25,7 @@ from node.kernel.types import EventSchema, ModelName, ModelVersion
 from tenants import folder, registry
 from tenants.folder import MANIFEST, MODEL, TENANT_FILE, Scan, Signature
 from tenants.manifest import TenantCaps, TenantSettings, parse_tenant
-from tenants.registry import Action, Event, Snapshot, StartTrial, TrialReport
+from tenants.registry import Action, Event, Snapshot, StartTrial, TrialReport, WriteStatus
 from tenants.workers import LoadReport, WarmServer
 
 log = structlog.get_logger(__name__)
@@ -311,18 +311,19 @@ class ModelWatcher:
                 return
             await self._save()
             for action in actions:
-                await self._act(action)
+                if isinstance(action, StartTrial):
+                    self._start_trial(action)
+                elif not isinstance(action, WriteStatus):
+                    self._acted(action)
             self._changed(self._snapshot)
+            # Told last: a tenant that reads "live" may count on it.
+            await self._write_statuses([action.name for action in actions if isinstance(action, WriteStatus)])
 
-    async def _act(self, action: Action) -> None:
-        if isinstance(action, StartTrial):
-            self._start_trial(action)
-        elif not isinstance(action, registry.WriteStatus):
-            self._acted(action)
-        elif action.name in self._snapshot.models:
-            told = registry.status(self._snapshot, action.name)
-            log.info("model", model=str(action.name), state=told["state"], problems=told["problems"])
-            await asyncio.to_thread(self._answer, action.name, told)
+    async def _write_statuses(self, names: list[ModelName]) -> None:
+        for name in names:
+            told = registry.status(self._snapshot, name)
+            log.info("model", model=str(name), state=told["state"], problems=told["problems"])
+            await asyncio.to_thread(self._answer, name, told)
 
     async def _save(self) -> None:
         content = registry.encode(self._snapshot)
@@ -391,9 +392,8 @@ def _shortened(told: dict[str, object]) -> dict[str, object]:
     """A status that is too long for its file, without the columns and with the first problems only."""
     problems = told.get("problems")
     first = [str(problem)[:500] for problem in problems[:40]] if isinstance(problems, list | tuple) else []
-    kept: dict[str, object] = {
-        key: told[key] for key in ("model", "state", "version", "sha256", "written_at_ms") if key in told
-    }
+    keys = {"model", "state", "version", "sha256", "written_at_ms"} & told.keys()
+    kept = {key: told[key] for key in sorted(keys)}
     return {**kept, "problems": first, "shortened": True}
 
 

@@ -387,6 +387,16 @@ def test_an_idle_tenant_lends_its_share_and_gets_no_credit_for_it() -> None:
     assert served["fraud", "a", URGENT] == pytest.approx(served["ads", "a", URGENT], abs=0.0101)
 
 
+def test_an_idle_model_gets_no_credit_within_its_tenant() -> None:
+    scheduler = one_model(batch_rows_max=16)
+    scheduler.add_model("ads", "b")
+    scheduler.enqueue("a", "ads", "a", 40_000)
+    drain(scheduler, 200, 0.010)
+    scheduler.enqueue("b", "ads", "b", 40_000)
+    served = drain(scheduler, 100, 0.010)
+    assert served["ads", "b", URGENT] == pytest.approx(served["ads", "a", URGENT], abs=0.0101)
+
+
 def test_a_blocked_tenant_is_skipped_and_gets_no_credit_for_it() -> None:
     scheduler = one_model(batch_rows_max=16)
     scheduler.add_tenant("fraud")

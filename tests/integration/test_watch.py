@@ -1,0 +1,317 @@
+"""The watched directory with real files, real workers and a real blob store."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import io
+import json
+import os
+import shutil
+from collections.abc import AsyncIterator, Callable, Iterator
+from pathlib import Path
+
+import joblib
+import numpy as np
+import pytest
+import pytest_asyncio
+from sklearn.linear_model import LogisticRegression
+
+from node.kernel import limits
+from node.kernel.clock import SystemClock
+from node.kernel.supervise import Supervisor
+from node.kernel.types import EventSchema, FeatureRows, ModelName
+from replication.blobs import BlobStore
+from tenants.pool import ModelPool
+from tenants.registry import Action, ConfigureTenant, GoLive, RemoveTenant, Retire, Snapshot
+from tenants.sandbox import SandboxSettings
+from tenants.watch import Blobs, ModelWatcher, WatchSettings
+from tenants.workers import WarmServer
+
+pytestmark = pytest.mark.asyncio(loop_scope="module")
+
+SCHEMA = EventSchema(("transaction", "search"), {"amount": "number", "age": "number"})
+RNG = np.random.default_rng(3)
+X = RNG.normal(size=(100, 2))
+MANIFEST = b'on = ["transaction"]\n[features]\namount = "event.amount"\nage = "event.age"\n'
+BID = ModelName("ads", "bid")
+
+
+class Evil:
+    """A file that runs a command when it is unpickled, if nobody stops it."""
+
+    def __init__(self, command: str) -> None:
+        self.command = command
+
+    def __reduce__(self) -> tuple[Callable[[str], int], tuple[str]]:
+        return os.system, (self.command,)
+
+
+def model_file(regularisation: float = 1.0, columns: int = 2) -> bytes:
+    return dumped(LogisticRegression(C=regularisation).fit(X[:, :columns], X[:, 0] > 0))
+
+
+def dumped(model: object) -> bytes:
+    stream = io.BytesIO()
+    joblib.dump(model, stream)
+    return stream.getvalue()
+
+
+class Node:
+    """A watcher on a directory of its own; `start` again is a restart."""
+
+    def __init__(self, folder: Path, server: WarmServer) -> None:
+        self.root = folder / "watched"
+        self.root.mkdir()
+        self.folder = folder
+        self.server = server
+        self.blobs = BlobStore(folder / "blobs")
+        self.clock = SystemClock()
+        self.actions: list[Action] = []
+        self.snapshots: list[Snapshot] = []
+        self.supervisor = Supervisor()
+
+    async def start(self, settle_ms: int = 60, rescan_ms: int = 500) -> ModelWatcher:
+        self.supervisor = Supervisor()
+        settings = WatchSettings(self.root, self.folder / "registry.json", settle_ms=settle_ms, rescan_ms=rescan_ms)
+        self.watcher = ModelWatcher(
+            settings, SCHEMA, self.server, Blobs(self.blobs.put, self.blobs.get), self.clock, self.supervisor,
+            self.snapshots.append, self.actions.append,
+        )  # fmt: skip
+        await self.watcher.start()
+        return self.watcher
+
+    async def stop(self) -> None:
+        assert self.supervisor.failure is None, "a background task died"
+        await self.supervisor.stop()
+
+    def drop(self, name: ModelName, manifest: bytes | None = MANIFEST, model: bytes | None = None) -> None:
+        folder = self.root / name.tenant
+        folder.mkdir(exist_ok=True)
+        for suffix, content in ((".joblib", model), (".toml", manifest)):
+            if content is not None:
+                temporary = folder / f".{name.model}{suffix}"
+                temporary.write_bytes(content)
+                temporary.rename(folder / f"{name.model}{suffix}")
+
+    def status(self, name: ModelName = BID) -> dict[str, object]:
+        with contextlib.suppress(FileNotFoundError):
+            told = json.loads((self.root / name.tenant / f"{name.model}.status.json").read_bytes())
+            assert isinstance(told, dict)
+            return told
+        return {}
+
+    def live(self) -> dict[ModelName, str]:
+        return {version.name: version.version for version, _ in self.watcher.snapshot.live}
+
+
+@pytest_asyncio.fixture(scope="module", loop_scope="module")
+async def server() -> AsyncIterator[WarmServer]:
+    server = WarmServer(SandboxSettings(required=frozenset()), SystemClock())
+    await server.start()
+    yield server
+    await server.stop()
+
+
+@pytest_asyncio.fixture(loop_scope="module")
+async def node(tmp_path: Path, server: WarmServer) -> AsyncIterator[Node]:
+    node = Node(tmp_path, server)
+    yield node
+    await node.stop()
+
+
+async def until(condition: Callable[[], object]) -> None:
+    async with asyncio.timeout(20):
+        while not condition():  # noqa: ASYNC110
+            await asyncio.sleep(0.005)
+
+
+async def test_a_dropped_pair_goes_live_and_says_so_beside_it(node: Node) -> None:
+    await node.start()
+    node.drop(BID, model=model_file())
+    await until(lambda: node.status().get("state") == "live")
+    told = node.status()
+    assert told["columns"] == ["amount", "age"]
+    assert told["class"] == "LogisticRegression"
+    assert isinstance(told["seconds_per_row"], float)
+    assert told["version"] == node.live()[BID]
+    assert node.blobs.get(str(told["sha256"])) == model_file()
+    assert [type(action) for action in node.actions] == [ConfigureTenant, GoLive]
+    assert node.snapshots[-1].live == node.watcher.snapshot.live
+
+
+async def test_a_new_file_replaces_the_old_and_a_bad_one_does_not(node: Node) -> None:
+    await node.start()
+    node.drop(BID, model=model_file())
+    await until(lambda: BID in node.live())
+    first = node.live()[BID]
+
+    node.drop(BID, manifest=None, model=model_file(columns=1))
+    await until(lambda: node.status().get("state") == "refused")
+    assert "bid.joblib" in str(node.status()["problems"])
+    assert node.live()[BID] == first
+
+    node.drop(BID, manifest=b'on = ["transaction"]\n[features]\namount = "event.amont"\nage = 3\n', model=None)
+    await until(lambda: "amont" in str(node.status().get("problems")))
+    assert len(node.status()["problems"]) >= 2  # type: ignore[arg-type]
+    assert node.live()[BID] == first
+    running = node.status()["running"]
+    assert isinstance(running, dict)
+    assert running["version"] == first
+
+    node.drop(BID, model=model_file(0.01))
+    await until(lambda: node.live()[BID] != first)
+    assert [type(action) for action in node.actions[-2:]] == [GoLive, Retire]
+
+
+async def test_a_pair_that_is_still_written_is_not_taken(node: Node) -> None:
+    watcher = await node.start(settle_ms=1000)
+    (node.root / "ads").mkdir()
+    (node.root / "ads" / "bid.toml").write_bytes(MANIFEST)
+    whole = model_file()
+    with (node.root / "ads" / "bid.joblib").open("wb") as slow:
+        for chunk in pieces(whole, 8):
+            before = watcher.statistics().scans
+            slow.write(chunk)
+            slow.flush()
+            await until(lambda before=before: watcher.statistics().scans > before)  # type: ignore[misc]
+            assert watcher.statistics().trials == 0
+    await until(lambda: BID in node.live())
+    assert watcher.statistics().trials == 1, "the halves were never tried"
+
+
+def pieces(content: bytes, count: int) -> Iterator[bytes]:
+    size = -(-len(content) // count)
+    for start in range(0, len(content), size):
+        yield content[start : start + size]
+
+
+async def test_a_file_that_attacks_is_refused_and_does_nothing(node: Node, tmp_path: Path) -> None:
+    await node.start()
+    mark = tmp_path / "mark"
+    node.drop(BID, model=dumped(Evil(f"touch {mark}")))
+    await until(lambda: node.status().get("state") == "refused")
+    assert "system" in str(node.status()["problems"])
+    assert not mark.exists()
+    assert node.live() == {}
+
+
+async def test_links_out_of_the_folder_pipes_and_hidden_names_are_not_read(node: Node, tmp_path: Path) -> None:
+    secret = tmp_path / "secret.toml"
+    secret.write_bytes(MANIFEST)
+    await node.start()
+    node.drop(BID, manifest=None, model=model_file())
+    (node.root / "ads" / "bid.toml").symlink_to(secret)
+    await until(lambda: node.status().get("state") == "refused")
+    assert "plain file" in str(node.status()["problems"])
+
+    os.mkfifo(node.root / "ads" / "pipe.joblib")
+    (node.root / "ads" / "pipe.toml").write_bytes(MANIFEST)
+    (node.root / "ads" / ".hidden.joblib").write_bytes(model_file())
+    (node.root / "ads" / ".hidden.toml").write_bytes(MANIFEST)
+    node.drop(ModelName("ads", "good"), model=model_file())
+    await until(lambda: ModelName("ads", "good") in node.live())
+    assert set(node.watcher.snapshot.models) == {BID, ModelName("ads", "good")}
+
+
+async def test_too_large_a_file_is_refused_unread(node: Node) -> None:
+    await node.start()
+    node.drop(BID, model=model_file())
+    await until(lambda: BID in node.live())
+    with (node.root / "ads" / "bid.joblib").open("wb") as sparse:
+        sparse.truncate(limits.MODEL_BYTES_MAX + 1)
+    await until(lambda: node.status().get("state") == "refused")
+    assert str(limits.MODEL_BYTES_MAX) in str(node.status()["problems"])
+    assert BID in node.live()
+
+
+async def test_deleting_the_pair_retires_the_model(node: Node) -> None:
+    await node.start()
+    node.drop(BID, model=model_file())
+    await until(lambda: node.status().get("state") == "live")
+    (node.root / "ads" / "bid.joblib").unlink()
+    before = node.watcher.statistics().scans
+    await until(lambda: node.watcher.statistics().scans > before + 1)
+    assert BID in node.live(), "half a pair is a file being replaced, not a deletion"
+    (node.root / "ads" / "bid.toml").unlink()
+    await until(lambda: BID not in node.live())
+    await until(lambda: node.status() == {})
+    assert isinstance(node.actions[-1], Retire)
+
+
+async def test_a_folder_removed_and_made_again_is_still_watched(node: Node) -> None:
+    watcher = await node.start()
+    node.drop(BID, model=model_file())
+    await until(lambda: BID in node.live())
+    shutil.rmtree(node.root / "ads")
+    await until(lambda: any(isinstance(action, RemoveTenant) for action in node.actions))
+    for name in ("bid", "later"):
+        node.drop(ModelName("ads", name), model=model_file())
+        await until(lambda name=name: ModelName("ads", name) in node.live())  # type: ignore[misc]
+
+    moved = node.root.with_name("moved")
+    node.root.rename(moved)
+    await until(lambda: "can't be read" in watcher.statistics().last_error)
+    assert BID in node.live(), "a directory that is not there retires nobody"
+    moved.rename(node.root)
+    node.drop(ModelName("ads", "latest"), model=model_file())
+    await until(lambda: ModelName("ads", "latest") in node.live())
+
+
+async def test_tenant_settings_apply_at_run_time_and_mistakes_are_answered(node: Node) -> None:
+    await node.start()
+    (node.root / "ads").mkdir()
+    settings = node.root / "ads" / "tenant.toml"
+    settings.write_text("weight = 2.5\nmemory_mb = 600\n")
+    await until(lambda: node.watcher.snapshot.tenants.get("ads") and node.watcher.snapshot.tenants["ads"].weight == 2.5)
+    settings.write_text("wieght = 3\n")
+    tenant = ModelName("ads", "tenant")
+    await until(lambda: node.status(tenant).get("state") == "refused")
+    assert "wieght" in str(node.status(tenant)["problems"])
+    assert node.watcher.snapshot.tenants["ads"].weight == 2.5, "the settings from before stay"
+    settings.unlink()
+    await until(lambda: node.watcher.snapshot.tenants["ads"].weight == 1.0)
+
+
+async def test_a_restarted_node_is_live_at_once_without_a_trial(node: Node) -> None:
+    await node.start()
+    node.drop(BID, model=model_file())
+    await until(lambda: node.status().get("state") == "live")
+    live = node.watcher.snapshot.live
+    await node.stop()
+    node.actions.clear()
+
+    watcher = await node.start()
+    assert watcher.snapshot.live == live
+    assert [type(action) for action in node.actions] == [ConfigureTenant, GoLive]
+    await until(lambda: watcher.statistics().scans > 3)
+    assert watcher.statistics().trials == 0
+
+
+async def test_what_the_pool_cannot_run_is_told_beside_the_file(node: Node) -> None:
+    watcher = await node.start()
+    node.drop(BID, model=model_file())
+    await until(lambda: BID in node.live())
+    watcher.failing(BID, node.live()[BID], "it needs more memory than the tenant has")
+    await until(lambda: node.status().get("state") == "failing")
+    assert node.status()["problems"] == ["it needs more memory than the tenant has"]
+
+
+async def test_the_pool_follows_the_watcher_through_a_swap_and_a_removal(node: Node) -> None:
+    pool = ModelPool(node.server, lambda blob: asyncio.to_thread(node.blobs.get, blob), node.clock, node.supervisor, 1)
+    watcher = await node.start()
+    watcher._acted = pool.act
+    rows = FeatureRows(("amount", "age"), np.ascontiguousarray(X))
+    for regularisation in (1.0, 0.01):
+        before = node.live().get(BID)
+        node.drop(BID, model=model_file(regularisation))
+        await until(lambda before=before: node.live().get(BID) not in (None, before))  # type: ignore[misc]
+        version = watcher.snapshot.live[0][0]
+        async with asyncio.timeout(20):
+            outputs = await pool.submit(version, rows)
+        expected = LogisticRegression(C=regularisation).fit(X, X[:, 0] > 0).predict_proba(X)[:, 1]
+        np.testing.assert_allclose(outputs.values[:, 0], expected, rtol=1e-9)
+    await until(lambda: [known.version for known in pool.statistics().tenants[0].versions] == [version.version])
+    shutil.rmtree(node.root / "ads")
+    await until(lambda: pool.statistics().tenants == ())
+    await pool.stop()
