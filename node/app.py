@@ -8,13 +8,12 @@ import os
 import shutil
 import signal
 import ssl
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Iterator, Mapping
 from pathlib import Path
 
 import sdnotify
 import structlog
 import uvloop
-from tenants.service import TenantService, TenantServiceSettings
 
 from node.backlog import Bound
 from node.config_sections import Config, KafkaSection
@@ -25,7 +24,7 @@ from node.ingest.topics import Topics
 from node.kernel.broker import ClientOptions
 from node.kernel.clock import Clock, SystemClock
 from node.kernel.limits import MIB
-from node.kernel.ports import StateStore
+from node.kernel.ports import FeaturePlan, StateStore
 from node.kernel.supervise import Supervisor
 from node.kernel.types import ModelName
 from node.outbox import Outbox, OutputTopics
@@ -33,16 +32,28 @@ from node.outgoing import Origin
 from node.partition import Partition
 from node.partitions import Partitions
 from node.serving.server import HttpServer
+from node.serving.view import ModelCost, ModelInfo, TenantStatus
 from node.session import Parts, Recovered, open_session
 from node.state.rocksdb import RocksEnvironment, RocksStore
 from node.steps import StepTimes
 from node.view import LocalView
-from replication.blobs import Blobs
+from replication.blobs import BlobStore
 from replication.changelog import Changelog
 from replication.frame import encode_frame
+from tenants.expression import evaluate_profile
+from tenants.lineage import event_features
+from tenants.manifest import TenantCaps
+from tenants.pool import VersionStatistics
+from tenants.registry import Entry
 from tenants.sandbox import SandboxSettings
+from tenants.service import ServiceSettings, TenantService
+from tenants.watch import Blobs, WatchSettings
 
 log = structlog.get_logger(__name__)
+
+
+_MODELS_SECONDS_MAX = 120.0
+"""How long a starting node waits for the trials of models it finds, before it takes events without them."""
 
 
 class Node:
@@ -77,8 +88,17 @@ class Node:
             self._partition,
             self._supervisor,
         )
-        self._view = LocalView(config, clock, self._partitions, self._tenants, self._supervisor)
-        self._http = HttpServer(self._view, config.http, clock)
+        schema = config.schema()
+        view = LocalView(
+            config.node.name,
+            schema,
+            evaluate_profile(schema),
+            self._partitions,
+            Tenants(self._tenants),
+            self._supervisor,
+            clock,
+        )
+        self._http = HttpServer(view, config.http, clock)
 
     async def run(self, stopping: asyncio.Event) -> int:
         """Run until `stopping` is set or a background task dies; gives the exit code.
@@ -87,6 +107,7 @@ class Node:
         """
         await self._http.start()
         await self._tenants.start()
+        await self._tenants.caught_up(_MODELS_SECONDS_MAX)
         self._supervisor.start("partitions", self._partitions.run())
         sdnotify.SystemdNotifier().notify("READY=1")
         log.info("node started", address=self._http.address, data_dir=str(self._data))
@@ -153,26 +174,94 @@ class Node:
         return Bound(settings.rows_queued_max, settings.overload)
 
 
+class Tenants:
+    """The tenants' side in the words of the HTTP interface."""
+
+    def __init__(self, service: TenantService) -> None:
+        self._service = service
+
+    def plan(self) -> FeaturePlan:
+        return self._service.plan()
+
+    def event_features(self, name: ModelName) -> frozenset[str]:
+        entry = self._service.watcher.snapshot.models.get(name)
+        return frozenset() if entry is None or entry.live is None else event_features(entry.live.manifest)
+
+    def models(self) -> list[ModelInfo]:
+        costs = {
+            version.version: _cost(version)
+            for tenant in self._service.statistics().pool.tenants
+            for version in tenant.versions
+        }
+        return [
+            info for _, entry in sorted(self._service.watcher.snapshot.models.items()) for info in _infos(entry, costs)
+        ]
+
+    def tenants(self) -> list[TenantStatus]:
+        pool = self._service.statistics().pool
+        total = sum(tenant.cpu_seconds for tenant in pool.tenants)
+        return [
+            TenantStatus(
+                tenant=tenant.tenant,
+                weight=tenant.weight,
+                cpu_seconds=tenant.cpu_seconds,
+                cpu_share=tenant.cpu_seconds / total if total else None,
+                calls=sum(version.calls for version in tenant.versions),
+                rows_queued=sum(version.rows_queued for version in tenant.versions),
+                restarts=tenant.restarts,
+                worker="running" if tenant.worker else tenant.last_error or "starting",
+            )
+            for tenant in pool.tenants
+        ]
+
+
+def _cost(version: VersionStatistics) -> ModelCost:
+    return ModelCost(
+        ms_per_call=version.seconds_per_call * 1000,
+        ms_per_row=version.seconds_per_row * 1000,
+        cpu_seconds=version.cpu_seconds,
+        calls=version.calls,
+        rows=version.rows,
+        rows_queued=version.rows_queued,
+    )
+
+
+def _infos(entry: Entry, costs: Mapping[str, ModelCost]) -> Iterator[ModelInfo]:
+    """The live version first, then the pair found last if that is another."""
+    if entry.live is not None:
+        version, failing = entry.live.version, entry.live.failing
+        yield ModelInfo.of(
+            version, "failing" if failing else "live", [failing] if failing else [], costs.get(version.version)
+        )
+    if entry.newest is not None:
+        yield ModelInfo(
+            tenant=entry.name.tenant,
+            model=entry.name.model,
+            version=entry.newest.version[:12],
+            sha256=entry.newest.version,
+            state=entry.newest.state,
+            reasons=list(entry.newest.problems),
+        )
+
+
 def _tenant_service(config: Config, data: Path, clock: Clock, supervisor: Supervisor) -> TenantService:
     tenants = config.tenants
-    blobs = Blobs(data / "blobs")
-    settings = TenantServiceSettings(
-        directory=Path(tenants.directory),
-        state_file=data / "registry.json",
-        settle_ms=tenants.settle_ms,
-        rescan_seconds=tenants.rescan_s,
-        parallel=tenants.workers_parallel or max(1, (os.cpu_count() or 2) - 1),
-        quantum_seconds=tenants.quantum_ms / 1000,
-        weight_max=tenants.weight_max,
-        memory_mb_max=tenants.memory_mb_max,
-        rows_queued_max=tenants.rows_queued_max,
+    blobs = BlobStore(data / "blobs")
+    caps = TenantCaps(tenants.weight_max, tenants.memory_mb_max, tenants.rows_queued_max)
+    settings = ServiceSettings(
+        watch=WatchSettings(
+            Path(tenants.directory), data / "registry.json", caps, tenants.settle_ms, tenants.rescan_s * 1000
+        ),
         sandbox=SandboxSettings(
             required=frozenset(tenants.sandbox_required),
             libraries=frozenset(tenants.allow),
             extra_globals=tuple(tenants.allow_globals),
         ),
+        versions=data / "versions",
+        parallel=tenants.workers_parallel or max(1, (os.cpu_count() or 2) - 1),
+        quantum_seconds=tenants.quantum_ms / 1000,
     )
-    return TenantService(settings, config.schema(), blobs, clock, supervisor)
+    return TenantService(settings, config.schema(), Blobs(blobs.put, blobs.get), clock, supervisor)
 
 
 def client_options(kafka: KafkaSection, client_id: str) -> ClientOptions:

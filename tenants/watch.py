@@ -122,6 +122,9 @@ class ModelWatcher:
         self._trials: dict[ModelName, asyncio.Task[None]] = {}
         self._saved = b""
         self._counters = _Counters()
+        self._nothing_new = False
+        self.caught_up = asyncio.Event()
+        """Set once all that was found so far has been tried; never cleared."""
 
     @property
     def snapshot(self) -> Snapshot:
@@ -210,6 +213,8 @@ class ModelWatcher:
                 await self._take_pair(name, signatures)
         await self._take_deletions(found, now)
         waiting = [seen.since for seen in self._seen.values() if seen.since is not None]
+        self._nothing_new = not waiting
+        self._note_caught_up()
         if not waiting:
             return rescan_seconds
         settled_in = min(waiting) + self._settings.settle_ms / 1000 - self._clock.monotonic()
@@ -350,7 +355,16 @@ class ModelWatcher:
             older.cancel()
         task = self._supervisor.start(f"trial of {name}", self._try(trial))
         self._trials[name] = task
-        task.add_done_callback(lambda done: self._trials.pop(name) if self._trials.get(name) is done else None)
+        task.add_done_callback(lambda done: self._trial_ended(name, done))
+
+    def _trial_ended(self, name: ModelName, task: asyncio.Task[None]) -> None:
+        if self._trials.get(name) is task:
+            del self._trials[name]
+        self._note_caught_up()
+
+    def _note_caught_up(self) -> None:
+        if self._nothing_new and not self._trials:
+            self.caught_up.set()
 
     async def _try(self, trial: StartTrial) -> None:
         version = trial.version

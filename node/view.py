@@ -1,0 +1,121 @@
+"""This node as its HTTP interface sees it: `NodeView` over the partitions and the tenants' models."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Protocol
+
+from node.kernel.clock import Clock
+from node.kernel.ports import FeaturePlan
+from node.kernel.supervise import Supervisor
+from node.kernel.types import Aggregate, EventSchema, ModelName
+from node.partition import Partition
+from node.partitions import Partitions
+from node.serving.reads import CustomerReads, OpenPartition
+from node.serving.view import (
+    AsOf,
+    BacklogStatus,
+    CacheStatus,
+    CustomerFeatures,
+    CustomerInferences,
+    CustomerState,
+    ModelInfo,
+    NodeStatus,
+    PartitionStatus,
+    TenantStatus,
+)
+
+
+class TenantView(Protocol):
+    """What the view needs of the tenants' side."""
+
+    def plan(self) -> FeaturePlan: ...
+
+    def models(self) -> Sequence[ModelInfo]: ...
+
+    def tenants(self) -> Sequence[TenantStatus]: ...
+
+    def event_features(self, name: ModelName) -> frozenset[str]: ...
+
+
+class LocalView:
+    def __init__(
+        self,
+        node: str,
+        schema: EventSchema,
+        profile: Mapping[str, Aggregate],
+        partitions: Partitions,
+        tenants: TenantView,
+        supervisor: Supervisor,
+        clock: Clock,
+    ) -> None:
+        self._node = node
+        self._partitions = partitions
+        self._tenants = tenants
+        self._supervisor = supervisor
+        self._clock = clock
+        self._started_ms = clock.now_ms()
+        self._reads = CustomerReads(self._open, tenants.plan, schema, profile, tenants.event_features)
+
+    def _open(self) -> Mapping[int, OpenPartition | None]:
+        return {number: _open(partition) for number, partition in self._partitions.running.items()}
+
+    def status(self) -> NodeStatus:
+        now_ms = self._clock.now_ms()
+        partitions = [_status(partition, now_ms) for _, partition in sorted(self._partitions.running.items())]
+        weakest = any(partition.delivery == "at_least_once" for partition in partitions)
+        return NodeStatus(
+            node=self._node,
+            started_ms=self._started_ms,
+            now_ms=now_ms,
+            delivery="at_least_once" if weakest else "exactly_once",
+            partitions=partitions,
+            tenants=list(self._tenants.tenants()),
+            tasks=list(self._supervisor.statistics()["tasks"]),  # type: ignore[call-overload]
+        )
+
+    def unready(self) -> Sequence[str]:
+        return self._partitions.unready()
+
+    def models(self) -> Sequence[ModelInfo]:
+        return self._tenants.models()
+
+    async def customer(self, customer: str, at: AsOf) -> CustomerState:
+        return await self._reads.customer(customer, at)
+
+    async def features(self, customer: str, model: ModelName, at: AsOf) -> CustomerFeatures:
+        return await self._reads.features(customer, model, at)
+
+    async def inferences(self, customer: str, at: AsOf) -> CustomerInferences:
+        return await self._reads.inferences(customer, at)
+
+
+def _open(partition: Partition) -> OpenPartition | None:
+    session = partition.session
+    return None if session is None else OpenPartition(partition.number, session.store, session.state.layout)
+
+
+def _status(partition: Partition, now_ms: int) -> PartitionStatus:
+    condition, session = partition.condition, partition.session
+    told: Callable[..., PartitionStatus] = PartitionStatus
+    common: dict[str, Any] = {
+        "number": partition.number,
+        "phase": condition.phase,
+        "reason": condition.reason,
+        "failures": condition.failures,
+    }
+    if session is None:
+        return told(**common)
+    cache = session.state.cache.statistics()
+    return told(
+        **common,
+        delivery="exactly_once" if session.outbox.transactional else "at_least_once",
+        lag=session.source.lag(),
+        progress=dict(session.source.progress),
+        counters=dict(session.state.counters),
+        step_seconds=session.steps.statistics(),
+        backlog={
+            model: BacklogStatus(**figures) for model, figures in session.state.backlog.statistics(now_ms).items()
+        },
+        cache=CacheStatus(**{name: cache[name] for name in ("hits", "misses", "rows", "bytes")}),
+    )
