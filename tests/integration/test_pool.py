@@ -24,6 +24,7 @@ from node.kernel.clock import SystemClock
 from node.kernel.errors import BoundExceeded, NotFound
 from node.kernel.supervise import Supervisor
 from node.kernel.types import FeatureRows, ModelName, ModelOutputs, ModelVersion
+from tenants.isolation import CALLS_MAX
 from tenants.manifest import TenantSettings
 from tenants.pool import ModelPool, TenantStatistics, VersionStatistics
 from tenants.sandbox import SandboxSettings
@@ -187,6 +188,26 @@ async def test_a_text_no_model_has_seen_is_found_among_many_rows(running: Runnin
     assert sorted(outputs.errors) == [17, 250]
     assert "moon" in outputs.errors[17]
     assert np.isfinite(outputs.values[[0, 16, 18, 299]]).all()
+
+
+async def test_the_search_for_bad_rows_is_bounded(running: Running) -> None:
+    shops = np.array([["north"], ["south"], ["east"]] * 40, dtype=object)
+    model = make_pipeline(OneHotEncoder(handle_unknown="error"), LogisticRegression()).fit(shops, [0, 1, 1] * 40)
+    version = running.models.add(model, features=("shop",))
+    count = 1500
+    fine = FeatureRows(("shop",), np.full((count, 1), np.nan), {"shop": ["north", "south", "east"] * (count // 3)})
+    for _ in range(3):
+        assert not (await answered(running.pool.submit(version, fine))).errors
+    before = running.version(version).calls
+    texts: list[str | None] = ["north" if row % 2 else "moon" for row in range(count)]
+    submitted = running.pool.submit(version, FeatureRows(("shop",), np.full((count, 1), np.nan), {"shop": texts}))
+    outputs = await answered(submitted)
+    assert set(range(0, count, 2)) <= set(outputs.errors)
+    answered_rows = [row for row in range(count) if row not in outputs.errors]
+    assert np.isfinite(outputs.values[answered_rows]).all()
+    assert "said of" in " ".join(outputs.errors.values()), "rows that could not be cleared are told so"
+    assert running.version(version).calls - before <= 4 * CALLS_MAX, "one by one it would be thrice that"
+    assert running.version(version).rows_queued == 0
 
 
 async def test_a_killed_worker_is_replaced_and_no_row_is_lost(running: Running) -> None:

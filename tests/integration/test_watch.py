@@ -186,6 +186,25 @@ def pieces(content: bytes, count: int) -> Iterator[bytes]:
         yield content[start : start + size]
 
 
+async def test_a_file_that_changes_while_it_is_copied_is_taken_as_it_is_then(node: Node) -> None:
+    first, second = model_file(), model_file(0.01)
+    put = node.blobs.put
+    copied: list[str] = []
+
+    def put_and_replace(path: Path) -> str:
+        copied.append(put(path))
+        if len(copied) == 1:
+            (node.root / "ads" / "bid.joblib").write_bytes(second)
+        return copied[-1]
+
+    node.blobs.put = put_and_replace  # type: ignore[assignment, method-assign]
+    watcher = await node.start()
+    node.drop(BID, model=first)
+    await until(lambda: BID in node.live())
+    assert watcher.statistics().trials == 1
+    assert watcher.snapshot.live[0][0].blob == copied[-1] != copied[0]
+
+
 async def test_a_file_that_attacks_is_refused_and_does_nothing(node: Node, tmp_path: Path) -> None:
     await node.start()
     mark = tmp_path / "mark"

@@ -157,7 +157,8 @@ class Book:
 
 operations = st.one_of(
     st.tuples(
-        st.just("enqueue"), st.sampled_from(TENANTS), st.sampled_from(MODELS), st.integers(1, 120),
+        st.just("enqueue"), st.sampled_from(TENANTS), st.sampled_from(MODELS),
+        st.one_of(st.integers(1, 5), st.integers(1, 120)),
         st.sampled_from([URGENT, BACKGROUND]), st.sampled_from([False, False, True]),
     ),
     st.tuples(st.just("next")),
@@ -390,6 +391,8 @@ def test_an_idle_tenant_lends_its_share_and_gets_no_credit_for_it() -> None:
 def test_an_idle_model_gets_no_credit_within_its_tenant() -> None:
     scheduler = one_model(batch_rows_max=16)
     scheduler.add_model("ads", "b")
+    scheduler.enqueue("early", "ads", "b", 1)
+    assert drain(scheduler, 1, 0.010)["ads", "b", URGENT] == 0.010
     scheduler.enqueue("a", "ads", "a", 40_000)
     drain(scheduler, 200, 0.010)
     scheduler.enqueue("b", "ads", "b", 40_000)
