@@ -7,6 +7,7 @@ import math
 from collections.abc import Sequence
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
+from time import tzset
 from typing import Any
 
 import numpy as np
@@ -289,6 +290,23 @@ def test_without_a_believable_kafka_timestamp_only_the_century_counts(timestamp_
         assert [refusal.reason for refusal in alone.refusals] == [Reason.BAD_TIME]
 
 
+@pytest.mark.parametrize(("timestamp_ms", "time"), [(1000, -5), (TIME_MS_MAX - 5, TIME_MS_MAX + 5)])
+def test_near_a_kafka_timestamp_the_century_counts_too(timestamp_ms: int, time: int) -> None:
+    decoded = decode([event(meta={"time": time}), event(meta={"time": timestamp_ms})], timestamp_ms=timestamp_ms)
+    assert [refusal.index for refusal in decoded.refusals] == [0]
+
+
+def test_times_without_an_offset_are_utc_wherever_the_node_runs(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TZ", "XYZ-5")
+    tzset()
+    try:
+        decoder = EventDecoder(configured("iso8601").events)
+        assert taken(event(meta={"time": "2026-01-31T12:00:00"}), decoder)["time_ms"] == 1_769_860_800_000
+    finally:
+        monkeypatch.undo()
+        tzset()
+
+
 def test_times_in_seconds() -> None:
     decoder = EventDecoder(configured("s").events)
     assert taken(event(meta={"time": NOW_MS / 1000 + 0.123}), decoder)["time_ms"] == NOW_MS + 123
@@ -453,6 +471,18 @@ broken = st.tuples(documents, st.dictionaries(st.sampled_from(["type", "customer
     lambda parts: parts[0] | parts[1]
 )
 
+unusable = st.tuples(
+    documents,
+    st.sampled_from(
+        [
+            {"customer": ""}, {"customer": None}, {"customer": "a\x00"}, {"customer": "é" * 200}, {"meta": {"time": 1}},
+            {"meta": {"time": 1e300}}, {"basket": {"amount": -2e15}}, {"sku": "é" * 4000}, {"type": None},
+            {"type": "x"},
+        ]
+    ),
+).map(lambda parts: parts[0] | parts[1])  # fmt: skip
+"""Right in every type, and still no event: what only the columns show."""
+
 
 @st.composite
 def mutations(draw: st.DrawFn) -> bytes:
@@ -473,7 +503,7 @@ def test_columns_agree_with_a_plain_decoder(values: list[bytes]) -> None:
 
 
 @settings(max_examples=200, deadline=None)
-@given(st.lists((documents | broken).map(json.dumps).map(str.encode), min_size=1, max_size=8))
+@given(st.lists((documents | unusable | broken).map(json.dumps).map(str.encode), min_size=1, max_size=8))
 def test_whole_batches_agree_with_a_plain_decoder(values: list[bytes]) -> None:
     assert_agrees(values)
 
