@@ -42,6 +42,8 @@ ROW_SLOTS_MAX = 4096
 ROW_CACHE_BYTES_MAX = 256 * MIB
 """Of each partition; the operator sets less or more in the config."""
 WINDOW_MS_MAX = 400 * 24 * 3600 * 1000
+WRITE_STALL_MS_MAX = 2_000
+"""How long a store may refuse a write because its flushes or compactions lag, before it counts as unavailable."""
 SEQUENCE_CHUNK_ROWS_MAX = 4096
 
 MODEL_BYTES_MAX = 512 * MIB
@@ -87,5 +89,7 @@ HTTP_HEADER_BYTES_MAX = 16 * KIB
 """Of one header field."""
 HTTP_PATH_BYTES_MAX = 2 * KIB
 HTTP_QUERY_BYTES_MAX = 2 * KIB
+HTTP_MODELS_MAX = 1000
+"""Model versions in one answer; it says where to go on."""
 METRIC_SERIES_MAX = 1000
 """Of one metric; what is beyond is added up under the label `_other`."""

@@ -4,15 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from http import HTTPStatus
+from operator import itemgetter
 
 import msgspec
 
 from node.kernel.clock import Clock
+from node.kernel.limits import HTTP_MODELS_MAX
 from node.kernel.types import ModelName
 from node.serving.metrics import METRICS_TYPE, NodeMetrics
 from node.serving.openapi import openapi_document
 from node.serving.problems import unavailable
-from node.serving.routes import AtQuery, Call, FeaturesQuery, Reply, Route
+from node.serving.routes import AtQuery, Call, FeaturesQuery, ModelsQuery, Reply, Route
 from node.serving.view import (
     AsOf,
     Body,
@@ -20,6 +22,7 @@ from node.serving.view import (
     CustomerInferences,
     CustomerState,
     HttpStatus,
+    ModelInfo,
     Models,
     NodeStatus,
     NodeView,
@@ -55,7 +58,9 @@ class Endpoints:
             Route("/readyz", "Whether the node does its work; else why not", self._readiness, Readiness),
             Route("/metrics", "Figures for Prometheus", self._metrics_text, None),
             Route("/v1/status", "The node, its partitions and tenants", self._status, NodeStatus),
-            Route("/v1/models", "All versions of all models, with state and reasons", self._models, Models),
+            Route(
+                "/v1/models", "All versions of all models, with state and reasons", self._models, Models, ModelsQuery
+            ),
             Route("/v1/customers/{customer}", "Profile and aggregates", self._customer, CustomerState, AtQuery, _READS),
             Route(
                 "/v1/customers/{customer}/features",
@@ -102,7 +107,13 @@ class Endpoints:
         return _reply(self.node_status())
 
     async def _models(self, call: Call) -> Reply:
-        return _reply(Models(models=list(self._view.models())))
+        query = call.query
+        after = tuple(query.after.split("/"))
+        models = [(_order(model), model) for model in self._view.models() if query.tenant in ("", model.tenant)]
+        wanted = sorted((entry for entry in models if not query.after or entry[0] > after), key=itemgetter(0))
+        page = wanted[:HTTP_MODELS_MAX]
+        following = "/".join(page[-1][0]) if len(wanted) > len(page) else None
+        return _reply(Models(models=[model for _, model in page], next=following))
 
     async def _customer(self, call: Call) -> Reply:
         return _reply(await self._view.customer(call.variables["customer"], self._at(call)))
@@ -119,6 +130,10 @@ class Endpoints:
         if text == "last":
             return "last"
         return int(text) if text else self._clock.now_ms()
+
+
+def _order(model: ModelInfo) -> tuple[str, ...]:
+    return model.tenant, model.model, model.sha256
 
 
 def _reply(body: Body) -> Reply:

@@ -39,6 +39,13 @@ class AtQuery(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     at: At = ""
 
 
+class ModelsQuery(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    tenant: Annotated[str, Meta(pattern=f"^{_NAME}$", description="Of this tenant only.")] = ""
+    after: Annotated[
+        str, Meta(pattern=f"^{_NAME}/{_NAME}/[0-9a-f]{{0,64}}$", description="`next` of the answer before.")
+    ] = ""
+
+
 class FeaturesQuery(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     model: Annotated[str, Meta(pattern=f"^{_NAME}/{_NAME}$", description="`tenant/model`; a live one.")]
     at: At = ""

@@ -15,7 +15,7 @@ from aiohttp.http_exceptions import LineTooLong
 
 from node.config_sections import HttpSection
 from node.kernel.clock import Clock
-from node.kernel.errors import HeadraceError
+from node.kernel.errors import ConfigError, HeadraceError
 from node.kernel.limits import (
     HTTP_BODY_BYTES_MAX,
     HTTP_CONNECTIONS_MAX,
@@ -69,11 +69,18 @@ class HttpServer:
         return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
 
     async def start(self) -> None:
-        """Raises OSError when the address can't be had."""
+        """Raises ConfigError when the address can't be had."""
+        host, port = self._settings.host, self._settings.port
         self._server = _Server(self)
         self._runner = web.ServerRunner(self._server, shutdown_timeout=_STOP_SECONDS_MAX)
         await self._runner.setup()
-        await web.TCPSite(self._runner, self._settings.host, self._settings.port, backlog=HTTP_REQUESTS_MAX).start()
+        try:
+            await web.TCPSite(self._runner, host, port, backlog=HTTP_REQUESTS_MAX).start()
+        except OSError as failure:
+            await self.stop()
+            raise ConfigError(
+                [f"http: can't listen on {host} port {port} ({failure}); free it, or set another host or port"]
+            ) from failure
         log.info("http listens", address=self.address)
 
     async def stop(self) -> None:

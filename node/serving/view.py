@@ -130,7 +130,11 @@ class ModelInfo(Body, frozen=True):
 
 
 class Models(Body, frozen=True):
+    """Up to HTTP_MODELS_MAX versions, by tenant, model and version."""
+
     models: list[ModelInfo]
+    next: str | None
+    """Ask again with this as `after`; null: these were all."""
 
 
 class BacklogStatus(Body, frozen=True):

@@ -21,13 +21,14 @@ from yarl import URL
 
 from node.config_sections import HttpSection
 from node.kernel.clock import ManualClock, SystemClock
-from node.kernel.errors import NotFound, StateCorrupt, StoreUnavailable
+from node.kernel.errors import ConfigError, NotFound, StateCorrupt, StoreUnavailable
 from node.kernel.limits import (
     CUSTOMER_BYTES_MAX,
     HTTP_BODY_BYTES_MAX,
     HTTP_CONNECTIONS_MAX,
     HTTP_HEADER_BYTES_MAX,
     HTTP_LINE_BYTES_MAX,
+    HTTP_MODELS_MAX,
     HTTP_PATH_BYTES_MAX,
     HTTP_QUERY_BYTES_MAX,
     HTTP_REQUESTS_MAX,
@@ -253,6 +254,26 @@ async def test_models_and_status(client: aiohttp.ClientSession, server: HttpServ
     status = (await ask(client, server, "/v1/status")).json()
     assert (status["ready"], status["reasons"]) == (False, ["partition 1: BrokerUnavailable"])
     assert status["http"]["answered"] == {"/v1/models 200": 1}
+
+
+async def test_models_come_in_pages(client: aiohttp.ClientSession, server: HttpServer, view: MemoryView) -> None:
+    names = [("ads", f"m{number:05d}", f"{number:064x}") for number in range(HTTP_MODELS_MAX * 2)]
+    names += [("shop", "refused", ""), ("shop", "refused", "f" * 64)]
+    view.models_known = [
+        ModelInfo(tenant=tenant, model=model, version=sha256[:12], sha256=sha256, state="live")
+        for tenant, model, sha256 in reversed(names)
+    ]
+    found, path = [], "/v1/models?"
+    while path:
+        page = (await ask(client, server, path)).json()
+        assert len(page["models"]) <= HTTP_MODELS_MAX
+        found += [(model["tenant"], model["model"], model["sha256"]) for model in page["models"]]
+        path = f"/v1/models?after={page['next']}" if page["next"] else ""
+    assert found == names
+    of_shop = (await ask(client, server, "/v1/models?tenant=shop")).json()
+    assert ([model["tenant"] for model in of_shop["models"]], of_shop["next"]) == (["shop", "shop"], None)
+    for query in ("tenant=", "tenant=A", "after=", "after=a/b", "after=a/b/xyz"):
+        assert_problem(await ask(client, server, f"/v1/models?{query}"), 400, "bad-request")
 
 
 async def test_ready_and_alive_are_not_the_same(
@@ -607,7 +628,7 @@ async def test_stop_lets_go_of_the_address(view: MemoryView) -> None:
 
 async def test_an_address_in_use_is_an_error_at_start(server: HttpServer, view: MemoryView) -> None:
     port = int(server.address.rpartition(":")[2])
-    with pytest.raises(OSError, match="address already in use"):
+    with pytest.raises(ConfigError, match=f"port {port} .*address already in use"):
         await HttpServer(view, HttpSection(port=port), SystemClock()).start()
 
 
