@@ -43,7 +43,6 @@ class Stream:
         cumulative = np.cumsum(np.arange(1, workload.CUSTOMERS + 1) ** -workload.ZIPF_EXPONENT)
         producer = AIOKafkaProducer(bootstrap_servers=self._address, acks="all")
         await producer.start()
-        pending: set[asyncio.Task[None]] = set()
         started = time.monotonic()
         count = 0
         try:
@@ -53,30 +52,24 @@ class Stream:
                     ranks = np.searchsorted(cumulative, random.random(due) * cumulative[-1])
                     events = workload.formatted(random, ranks, np.full(due, time.time_ns() // 1_000_000))
                     count += due
-                    for partition in range(workload.PARTITIONS):
-                        task = asyncio.ensure_future(self._send(producer, partition, events))
-                        pending.add(task)
-                        task.add_done_callback(pending.discard)
+                    for at in range(due):
+                        await self._send(producer, events, at)
                 await asyncio.sleep(max(0.0, TICK_S - (time.monotonic() - now)))
-            await asyncio.gather(*pending)
+            await producer.flush()
         finally:
             await producer.stop()
 
-    async def _send(self, producer: Any, partition: int, events: workload.Events) -> None:
-        owned = [
-            at for at, customer in enumerate(events.customers.tolist()) if workload.partition_of(customer) == partition
-        ]
-        if not owned:
-            return
-        batch = producer.create_batch()
-        for at in owned:
-            key = workload.customer_key(int(events.customers[at]))
-            batch.append(key=key, value=events.values[at], timestamp=None)
-        sent = time.monotonic()
-        acknowledged = await (await producer.send_batch(batch, "events", partition=partition))
-        for place, at in enumerate(owned):
-            self.sent[partition, acknowledged.offset + place] = sent
-            self.expected += int(events.types[at])  # search 0, add_to_cart 1, transaction 2 inferences
+    async def _send(self, producer: Any, events: workload.Events, at: int) -> None:
+        customer, inferences = int(events.customers[at]), int(events.types[at])
+        partition, sent = workload.partition_of(customer), time.monotonic()
+
+        def acknowledged(future: asyncio.Future[Any]) -> None:
+            self.sent[partition, future.result().offset] = sent
+            self.expected += inferences  # search 0, add_to_cart 1, transaction 2
+
+        key = workload.customer_key(customer)
+        future = await producer.send("events", events.values[at], key, partition=partition)
+        future.add_done_callback(acknowledged)
 
 
 class Reader:
