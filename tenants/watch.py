@@ -310,11 +310,11 @@ class ModelWatcher:
 
     async def _apply(self, event: Event) -> None:
         async with self._applying:
-            before = self._snapshot
-            self._snapshot, actions = registry.apply(before, event, self._schema)
-            if self._snapshot is before:
+            after, actions = registry.apply(self._snapshot, event, self._schema)
+            if after is self._snapshot:
                 return
-            await self._save()
+            await self._save(after)
+            self._snapshot = after
             for action in actions:
                 if isinstance(action, StartTrial):
                     self._start_trial(action)
@@ -330,8 +330,8 @@ class ModelWatcher:
             log.info("model", model=str(name), state=told["state"], problems=told["problems"])
             await asyncio.to_thread(self._answer, name, told)
 
-    async def _save(self) -> None:
-        content = registry.encode(self._snapshot)
+    async def _save(self, snapshot: Snapshot) -> None:
+        content = registry.encode(snapshot)
         if content != self._saved:
             await asyncio.to_thread(folder.replace_file, self._settings.registry, content)
             self._saved = content

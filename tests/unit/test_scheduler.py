@@ -452,6 +452,22 @@ def test_small_tickets_share_a_batch_and_large_ones_are_split() -> None:
     assert all(900 <= size <= 1000 for size in sizes[:-1]), "about one quantum each"
 
 
+def test_rows_that_come_back_keep_their_order() -> None:
+    scheduler = one_model(batch_rows_max=10)
+    for ticket in ("first", "second", "third"):
+        scheduler.enqueue(ticket, "ads", "a", 4)
+    for done in (0, 5):
+        dispatch = scheduler.next()
+        assert dispatch is not None
+        parts = [(part.ticket, part.start, part.stop) for part in dispatch.parts]
+        assert parts == [("first", 0, 4), ("second", 0, 4), ("third", 0, 2)]
+        scheduler.complete(dispatch, 0.001, done)
+    dispatch = scheduler.next()
+    assert dispatch is not None
+    parts = [(part.ticket, part.start, part.stop) for part in dispatch.parts]
+    assert parts == [("second", 1, 4), ("third", 0, 2), ("third", 2, 4)]
+
+
 def test_whole_tickets_run_alone_and_stay_whole_when_queued_again() -> None:
     scheduler = one_model(batch_rows_max=16)
     scheduler.enqueue("usual", "ads", "a", 5)
