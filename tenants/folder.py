@@ -23,8 +23,6 @@ MANIFEST = ".toml"
 MODEL = ".joblib"
 STATUS = ".status.json"
 TENANT_FILE = "tenant.toml"
-ENTRIES_MAX = 4096
-"""Directory entries looked at in one tenant's folder."""
 
 Signature: TypeAlias = tuple[int, int, int, int]
 """Device, inode, size and modification time: what changes when a file does."""
@@ -81,10 +79,10 @@ def scan(root: Path) -> Scan:
 
 
 def _files(folder: str) -> dict[str, Signature]:
-    """The manifests and model files by name, at most ENTRIES_MAX entries looked at."""
+    """The manifests and model files by name, of at most TENANT_FOLDER_ENTRIES_MAX entries."""
     files: dict[str, Signature] = {}
     with os.scandir(folder) as entries:
-        for _, entry in zip(range(ENTRIES_MAX), entries, strict=False):
+        for _, entry in zip(range(limits.TENANT_FOLDER_ENTRIES_MAX), entries, strict=False):
             if entry.name.startswith(".") or not entry.name.endswith((MANIFEST, MODEL)):
                 continue
             try:

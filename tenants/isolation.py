@@ -13,10 +13,9 @@ from dataclasses import dataclass, field
 import numpy as np
 from numpy.typing import NDArray
 
+from node.kernel.limits import ISOLATION_CALLS_MAX
 from node.kernel.types import Bools, FeatureRows, Ints
 
-CALLS_MAX = 256
-"""Calls spent on one failed batch; rows not cleared by then get its error."""
 PATTERNS_MAX = 16
 """Patterns of missing columns that get a row tried by itself, of one batch."""
 _SPEAKS_OF_MISSING = re.compile(r"\bNaN\b|\binfinity\b|\bmissing value|\bNoneType\b|\bNone\b", re.IGNORECASE)
@@ -26,7 +25,7 @@ _SPEAKS_OF_MISSING = re.compile(r"\bNaN\b|\binfinity\b|\bmissing value|\bNoneTyp
 class Isolation:
     """What is known of one failed batch, shared by all its pieces."""
 
-    calls_left: int = CALLS_MAX
+    calls_left: int = ISOLATION_CALLS_MAX
     refused: dict[bytes, str] = field(default_factory=dict)
     """Pattern of missing columns -> what the model said to a single row that has it."""
 

@@ -37,8 +37,6 @@ LOSSES_MAX = 2
 """A batch that took so many workers along is halved; a single row, given up."""
 LOAD_LOSSES_MAX = 3
 """A version that took so many workers along while it was loaded is failing."""
-VERSIONS_PER_TENANT_MAX = 2 * limits.MODELS_PER_TENANT_MAX
-"""Twice the models: while versions are swapped, rows of the old ones still run."""
 DEADLINE_SHARE_MAX = 0.25
 """Of a call's deadline that a batch may be estimated to cost."""
 
@@ -255,10 +253,10 @@ class ModelPool:
         return tenant
 
     def _add_version(self, tenant: _Tenant, version: ModelVersion, text_features: tuple[str, ...]) -> _Version:
-        if len(tenant.versions) >= VERSIONS_PER_TENANT_MAX:
+        if len(tenant.versions) >= limits.VERSIONS_PER_TENANT_MAX:
             raise BoundExceeded(
                 f"version {version.short_version} of {version.name} not taken: tenant {tenant.name} has"
-                f" {VERSIONS_PER_TENANT_MAX} versions here already; retire some"
+                f" {limits.VERSIONS_PER_TENANT_MAX} versions here already; retire some"
             )
         added = _Version(version, text_features)
         # Rows of a version that was replaced still come from sequence logs: it runs them, and goes again.

@@ -30,8 +30,6 @@ from tenants.workers import LoadReport, WarmServer
 
 log = structlog.get_logger(__name__)
 
-TRIALS_MAX = 2
-"""Trials at once: one slow model file must not hold up everybody's."""
 TRIAL_ATTEMPTS_MAX = 2
 
 
@@ -118,7 +116,7 @@ class ModelWatcher:
         self._wake = asyncio.Event()
         self._rearm = asyncio.Event()
         self._places: tuple[tuple[str, int, int], ...] = ()
-        self._trial_slots = asyncio.Semaphore(TRIALS_MAX)
+        self._trial_slots = asyncio.Semaphore(limits.TRIALS_MAX)
         self._trials: dict[ModelName, asyncio.Task[None]] = {}
         self._saved = b""
         self._counters = _Counters()

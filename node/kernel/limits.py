@@ -66,6 +66,14 @@ WORKER_BACKOFF_MS_MIN = 100
 WORKER_BACKOFF_MS_MAX = 60_000
 WORKER_START_MS_MAX = 30_000
 TRIAL_MS_MAX = 120_000
+TRIALS_MAX = 2
+"""At once: one slow model file must not hold up everybody's."""
+VERSIONS_PER_TENANT_MAX = 2 * MODELS_PER_TENANT_MAX
+"""Twice the models: while versions are swapped, rows of the old ones still run."""
+TENANT_FOLDER_ENTRIES_MAX = 4096
+"""Directory entries looked at in one tenant's watched folder."""
+ISOLATION_CALLS_MAX = 256
+"""Calls spent on finding the bad rows of one failed batch; rows not cleared by then get its error."""
 STATUS_FILE_BYTES_MAX = 64 * KIB
 WORKER_MESSAGE_BYTES_MAX = MODEL_BYTES_MAX + MIB
 

@@ -22,9 +22,10 @@ from sklearn.preprocessing import OneHotEncoder
 
 from node.kernel.clock import SystemClock
 from node.kernel.errors import BoundExceeded, NotFound
+from node.kernel.limits import ISOLATION_CALLS_MAX
+from node.kernel.ports import ModelRunner
 from node.kernel.supervise import Supervisor
 from node.kernel.types import FeatureRows, ModelName, ModelOutputs, ModelVersion
-from tenants.isolation import CALLS_MAX
 from tenants.manifest import TenantSettings
 from tenants.pool import ModelPool, TenantStatistics, VersionStatistics
 from tenants.sandbox import SandboxSettings
@@ -110,6 +111,8 @@ async def running(server: WarmServer) -> AsyncIterator[Running]:
         server, models.fetch, SystemClock(), supervisor, parallel=1,
         on_failing=lambda name, version, reason: failing.append((name, version, reason)),
     )  # fmt: skip
+    runner: ModelRunner = pool  # mypy holds the pool to the port
+    assert runner.rows_queued_max(ModelName("new", "one")) > 0
     yield Running(pool, models, failing)
     await pool.stop()
     assert supervisor.failure is None, "a background task died"
@@ -206,7 +209,7 @@ async def test_the_search_for_bad_rows_is_bounded(running: Running) -> None:
     answered_rows = [row for row in range(count) if row not in outputs.errors]
     assert np.isfinite(outputs.values[answered_rows]).all()
     assert "said of" in " ".join(outputs.errors.values()), "rows that could not be cleared are told so"
-    assert running.version(version).calls - before <= 4 * CALLS_MAX, "one by one it would be thrice that"
+    assert running.version(version).calls - before <= 4 * ISOLATION_CALLS_MAX, "one by one it would be thrice that"
     assert running.version(version).rows_queued == 0
 
 
