@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 from collections import Counter
 from http import HTTPStatus
+from typing import cast
 
 import structlog
 from aiohttp import web
@@ -239,10 +240,11 @@ class _Connection(web.RequestHandler):
         self._http = http
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        if self._http.refuse_connection() and isinstance(transport, asyncio.WriteTransport):
+        if self._http.refuse_connection():
+            stream = cast("asyncio.Transport", transport)  # uvloop's is one in all but name
             detail = f"{HTTP_CONNECTIONS_MAX} connections are open (HTTP_CONNECTIONS_MAX); try again in a second"
-            transport.write(_raw_response(unavailable("too-many-connections", detail)))
-            transport.close()
+            stream.write(_raw_response(unavailable("too-many-connections", detail)))
+            stream.close()
             return
         super().connection_made(transport)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Coroutine, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 from urllib.parse import quote
@@ -13,6 +13,7 @@ from urllib.parse import quote
 import aiohttp
 import pytest
 import structlog
+import uvloop
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from prometheus_client.parser import text_string_to_metric_families
@@ -132,6 +133,11 @@ class MemoryView:
         return CustomerInferences(
             customer=customer, partition=1, at_ms=NOW_MS if at == "last" else at, inferences=[inference]
         )
+
+
+ON_BOTH_LOOPS = pytest.mark.parametrize("run", [asyncio.run, uvloop.run], ids=["asyncio", "uvloop"])
+"""The node runs on uvloop, whose transports are not quite asyncio's."""
+Run = Callable[[Coroutine[Any, Any, None]], None]
 
 
 @pytest.fixture
@@ -574,7 +580,12 @@ async def test_a_request_that_takes_too_long_is_given_up(client: aiohttp.ClientS
         assert server.statistics().answered == {"/v1/customers/{customer} 503": 1}
 
 
-async def test_a_client_slow_with_its_headers_is_closed(view: MemoryView) -> None:
+@ON_BOTH_LOOPS
+def test_a_client_slow_with_its_headers_is_closed(run: Run, view: MemoryView) -> None:
+    run(_dawdle(view))
+
+
+async def _dawdle(view: MemoryView) -> None:
     async with serving(view, request_ms_max=50) as server:
         for data in (b"", b"GET /healthz HT", b"GET /healthz HTTP/1.1\r\nHost: a\r\nX: "):
             assert await raw(server, data) == b""
@@ -586,7 +597,12 @@ async def test_a_client_slow_with_its_body_is_given_up(view: MemoryView) -> None
         assert b" 503 " in answer.splitlines()[0]
 
 
-async def test_a_client_that_does_not_read_is_given_up(view: MemoryView) -> None:
+@ON_BOTH_LOOPS
+def test_a_client_that_does_not_read_is_given_up(run: Run, view: MemoryView) -> None:
+    run(_read_nothing(view))
+
+
+async def _read_nothing(view: MemoryView) -> None:
     view.body = 1_000_000
     async with serving(view, request_ms_max=2_000) as server:
         host, _, port = server.address.rpartition(":")
@@ -602,19 +618,25 @@ async def test_a_client_that_does_not_read_is_given_up(view: MemoryView) -> None
         assert server.statistics().in_progress == 0
 
 
-async def test_connections_are_bounded(server: HttpServer) -> None:
-    host, _, port = server.address.rpartition(":")
-    writers: list[asyncio.StreamWriter] = []
-    try:
-        writers = [(await asyncio.open_connection(host, int(port)))[1] for _ in range(HTTP_CONNECTIONS_MAX)]
-        await until(lambda: server.statistics().connections == HTTP_CONNECTIONS_MAX)
-        assert b"urn:headrace:problem:too-many-connections" in await raw(server, b"")
-        assert server.statistics().refused == {"connections": 1}
-    finally:
-        for writer in writers:
-            writer.close()
-    await until(lambda: not server.statistics().connections)
-    assert b" 200 " in await raw(server, b"GET /healthz HTTP/1.1\r\nHost: a\r\nConnection: close\r\n\r\n")
+@ON_BOTH_LOOPS
+def test_connections_are_bounded(run: Run, view: MemoryView) -> None:
+    run(_connect_too_often(view))
+
+
+async def _connect_too_often(view: MemoryView) -> None:
+    async with serving(view) as server:
+        host, _, port = server.address.rpartition(":")
+        writers: list[asyncio.StreamWriter] = []
+        try:
+            writers = [(await asyncio.open_connection(host, int(port)))[1] for _ in range(HTTP_CONNECTIONS_MAX)]
+            await until(lambda: server.statistics().connections == HTTP_CONNECTIONS_MAX)
+            assert b"urn:headrace:problem:too-many-connections" in await raw(server, b"")
+            assert server.statistics().refused == {"connections": 1}
+        finally:
+            for writer in writers:
+                writer.close()
+        await until(lambda: not server.statistics().connections)
+        assert b" 200 " in await raw(server, b"GET /healthz HTTP/1.1\r\nHost: a\r\nConnection: close\r\n\r\n")
 
 
 async def test_stop_lets_go_of_the_address(view: MemoryView) -> None:
@@ -646,7 +668,7 @@ PREFIXES = st.sampled_from([b"/", b"/v1/customers/", b"/v1/customers/ann/feature
 def fuzzed() -> Any:
     """One server for all examples, on a loop of its own."""
     structlog.configure(wrapper_class=structlog.make_filtering_bound_logger(40))
-    loop = asyncio.new_event_loop()
+    loop = uvloop.new_event_loop()
     server = HttpServer(MemoryView(), HttpSection(port=0), ManualClock(NOW_MS))
     loop.run_until_complete(server.start())
     yield lambda data: loop.run_until_complete(raw(server, data))
