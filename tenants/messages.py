@@ -15,7 +15,7 @@ from typing import TypeAlias, TypeVar
 import msgspec
 import numpy as np
 
-from node.kernel.errors import HeadraceError
+from node.kernel.errors import BoundExceeded, HeadraceError
 from node.kernel.limits import OUTPUTS_PER_MODEL_MAX, ROWS_QUEUED_PER_MODEL_MAX, WORKER_MESSAGE_BYTES_MAX
 from node.kernel.types import FeatureRows, Floats
 
@@ -120,12 +120,12 @@ _Message = TypeVar("_Message", Request, Answer)
 def encode(message: Request | Answer, body: Buffer = b"") -> list[Buffer]:
     """The buffers of one frame, to be written in order; the body is not copied.
 
-    Raises MessageCorrupt when the frame is over its bound.
+    Raises BoundExceeded when the frame is over its bound.
     """
     header = _encoder.encode(message)
     body_bytes = memoryview(body).nbytes
     if len(header) > HEADER_BYTES_MAX or len(header) + body_bytes > WORKER_MESSAGE_BYTES_MAX:
-        raise MessageCorrupt(
+        raise BoundExceeded(
             f"a message of {len(header)} + {body_bytes} bytes is over the bound WORKER_MESSAGE_BYTES_MAX; send less"
         )
     return (
@@ -160,11 +160,21 @@ def decode_answer(frame: memoryview, header_bytes: int) -> tuple[Answer, memoryv
 
 
 def encode_call(version: str, rows: FeatureRows) -> list[Buffer]:
+    """The frame of a call. Raises BoundExceeded when the rows are more, or their texts other, than it may hold."""
+    _check_call(rows)
     numbers = np.ascontiguousarray(rows.numbers, dtype=np.float64)
     call = Call(
         version, numbers.shape[0], numbers.shape[1], {name: list(column) for name, column in rows.texts.items()}
     )
     return encode(call, numbers.reshape(-1).view(np.uint8).data)
+
+
+def _check_call(rows: FeatureRows) -> None:
+    if len(rows) > ROWS_QUEUED_PER_MODEL_MAX:
+        raise BoundExceeded(f"a call of {len(rows)} rows is over ROWS_QUEUED_PER_MODEL_MAX; send smaller batches")
+    for name, column in rows.texts.items():
+        if len(column) != len(rows):
+            raise BoundExceeded(f"text column {name!r} has {len(column)} values for {len(rows)} rows")
 
 
 def call_answer_bytes_max(rows: int) -> int:
@@ -178,15 +188,6 @@ def matrix(body: memoryview, rows: int, columns: int) -> Floats:
     if rows < 0 or columns < 0 or body.nbytes != rows * columns * FLOAT_BYTES:
         raise MessageCorrupt(f"a message of {rows} rows and {columns} columns came with {body.nbytes} bytes")
     return np.frombuffer(body, dtype=np.float64).reshape(rows, columns)
-
-
-def check_call(rows: FeatureRows) -> None:
-    """Raises MessageCorrupt when rows are more, or text columns other, than a call may hold."""
-    if len(rows) > ROWS_QUEUED_PER_MODEL_MAX:
-        raise MessageCorrupt(f"a call of {len(rows)} rows is over ROWS_QUEUED_PER_MODEL_MAX; send smaller batches")
-    for name, column in rows.texts.items():
-        if len(column) != len(rows):
-            raise MessageCorrupt(f"text column {name!r} has {len(column)} values for {len(rows)} rows")
 
 
 def shorten(text: str, characters_max: int = REASON_CHARACTERS_MAX) -> str:

@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 
 from node.kernel.errors import CallFailed, ModelRefused
+from node.kernel.limits import KIB
 from node.kernel.types import Floats
 from tenants.inputs import ModelInput, Rows
 from tenants.messages import ROW_REASON_CHARACTERS_MAX, row_errors, shorten
@@ -26,6 +27,8 @@ METHODS = (
     "predict_log_proba",
     "mahalanobis",
 )
+LABEL_CHARACTERS_MAX = 64 * KIB
+"""Of all text classes of a model together: the catalog holds them."""
 _NO_LABEL = "output {!r} is not one of the model's classes"
 
 
@@ -38,6 +41,8 @@ class Outputs:
         self._method = _method_of(model, method)
         self._indices = _class_indices(model) if method == "predict" else []
         self.labels: tuple[str, ...] = tuple(self._indices[0]) if len(self._indices) == 1 else ()
+        if sum(map(len, self.labels)) + len(self.labels) > LABEL_CHARACTERS_MAX:
+            raise ModelRefused(f"the model's {len(self.labels)} text classes are too many; train it on class numbers")
 
     def of(self, model_input: ModelInput, rows: Rows) -> tuple[Floats, dict[int, str]]:
         """Values [rows, outputs] and the rows without a usable output. Raises CallFailed."""

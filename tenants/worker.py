@@ -122,6 +122,8 @@ class Worker:
             return messages.encode(Refused(shorten(str(error))))
         except MemoryError:
             return messages.encode(Refused("the model needs more memory than the tenant has; make it smaller"))
+        except Exception as error:  # a tenant's object can make anything raise
+            return messages.encode(Refused(shorten(f"the model raised {type(error).__name__}: {error}")))
 
     def _load(self, request: Load, body: memoryview) -> Loaded:
         before = self._resident_bytes()

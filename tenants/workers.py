@@ -140,7 +140,14 @@ class WorkerProcess:
     """One tenant's worker. Requests to it are made one at a time: the caller sees to that."""
 
     def __init__(
-        self, tenant: str, pid: int, process: int, transport: asyncio.Transport, frames: _Frames, clock: Clock
+        self,
+        tenant: str,
+        pid: int,
+        process: int,
+        transport: asyncio.Transport,
+        frames: _Frames,
+        memory_bytes: int,
+        clock: Clock,
     ) -> None:
         self.tenant = tenant
         self.pid = pid
@@ -149,6 +156,7 @@ class WorkerProcess:
         self._process: int | None = process
         self._transport = transport
         self._frames = frames
+        self._memory_bytes = memory_bytes
         self._clock = clock
         self._busy_seconds = 0.0
         self._versions: dict[str, ModelVersion] = {}
@@ -184,9 +192,11 @@ class WorkerProcess:
         for the tenant (also when it takes longer than the deadline: then the worker is killed), WorkerLost when
         the worker died on it.
         """
-        if len(model) > MODEL_BYTES_MAX:
+        bytes_max = min(MODEL_BYTES_MAX, self._memory_bytes // 2)  # the worker holds it twice while it loads
+        if len(model) > bytes_max:
             raise ModelRefused(
-                f"the file has {len(model)} bytes, at most {MODEL_BYTES_MAX} are taken; store a smaller model"
+                f"the file has {len(model)} bytes, the tenant's memory allows {bytes_max}; store a smaller model, "
+                "or ask the operator for more memory"
             )
         load = Load(version.version, version.method, version.features, version.outputs, text_features)
         try:
@@ -199,6 +209,8 @@ class WorkerProcess:
             raise ModelRefused(messages.shorten(answer.reason))
         if not isinstance(answer, Loaded) or answer.outputs != len(version.outputs):
             raise self._corrupt("it answered something else to a load")
+        if not all(0 <= seconds < float("inf") for seconds in (answer.seconds_per_row, answer.seconds_per_call)):
+            raise self._corrupt("it reported an impossible cost")
         self._versions[version.version] = version
         return LoadReport(**msgspec.structs.asdict(answer))
 
@@ -219,7 +231,8 @@ class WorkerProcess:
     async def call(self, version: str, rows: FeatureRows, deadline_seconds: float) -> ModelOutputs:
         """Run a loaded version on rows; `errors` of the result names rows without a usable output.
 
-        Raises CallFailed when the model raised or gave another shape, WorkerLost when the worker died, was killed
+        Raises BoundExceeded when the rows are too many for one call, CallFailed when the model raised or gave
+        another shape, WorkerLost when the worker died, was killed
         for passing the deadline, or sent what is no answer.
         """
         outputs = len(self._versions[version].outputs) if version in self._versions else OUTPUTS_PER_MODEL_MAX
@@ -392,7 +405,7 @@ class WarmServer:
             raise
         ours.setblocking(False)
         transport, frames = await asyncio.get_running_loop().create_unix_connection(_Frames, sock=ours)
-        worker = WorkerProcess(tenant, pid, process, transport, frames, self._clock)
+        worker = WorkerProcess(tenant, pid, process, transport, frames, memory_bytes, self._clock)
         try:
             await worker.ready()
         except BaseException:

@@ -26,7 +26,10 @@ ALL_LAYERS = frozenset({"no_new_privileges", "resource_limits", "landlock", "sec
 
 
 def in_sandbox(
-    attempt: Callable[[], object], user: int | None = USER, required: frozenset[str] = ALL_LAYERS
+    attempt: Callable[[], object],
+    user: int | None = USER,
+    required: frozenset[str] = ALL_LAYERS,
+    before: Callable[[], object] = lambda: None,
 ) -> tuple[bool, str]:
     """Whether `attempt` succeeded in a sandboxed child, and what it gave or raised."""
     reader, writer = os.pipe()
@@ -36,6 +39,7 @@ def in_sandbox(
         try:
             os.close(reader)
             sandbox.close_files_except(writer)
+            before()
             sandbox.apply(required, 256 * MIB, user, parent)
             try:
                 answer = f"+{attempt()}"
@@ -120,6 +124,24 @@ def test_can_not(what: str) -> None:
 @pytest.mark.parametrize("what", ["open a network socket", "read /etc/shadow", "exec", "fork", "signal the parent"])
 def test_can_not_without_an_own_user(what: str) -> None:
     succeeded, answer = in_sandbox(ATTEMPTS[what], user=None)
+    assert not succeeded, answer
+
+
+SOME = (
+    "open a network socket",
+    "read /etc/passwd",
+    "write a file",
+    "exec",
+    "fork",
+    "signal everybody",
+    "allocate 3 GiB",
+)
+
+
+@pytest.mark.skipif(os.getuid() != 0, reason="only root can become another user")
+@pytest.mark.parametrize("what", SOME)
+def test_can_not_when_the_node_is_not_root(what: str) -> None:
+    succeeded, answer = in_sandbox(ATTEMPTS[what], before=lambda: os.setresuid(USER, USER, USER))
     assert not succeeded, answer
 
 

@@ -363,7 +363,7 @@ async def test_worker_in_an_attackers_hands_is_killed(what: str) -> None:
     ours.setblocking(False)
     process = await asyncio.create_subprocess_exec("sleep", "600")
     transport, frames = await asyncio.get_running_loop().create_unix_connection(_Frames, sock=ours)
-    worker = WorkerProcess("evil", process.pid, os.pidfd_open(process.pid), transport, frames, SystemClock())
+    worker = WorkerProcess("evil", process.pid, os.pidfd_open(process.pid), transport, frames, MIB, SystemClock())
     worker._versions["v"] = version_of(("a",))
     call = asyncio.create_task(worker.call("v", rows_of(("a",), [[1.0], [2.0]]), 10))
     await asyncio.sleep(0)
@@ -382,7 +382,7 @@ async def test_worker_that_speaks_unasked_is_killed() -> None:
     ours.setblocking(False)
     process = await asyncio.create_subprocess_exec("sleep", "600")
     transport, frames = await asyncio.get_running_loop().create_unix_connection(_Frames, sock=ours)
-    worker = WorkerProcess("evil", process.pid, os.pidfd_open(process.pid), transport, frames, SystemClock())
+    worker = WorkerProcess("evil", process.pid, os.pidfd_open(process.pid), transport, frames, MIB, SystemClock())
     with theirs:
         theirs.sendall(answer_bytes(messages.Unloaded()))
         await worker.lost.wait()
