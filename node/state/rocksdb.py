@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import threading
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,7 +29,7 @@ from rocksdict import (
 
 from node.kernel.chunks import decode_chunk, encode_chunk
 from node.kernel.errors import HeadraceError, StateCorrupt, StoreUnavailable
-from node.kernel.limits import MIB
+from node.kernel.limits import MIB, WRITE_STALL_MS_MAX
 from node.kernel.types import Frame, SequenceChunk
 from node.state.codec import sequence_key, sequence_prefix, split
 
@@ -38,6 +39,8 @@ FAMILIES = ("profiles", "history", "inferences", "sequence", "identity", "meta")
 _HEAD = b"head"
 _LAYOUT = b"layout"
 _FILTER_BITS_PER_KEY = 10
+_STALLED = "Write stall"
+_STALL_PAUSE_MS = 10
 _DAMAGE = ("Corruption", "checksum mismatch", "bad magic number", "No such file or directory")
 
 
@@ -104,6 +107,7 @@ class RocksStore:
                 self._handles = {family: self._database.get_column_family_handle(family) for family in FAMILIES}
                 self._unlogged = WriteOptions()
                 self._unlogged.disable_wal = True  # type: ignore[method-assign, assignment]
+                self._unlogged.no_slowdown = True
             self._head = self._read_head()
         except HeadraceError:
             self.close()
@@ -151,8 +155,27 @@ class RocksStore:
     def apply(self, frame: Frame, changelog_offset: int) -> None:
         head = _Head(changelog_offset, dict(frame.progress), dict(frame.counters))
         with self._failures("written"), self._writing:
-            self._database.write(self._batch(frame, head), self._unlogged)
+            for attempt in range(WRITE_STALL_MS_MAX // _STALL_PAUSE_MS + 1):
+                if attempt:
+                    time.sleep(_STALL_PAUSE_MS / 1000)
+                if self._written(frame, head):
+                    break
+            else:
+                raise StoreUnavailable(
+                    f"the state in {self._path} took no write for {WRITE_STALL_MS_MAX} ms (WRITE_STALL_MS_MAX): its "
+                    "flushes lag or fail; free or mend the disk, the partition retries by itself"
+                )
         self._head = head
+
+    def _written(self, frame: Frame, head: _Head) -> bool:
+        """False for a stall. RocksDB would wait it out, for ever on a full disk, and rocksdict with the GIL held."""
+        try:
+            self._database.write(self._batch(frame, head), self._unlogged)
+        except Exception as failure:
+            if _STALLED in str(failure):
+                return False
+            raise
+        return True
 
     def _batch(self, frame: Frame, head: _Head) -> Any:
         batch, sequence, meta = WriteBatch(raw_mode=True), self._handles["sequence"], self._handles["meta"]
