@@ -215,6 +215,8 @@ _COMPARISONS: Final[Mapping[type[ast.cmpop], str]] = {
     ast.GtE: ">=",
 }
 _ARGUMENTS_MAX: Final = 64
+_PROBLEMS_MAX: Final = 20
+"""Nobody reads more at once, and each guess at what was meant costs time."""
 _FUNCTIONS: Final[Mapping[str, tuple[int, int]]] = {
     **dict.fromkeys(
         ("abs", "log", "log1p", "exp", "sqrt", "round", "floor", "ceil", "hour", "weekday", "is_missing"), (1, 1)
@@ -275,6 +277,8 @@ class _Parser:
 
     def _noted(self, column: int, message: str) -> _Rejected:
         self._problems.append(Problem(column, message))
+        if len(self._problems) >= _PROBLEMS_MAX:
+            raise ExpressionError(self._text, self._problems)
         return _Rejected(message)
 
     def _mistake(self, node: ast.expr, message: str) -> _Rejected:

@@ -43,7 +43,13 @@ METHODS: Final = ("predict_proba", "predict", "transform", "decision_function", 
 _NAME: Final = re.compile(r"[a-z0-9][a-z0-9_-]{0,62}")
 _OUTPUT: Final = re.compile(r"[A-Za-z_][A-Za-z0-9_]{0,62}")
 _FEATURE_BYTES_MAX: Final = 128
+_PROBLEMS_MAX: Final = 100
 _MODEL_KEYS: Final = ("on", "every", "all", "output", "method", "ttl", "deadline", "weight", "features")
+_KEY_PARTS_MAX: Final = 32
+_KEY_PART: Final = r"""(?:[A-Za-z0-9_-]++|"(?:[^"\\\n]|\\.){0,256}+"|'[^'\n]{0,256}+')"""
+_LONG_KEY: Final = re.compile(rf"(?<![A-Za-z0-9_-]){_KEY_PART}(?:[ \t]*+\.[ \t]*+{_KEY_PART}){{{_KEY_PARTS_MAX}}}")
+"""tomllib keeps every prefix of a dotted key: one of 200 KB takes all the memory there is."""
+
 _TENANT_KEYS: Final = ("weight", "memory_mb", "rows_queued_max", "overload")
 
 
@@ -148,7 +154,12 @@ class _Reader:
         if len(text) > MANIFEST_BYTES_MAX:
             raise ManifestError([f"{self._file}: longer than {MANIFEST_BYTES_MAX} bytes"])
         try:
-            return tomllib.loads(text.decode())
+            decoded = text.decode()
+            if _LONG_KEY.search(decoded):
+                raise ManifestError(
+                    [f"{self._file}: a dotted name of more than {_KEY_PARTS_MAX} parts; quote the name"]
+                )
+            return tomllib.loads(decoded)
         except UnicodeDecodeError as error:
             raise ManifestError([f"{self._file}: not UTF-8 at byte {error.start}; save it as UTF-8"]) from None
         except RecursionError:
@@ -157,7 +168,10 @@ class _Reader:
             raise ManifestError([f"{self._file}: not TOML: {one_line(str(error))}"]) from None
 
     def problem(self, message: str) -> None:
+        """Notes a mistake. Raises ManifestError when there are more than anybody reads: guessing costs time."""
         self.problems.append(f"{self._file}: {message}")
+        if len(self.problems) >= _PROBLEMS_MAX:
+            raise ManifestError([*self.problems, f"{self._file}: there may be more mistakes; mend these first"])
 
     def finish(self) -> None:
         if self.problems:

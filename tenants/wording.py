@@ -28,12 +28,13 @@ def _longest(duration_ms: int) -> str:
     return f"{duration_ms // _UNITS_MS[unit]}{unit}"
 
 
-def shown(name: object) -> str:
-    """A name as it stands in a message: quoted, on one line, not endless."""
-    try:
-        text = repr(name)
-    except ValueError:  # Python refuses to write out an integer of thousands of digits.
-        return "a number far too long"
+def shown(value: object) -> str:
+    """A name or value as it stands in a message: quoted, on one line, not endless."""
+    if isinstance(value, list | dict):  # Nested too deeply, these can't be written out.
+        return "a list" if isinstance(value, list) else "a table"
+    if isinstance(value, int) and abs(value) >= 1 << 64:  # Nor can integers of thousands of digits.
+        return "a number far too large"
+    text = repr(value)
     return text if len(text) <= 80 else text[:77] + "..."
 
 

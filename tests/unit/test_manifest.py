@@ -127,7 +127,9 @@ def test_every_mistake_has_a_line_with_its_place():
         ("on = 'search'\n[features]", "[features] is missing"),
         ("on = 'search'\noutput = []\n[features]\na = '1'", "output must be"),
         ("on = 'search'\nweight = nan\n[features]\na = '1'", "weight must be"),
-        ("on = 'search'\nweight = 0x" + "f" * 9000 + "\n[features]\na = '1'", "a number far too long"),
+        ("on = 'search'\nweight = 0x" + "f" * 9000 + "\n[features]\na = '1'", "a number far too large"),
+        ("on = 'search'\n[features]\na." + "b." * 25 + "c = '1'", "expression in quotes, not a table"),
+        ("on = " + "[" * 300 + "]" * 300 + "\n[features]\na = '1'", "not a list"),
         ("on = 'search'\nttl = '0d'\n[features]\na = '1'", "ttl '0d' must be"),
         ("on = 'search'\nmethod = ['predict']\n[features]\na = '1'", "method"),
         ("on = 'search'\n[features]\na = 'a + 1'", "feature 'a' is not defined above"),
@@ -149,12 +151,27 @@ def test_mistakes(text, expected):
     assert any(expected in problem for problem in problems(text))
 
 
+@pytest.mark.parametrize("part", ["a", '"\\"x"', "'.'", '"a b" \t'])
+@pytest.mark.parametrize("key", ["{} = 1", "[{}]", "[[{}]]", "a = {{ {} = 1 }}", "a = {{b=1,{} = 1}}"])
+def test_a_key_that_would_take_all_memory_is_refused_before_it_is_parsed(part, key):
+    assert problems(key.format(".".join([part] * 20_000)))[0].startswith("a dotted name of more than 32 parts")
+
+
 def test_names_of_tenants_and_models_are_checked():
     good = "on = 'search'\n[features]\na = '1'"
     assert "tenant name 'Ads'" in problems(good, tenant="Ads")[0]
     assert "model name '../x'" in problems(good, model="../x")[0]
     assert is_name("a" * 63)
     assert not any(is_name(name) for name in ("", "a" * 64, "-a", "_a", "a.b", "é", "a\n"))
+
+
+def test_the_mistakes_told_are_bounded():
+    unknown = "on = 'search'\n[features]\n" + "\n".join(f"a{i} = 'b{i} + c{i}'" for i in range(200))
+    found = problems(unknown)
+    assert len(found) == 101
+    assert found[-1] == "there may be more mistakes; mend these first"
+    one = problems("on = 'search'\n[features]\na = '" + " + ".join(f"b{i}" for i in range(25)) + "'")
+    assert len(one) == 20
 
 
 VALUES = st.recursive(
