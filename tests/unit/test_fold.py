@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from node.kernel.types import Aggregate, EventColumns
 from node.state.fold import fold
 from node.state.layout import NO_TILE, Layout
+from node.state.reads import read
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 from reference import DAY, HOUR, MINUTE, SECOND, Event, Part, Reference
@@ -144,6 +145,19 @@ def run(batches: list[list[Event]], asked: list[list[Aggregate]], wanted_share: 
         check_values(folded.see(events, wanted, bystanders), expected, wanted)
     assert folded.late == reference.late
     check_rows(folded, reference)
+    newest = max(event.time_ms for events in batches for event in events)
+    for time_ms in (newest, newest - 7 * MINUTE, newest + HOUR, newest + 100 * DAY):
+        check_reads(folded, reference, time_ms)
+
+
+def check_reads(folded: Folded, reference: Reference, time_ms: int) -> None:
+    """What is read without an event, of every customer and of one that nobody has seen."""
+    customers = [*folded.rows, "nobody"]
+    rows = np.stack([folded.rows.get(name, folded.layout.initial) for name in customers], axis=1)
+    found = read(folded.layout, np.ascontiguousarray(rows), np.full(len(customers), time_ms))
+    for aggregate, values in found.items():
+        due = [reference.read(aggregate, customer, time_ms) for customer in customers]
+        assert [bits(value) for value in values.tolist()] == [bits(value) for value in due], str(aggregate)
 
 
 @st.composite
