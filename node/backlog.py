@@ -44,7 +44,9 @@ class _Entry:
     rows: int
     time_ms: int
     triggers: Triggers | None
+    """None: in the store only."""
     answering: Answering | None = None
+    stored: bool = False
 
 
 @dataclass(slots=True)
@@ -84,7 +86,8 @@ class Backlog:
         for chunk in chunks:
             line = self._line(chunk.triggers.name)
             held = len(line.entries) < CHUNKS_IN_FLIGHT_PER_MODEL_MAX
-            line.entries.append(_entry(chunk, chunk.triggers if held else None))
+            line.entries.append(entry := _entry(chunk, chunk.triggers if held else None))
+            entry.stored = True
             line.rows += len(chunk.triggers)
             line.next_number = chunk.number + 1
 
@@ -155,8 +158,18 @@ class Backlog:
         settled.answers.append(Answer(version, entry.triggers, entry.answering.result()))
         return True
 
+    def stored(self, chunks: Iterable[SequenceChunk]) -> None:
+        """The store holds these chunks now: their triggers need not stay in memory."""
+        for chunk in chunks:
+            line = self._line(chunk.triggers.name)
+            for entry in reversed(line.entries):
+                if entry.number == chunk.number:
+                    entry.stored = True
+                if entry.number <= chunk.number:
+                    break
+
     def pump(self) -> None:
-        """Submit chunks near the head that nobody works on; to be called when the store holds all chunks."""
+        """Submit chunks near the head that nobody works on."""
         for name, line in self._lines.items():
             head = [line.entries[at] for at in range(min(len(line.entries), CHUNKS_IN_FLIGHT_PER_MODEL_MAX))]
             for entry in head:
@@ -188,7 +201,7 @@ class Backlog:
             entry = line.entries[-at + CHUNKS_IN_FLIGHT_PER_MODEL_MAX - 1]
             if entry.triggers is None:
                 return
-            if entry.answering is None:
+            if entry.answering is None and entry.stored:
                 entry.triggers = None
 
     def close(self) -> None:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import asyncio
+from collections.abc import Callable, Sequence
 
 from node.kernel.ports import StateStore
 from node.kernel.types import Floats
@@ -12,22 +13,48 @@ from node.steps import StepTimes
 
 
 class Committer:
-    """Commits one partition's cycles. After any error the outcome is unknown: open the partition again."""
+    """Commits one partition's cycles in order, one at a time, while the next cycle is already computed.
+
+    After any error the outcome is unknown: nothing more is committed, and the partition is opened again.
+    """
 
     def __init__(self, outbox: Outbox, store: StateStore, cache: RowCache, steps: StepTimes) -> None:
         self._outbox = outbox
         self._store = store
         self._cache = cache
         self._steps = steps
+        self._committing: asyncio.Task[None] | None = None
 
-    async def commit(self, outgoing: Outgoing, customers: Sequence[str], rows: Floats) -> None:
-        """`rows` is float64 [slots, customers], what the frame holds as images.
+    async def submit(
+        self, outgoing: Outgoing, customers: Sequence[str], rows: Floats, applied: Callable[[], None]
+    ) -> None:
+        """Start to commit a cycle once the one before it is done; `applied` is called when it is.
 
-        1. One Kafka transaction takes the inferences, the dead letters and the frame, which holds the
+        `rows` is float64 [slots, customers], what the frame holds as images. The cache takes them at once, so
+        that the next cycle goes on from them; if the commit fails, it goes with the rest of the session.
+        Raises what the commit before raised: see `commit`.
+        """
+        await self.drain()
+        self._cache.store(customers, rows)
+        self._committing = asyncio.get_running_loop().create_task(self._commit(outgoing, applied))
+
+    async def drain(self) -> None:
+        """Wait for the commit in progress. Raises what it raised."""
+        if self._committing is not None:
+            await self._committing
+            self._committing = None
+
+    def check(self) -> None:
+        """Raise what the last commit raised, if it has ended so."""
+        if self._committing is not None and self._committing.done():
+            self._committing.result()
+
+    async def _commit(self, outgoing: Outgoing, applied: Callable[[], None]) -> None:
+        """1. One Kafka transaction takes the inferences, the dead letters and the frame, which holds the
            source's progress: from here on the cycle has happened, and the changelog says so.
         2. The store applies the frame and its changelog offset as one atomic batch. A crash before this
            loses nothing: the frame is folded again when the partition is opened.
-        3. The cache takes the rows; it only ever holds what is committed.
+        3. What waited for the store to hold the frame goes on.
 
         Raises what Outbox.send and StateStore.apply raise.
         """
@@ -35,4 +62,12 @@ class Committer:
             changelog_offset = await self._outbox.send(outgoing)
         with self._steps.measure("apply"):
             self._store.apply(outgoing.frame, changelog_offset)
-            self._cache.store(customers, rows)
+            self._cache.applied()
+        applied()
+
+    async def close(self) -> None:
+        """Give up on the commit in progress: its outcome will be found in the changelog."""
+        if self._committing is not None:
+            self._committing.cancel()
+            await asyncio.gather(self._committing, return_exceptions=True)
+            self._committing = None

@@ -1,7 +1,8 @@
 """The heart of the node: one cycle of one partition.
 
-A cycle takes a micro-batch of events from the source and ends with all its consequences committed, or with
-an error after which the partition is opened again from what was committed. Everything between is columns.
+A cycle takes a micro-batch of events from the source and hands all its consequences to the committer, as one; the
+next cycle is computed while they are committed. After an error the partition is opened again from what was
+committed. Everything between is columns.
 """
 
 from __future__ import annotations
@@ -95,6 +96,7 @@ class Cycle:
             polled = await self._source.poll(engine.settings.events_max, engine.settings.wait_ms)
         settled = state.backlog.settle()
         if not polled.records and not settled.cursors:
+            self._committer.check()
             state.backlog.pump()
             return False
         with steps.measure("decode"):  # 2. Decode it into columns; what can't be is a dead letter.
@@ -116,10 +118,13 @@ class Cycle:
         with steps.measure("encode"):
             _store_answers(state.layout, rows, outcome.answers, positions)
             outgoing = self._outgoing(polled, decoded, customers, rows, outcome, folded.late)
-        await self._committer.commit(outgoing, customers, rows)  # 8. One transaction, then the store, then the cache.
-        state.layout_committed = state.layout.id
-        state.backlog.pump()
+        await self._committer.submit(outgoing, customers, rows, lambda: self._applied(outgoing))  # 8. Commit.
         return len(polled.records) >= engine.settings.events_max
+
+    def _applied(self, outgoing: Outgoing) -> None:
+        self._state.layout_committed = max(self._state.layout_committed, outgoing.frame.layout_id)
+        self._state.backlog.stored(outgoing.frame.appended)
+        self._state.backlog.pump()
 
     def _decode(self, polled: Polled) -> Decoded:
         records, count = polled.records, len(polled.records)

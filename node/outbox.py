@@ -10,6 +10,7 @@ from typing import Any, Literal
 import structlog
 from aiokafka import AIOKafkaProducer, TopicPartition
 from aiokafka import errors as kafka_errors
+from aiokafka.producer import sender as kafka_sender
 
 from node.batches import Compression, Headers, RecordBatch, record_batches
 from node.kernel.broker import ClientOptions, broker_call, close_quietly
@@ -24,6 +25,9 @@ _GROUP_OFFSETS_SECONDS = 1.0
 """The group's offsets are for lag tools only (progress is in the frame), and cost two round trips."""
 _RETRY_MS = 10
 """A broker still writing the last transaction's markers asks for a retry; the default would cost it 100 ms."""
+_MARKERS_RETRY_SECONDS = 0.002
+"""The client waits 20 ms, fixed, when the markers of the last transaction are still being written: a commit takes 3."""
+kafka_sender.BACKOFF_OVERRIDE = _MARKERS_RETRY_SECONDS
 _FRAME_KEY = b"frame"
 Record = tuple[bytes | None, bytes | None, Headers]
 Delivery = tuple["asyncio.Future[Any]", RecordBatch]
@@ -106,30 +110,33 @@ class Outbox:
         """Make `outgoing` durable, all of it or nothing; gives the changelog offset after its frame.
 
         After any error the outcome is unknown: the caller discards this outbox and reads the changelog.
+        Raises BrokerUnavailable, Fenced, TopicMissing.
         """
-        producer, what = self._producer, f"commit of partition {self._partition}"
-        if producer is None:
+        what = f"commit of partition {self._partition}"
+        if self._producer is None:
             raise BrokerUnavailable(f"{what}: the producer is not open")
+        return await broker_call(what, self._send(self._producer, outgoing))
+
+    async def _send(self, producer: AIOKafkaProducer, outgoing: Outgoing) -> int:
         parts: Iterable[Record] = ((_FRAME_KEY, part, []) for part in self._encode(outgoing.frame))
         inferences: Iterable[Record] = ((key, value, []) for key, value in outgoing.inferences)
         sent = await self._enqueue(producer, self._topics.inferences, inferences)
         sent += await self._enqueue(producer, self._topics.dead_letters, outgoing.dead_letters)
         if not self.transactional:  # the frame says that the rest is out: it must not overtake it
-            await _delivered(what, sent)
+            await _delivered(sent)
         sent += await self._enqueue(producer, self._topics.changelog, parts)
         if self.transactional:
             await self._send_group_offsets(producer, outgoing.frame)
-            await broker_call(what, producer.commit_transaction())
-        frame_end = (await _delivered(what, sent))[-1]
+            await producer.commit_transaction()
+        frame_end = (await _delivered(sent))[-1]
         if self.transactional:
-            await broker_call(what, producer.begin_transaction())
+            await producer.begin_transaction()
         return frame_end
 
     async def _enqueue(self, producer: AIOKafkaProducer, topic: str, records: Iterable[Record]) -> list[Delivery]:
-        what = f"send to {topic}[{self._partition}]"
         sent = []
         for batch in record_batches(records, self._compression, self.transactional):
-            future = await broker_call(what, producer.send_batch(batch, topic, partition=self._partition))
+            future = await producer.send_batch(batch, topic, partition=self._partition)
             future.add_done_callback(_mark_seen)
             sent.append((future, batch))
         return sent
@@ -140,8 +147,7 @@ class Outbox:
             return
         self._offsets_sent = now
         offsets = {TopicPartition(topic, self._partition): offset for topic, offset in frame.progress.items()}
-        what = f"group offsets of partition {self._partition}"
-        await broker_call(what, producer.send_offsets_to_transaction(offsets, self._application))
+        await producer.send_offsets_to_transaction(offsets, self._application)
 
     async def close(self) -> None:
         if self._producer is not None:
@@ -155,9 +161,9 @@ def _mark_seen(future: asyncio.Future[Any]) -> None:
         future.exception()
 
 
-async def _delivered(what: str, sent: Sequence[Delivery]) -> list[int]:
+async def _delivered(sent: Sequence[Delivery]) -> list[int]:
     """The offset after each batch, once the broker has it."""
-    return [int((await broker_call(what, future)).offset) + batch.record_count() for future, batch in sent]
+    return [int((await future).offset) + batch.record_count() for future, batch in sent]
 
 
 def _refuses_transactions(failure: BrokerUnavailable) -> bool:

@@ -88,6 +88,7 @@ class Partition:
                 started = self._clock.monotonic()
                 if not await session.cycle():
                     await self._pause(started + self._interval - self._clock.monotonic())
+            await session.finish()
         finally:
             self.session = None
             await session.close()

@@ -53,6 +53,7 @@ class PartitionSession:
     def __init__(
         self,
         cycle: Cycle,
+        committer: Committer,
         source: Source,
         outbox: Outbox,
         store: StateStore,
@@ -67,6 +68,7 @@ class PartitionSession:
         self.state = state
         self.steps = steps
         self._cycle = cycle
+        self._committer = committer
         self._clock = clock
         self._flush_interval = flush_interval_seconds
         self._flushed = clock.monotonic()
@@ -74,12 +76,18 @@ class PartitionSession:
     async def cycle(self) -> bool:
         more = await self._cycle.run()
         if self._clock.monotonic() - self._flushed > self._flush_interval:
+            await self._committer.drain()
             await asyncio.to_thread(self.store.flush)
             self._flushed = self._clock.monotonic()
         return more
 
+    async def finish(self) -> None:
+        """Let the last commit end. Raises what it raised."""
+        await self._committer.drain()
+
     async def close(self) -> None:
         """Clients first, then the state; nothing is flushed that was not committed, since nothing such exists."""
+        await self._committer.close()
         self.state.backlog.close()
         await self.source.close()
         await self.outbox.close()
@@ -126,7 +134,7 @@ async def open_session(
     committer = Committer(outbox, store, state.cache, steps)
     cycle = Cycle(engine, origin, source, committer, state, steps)
     state.backlog.pump()
-    return PartitionSession(cycle, source, outbox, store, state, steps, parts.flush_interval_seconds, clock)
+    return PartitionSession(cycle, committer, source, outbox, store, state, steps, parts.flush_interval_seconds, clock)
 
 
 def _state(store: StateStore, parts: Parts, engine: Engine) -> PartitionState:

@@ -19,7 +19,10 @@ _ROWS_FIRST = KIB
 
 
 class RowCache:
-    """Holds committed rows only: `store` comes after the commit, and whoever failed to commit calls `clear`.
+    """Holds the newest rows of one session; a session whose commit failed ends, and its cache with it.
+
+    Rows given to `store` may not be in the state store before `applied` is called; until then they are kept apart
+    as well, so that a row evicted meanwhile is not read from the state store as it was before.
 
     Bounded by `cache_bytes`; of the rows not used since the clock hand last passed, the next ones under the hand are
     evicted (the clock algorithm, Corbató 1968). One customer's row is one line of the matrix, so a hit touches
@@ -41,14 +44,25 @@ class RowCache:
         self._places: dict[str, int] = {}
         self._owners: list[str] = []
         self._hand = 0
+        self._unapplied: tuple[Sequence[str], Floats] | None = None
+
+    def applied(self) -> None:
+        """The state store has all rows given to `store`."""
+        self._unapplied = None
 
     def grow(self, layout: Layout) -> None:
         """Go on under a layout that the present one grew into; cached rows are padded."""
         rows_max = max(1, self._cache_bytes // (layout.slots * 8))
         held, old = len(self._owners), self._layout.slots
+        if self._unapplied is not None:
+            customers, rows = self._unapplied
+            padded = np.repeat(layout.initial[:, None], len(customers), axis=1)
+            padded[1:old] = rows[1:]
+            self._unapplied = (customers, padded)
         if held > rows_max:
-            self._layout = layout
+            unapplied, self._layout = self._unapplied, layout
             self.clear()
+            self._unapplied = unapplied
             return
         matrix = np.empty((max(held, min(len(self._matrix), rows_max)), layout.slots))
         matrix[:held] = layout.initial
@@ -73,10 +87,27 @@ class RowCache:
         if len(missing):
             stored = self._store.load([customers[place].encode() for place in missing.tolist()])
             lines[missing] = unpack_images(self._layout, stored)
+            self._overlay(lines, missing, customers)
         return np.ascontiguousarray(lines.T)
 
+    def _overlay(self, lines: Floats, missing: Ints, customers: Sequence[str]) -> None:
+        """Rows that were evicted before the state store had them."""
+        if self._unapplied is None:
+            return
+        names, rows = self._unapplied
+        columns = dict(zip(names, range(len(names)), strict=True))
+        for place in missing.tolist():
+            column = columns.get(customers[place])
+            if column is not None:
+                lines[place] = rows[:, column]
+
     def store(self, customers: Sequence[str], rows: Floats) -> None:
-        """Take the committed rows, float64 [slots, customers], under the present layout."""
+        """Take the rows of a commit that begins, float64 [slots, customers], under the present layout; the caller
+        changes them no more."""
+        self._keep(customers, rows)
+        self._unapplied = (customers, rows)
+
+    def _keep(self, customers: Sequence[str], rows: Floats) -> None:
         if len(customers) > self._rows_max:
             self.clear()
             customers, rows = customers[: self._rows_max], rows[:, : self._rows_max]

@@ -16,6 +16,7 @@ from typing import Any
 import harness
 import numpy as np
 import orjson
+import throughput
 import uvloop
 import workload
 
@@ -150,6 +151,18 @@ def main(quick: bool) -> harness.Result:
             with harness.running_node(config, port) as node:
                 before = node.cpu()
                 found = uvloop.run(_measure(broker.address, SECONDS_QUICK if quick else SECONDS))
-                cpu = node.cpu() - before
-    detail = {**found, **cycle, "node_cpu_s": round(cpu.own_s, 2), "workers_cpu_s": round(cpu.below_s, 2)}
+                cpu, partitions = node.cpu() - before, throughput.status(node.url)["partitions"]
+    commits = sum(partition["counters"]["commits"] for partition in partitions)
+    steps = {
+        step: round(sum(partition["step_seconds"][step] for partition in partitions) * 1000 / commits, 3)
+        for step in partitions[0]["step_seconds"]
+    }
+    detail = {
+        **found,
+        **cycle,
+        "commits": commits,
+        "step_ms_per_commit": steps,
+        "node_cpu_s": round(cpu.own_s, 2),
+        "workers_cpu_s": round(cpu.below_s, 2),
+    }
     return harness.Result({"p99_ms": found["p99_ms"]}, detail)

@@ -92,6 +92,7 @@ async def _every_trigger(steps: list[tuple[str, int, int]], room: int) -> None:
         commit(store, outcome, offset, outcome.appended)
         for answer in outcome.answers:
             answered[answer.triggers.name] += answer.triggers.offsets.tolist()
+        backlog.stored(outcome.appended)
         backlog.pump()
 
     backlog = fresh()
