@@ -5,12 +5,14 @@ from __future__ import annotations
 import argparse
 import asyncio
 import json
+import logging
 import re
 import signal
 import sys
 import tempfile
 from pathlib import Path
 
+import structlog
 from rich.console import Console
 
 from demonstration.settings import Settings
@@ -50,10 +52,17 @@ def _address(text: str) -> str:
     return text
 
 
+def _quieten() -> None:
+    """What the Kafka client logs while a broker starts or stops is no news here; what fails is raised."""
+    logging.getLogger("aiokafka").setLevel(logging.CRITICAL)
+    structlog.configure(wrapper_class=structlog.make_filtering_bound_logger(logging.ERROR))
+
+
 def main() -> int:
     settings = parse(sys.argv[1:])
     # With --json, standard output is for the one object.
     console = Console(stderr=settings.as_json, highlight=False)
+    _quieten()
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     from demonstration.run import run  # brings pandas and scikit-learn: a wrong argument is told without them
     from demonstration.screen import Screen
@@ -61,7 +70,7 @@ def main() -> int:
 
     try:
         with tempfile.TemporaryDirectory(prefix="headrace-demo-") as folder:
-            report = run(settings, Screen(console), Path(folder))
+            outcome = run(settings, Screen(console), Path(folder))
     except HeadraceError as error:
         console.print(f"demo: {error}", markup=False, soft_wrap=True)
         return 1
@@ -69,7 +78,7 @@ def main() -> int:
         console.print("demo: stopped")
         return 130
     if settings.as_json:
-        print(json.dumps(report), flush=True)
+        print(json.dumps(outcome.report), flush=True)
     return 0
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from node.kernel.types import ModelName
@@ -35,8 +35,8 @@ class NodeFigures:
     backlog_rows: int = 0
     tenants: Mapping[str, TenantFigures] = field(default_factory=dict)
 
-    @staticmethod
-    def of(status: Mapping[str, Any], topic: str) -> NodeFigures:
+    def then(self, status: Mapping[str, Any], topic: str) -> NodeFigures:
+        """The next figures, from a newer status. While a partition is opened again it has no totals: these stand."""
         partitions = status["partitions"]
         counted: dict[str, int] = {}
         for partition in partitions:
@@ -44,7 +44,8 @@ class NodeFigures:
                 what = name.partition(" ")[0]
                 counted[what] = counted.get(what, 0) + value
         failed = counted.get("failed", 0)
-        return NodeFigures(
+        told = all(partition["progress"] for partition in partitions)
+        newer = NodeFigures(
             ready=status["ready"],
             reasons=tuple(status["reasons"]),
             delivery=status["delivery"],
@@ -60,6 +61,9 @@ class NodeFigures:
                 for tenant in status["tenants"]
             },
         )
+        if told:
+            return newer
+        return replace(newer, processed=self.processed, refused=self.refused, failed=self.failed, shed=self.shed)
 
 
 @dataclass(frozen=True)

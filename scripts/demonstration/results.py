@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -69,8 +69,10 @@ class Results:
         self._seen = {name: np.zeros(events, np.bool_) for name in models}
         self._places = places
 
-    async def read(self, consumer: AIOKafkaConsumer, inferences: str, dead_letters: str) -> None:
-        """Read both topics from the start, until cancelled."""
+    async def read(
+        self, consumer: AIOKafkaConsumer, inferences: str, dead_letters: str, taken: Callable[[], None]
+    ) -> None:
+        """Read both topics from the start, until cancelled; `taken` is called whenever something came."""
         places = [
             TopicPartition(topic, number) for topic in (inferences, dead_letters) for number in range(len(self._places))
         ]
@@ -87,6 +89,7 @@ class Results:
                     self.dead_letters += len(records)
             if polled:
                 self.last_arrival = time.monotonic()
+                taken()
             await asyncio.sleep(0)
 
     def take(self, found: Sequence[Mapping[str, Any]]) -> None:

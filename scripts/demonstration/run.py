@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import secrets
+import socket
 import time
 from collections.abc import AsyncIterator, Callable, Mapping
 from contextlib import AsyncExitStack, ExitStack, asynccontextmanager
@@ -16,7 +17,7 @@ import numpy as np
 from aiokafka import AIOKafkaConsumer, AIOKafkaProducer
 from aiokafka.admin import AIOKafkaAdminClient, NewTopic
 
-from demonstration.data import DAY_MS, Array, Events, build_events, read_frames
+from demonstration.data import DAY_MS, Array, Events, Frames, build_events, read_frames
 from demonstration.figures import Figures, NodeFigures, Speed
 from demonstration.processes import Child, DemoError, free_port, start_broker, start_node
 from demonstration.results import Quality, Results, quality
@@ -29,6 +30,7 @@ from node.kernel.broker import broker_call, close_quietly
 from node.kernel.errors import BrokerUnavailable
 from node.kernel.types import ModelName
 
+BROKER_CONNECT_SECONDS_MAX = 5.0
 BROKER_START_SECONDS_MAX = 20.0
 NODE_START_SECONDS_MAX = 90.0
 STALL_SECONDS_MAX = 60.0
@@ -48,12 +50,22 @@ class Prepared:
     warm_up: int
     """Events at its beginning that are of the time before the cut."""
     truth: dict[ModelName, Array]
+    models: dict[ModelName, Any]
 
 
-def prepare(settings: Settings, screen: Screen, watched: Path) -> Prepared:
+@dataclass(frozen=True)
+class Outcome:
+    """`report` is what `--json` prints; `scores` float64 [events] by model, NaN where none came."""
+
+    report: dict[str, Any]
+    prepared: Prepared
+    scores: Mapping[ModelName, Array]
+
+
+def prepare(settings: Settings, screen: Screen, watched: Path, read: Callable[[], Frames]) -> Prepared:
     """Read the year, train on its first part, and drop the models into the watched directory."""
     with screen.stage("reading a year of shopping"):
-        events = build_events(read_frames())
+        events = build_events(read())
     cut = int(np.searchsorted(events.times_ms, CUT_MS))
     with screen.stage("working out what happened later"):
         truth = labels(events, int(events.times_ms[-1]))
@@ -65,28 +77,40 @@ def prepare(settings: Settings, screen: Screen, watched: Path) -> Prepared:
         with screen.stage(f"training {name}"):
             models[name] = training.fit(name)
     drop_models(models, watched)
-    return _streamed(events, cut, truth, settings.events)
+    part, warm_up = _streamed(events, cut, settings.events)
+    judged = {name: column[part].copy() for name, column in truth.items()}
+    for column in judged.values():
+        column[:warm_up] = np.nan
+    return Prepared(events.take(part), warm_up, judged, models)
 
 
-def _streamed(events: Events, cut: int, truth: dict[ModelName, Array], limit: int | None) -> Prepared:
+def _streamed(events: Events, cut: int, limit: int | None) -> tuple[slice, int]:
+    """Which events to stream, and how many of them are for warming up."""
     warm_up = cut - int(np.searchsorted(events.times_ms, CUT_MS - WARM_UP_DAYS * DAY_MS))
     end = len(events)
     if limit is not None:
         end = min(end, cut + limit)
         warm_up = min(warm_up, limit // 4)
-    part = slice(cut - warm_up, end)
-    judged = {name: column[part].copy() for name, column in truth.items()}
-    for column in judged.values():
-        column[:warm_up] = np.nan
-    return Prepared(events.take(part), warm_up, judged)
+    return slice(cut - warm_up, end), warm_up
 
 
-def run(settings: Settings, screen: Screen, folder: Path) -> dict[str, Any]:
-    """All of it; gives the report. What was started is stopped, whatever happens. Raises HeadraceError."""
-    prepared = prepare(settings, screen, folder / "tenants")
+def run(settings: Settings, screen: Screen, folder: Path, read: Callable[[], Frames] = read_frames) -> Outcome:
+    """All of it. What was started is stopped, whatever happens. Raises HeadraceError."""
+    if settings.kafka:
+        check_answers(settings.kafka)
+    prepared = prepare(settings, screen, folder / "tenants", read)
     with ExitStack() as children:
         address = settings.kafka or _embedded(children, folder)
         return asyncio.run(_Demo(settings, screen, folder, prepared, address, children).run())
+
+
+def check_answers(address: str) -> None:
+    """Before all the work: raises DemoError if nobody listens at HOST:PORT."""
+    host, _, port = address.rpartition(":")
+    try:
+        socket.create_connection((host.strip("[]"), int(port)), BROKER_CONNECT_SECONDS_MAX).close()
+    except (OSError, OverflowError) as error:
+        raise DemoError(f"no Kafka answers at {address} ({error}); start one, or leave out --kafka") from error
 
 
 def _embedded(children: ExitStack, folder: Path) -> str:
@@ -111,7 +135,7 @@ class _Demo:
         self._speed = Speed()
         self._node = NodeFigures()
 
-    async def run(self) -> dict[str, Any]:
+    async def run(self) -> Outcome:
         async with AsyncExitStack() as stack:
             await stack.enter_async_context(self._source_topic())
             node = self._start_node()
@@ -181,24 +205,31 @@ class _Demo:
             + node.last_lines()
         )
 
-    async def _stream(self, node: Child) -> dict[str, Any]:
+    async def _stream(self, node: Child) -> Outcome:
         options = {"bootstrap_servers": self._address}
         producer = AIOKafkaProducer(**options, acks="all")
         consumer = AIOKafkaConsumer(**options, isolation_level="read_committed", enable_auto_commit=False)
-        stream = Stream(producer, self._topics.events, self._prepared.events, self._settings.rate)
-        results = Results(list(TRIGGERS), stream.places, len(self._prepared.events))
+        events = self._prepared.events
+        triggers = np.sum([events.kinds == kind for kind in TRIGGERS.values()], axis=0)
+        stream = Stream(producer, self._topics.events, events, triggers, self._settings.rate)
+        results = Results(list(TRIGGERS), stream.places, len(events))
         tasks: list[asyncio.Task[None]] = []
         try:
             await broker_call("start the demo's producer", producer.start())
             await broker_call("start the demo's consumer", consumer.start())
-            reading = results.read(consumer, self._topics.inferences, self._topics.dead_letters)
+            reading = results.read(
+                consumer,
+                self._topics.inferences,
+                self._topics.dead_letters,
+                lambda: stream.tell_answered(self._answered(results)),
+            )
             tasks += [asyncio.create_task(reading), asyncio.create_task(stream.run())]
             with self._screen.stream(self._addresses()) as show:
                 seconds = await self._until_done(node, stream, results, tasks, show)
                 report = self._report(stream, results, seconds)
                 if not self._settings.once:
                     await self._until_interrupted(node, stream, results, tasks, show)
-            return report
+            return Outcome(report, self._prepared, results.scores)
         finally:
             for task in tasks:
                 task.cancel()
@@ -211,12 +242,11 @@ class _Demo:
     ) -> float:
         """Show the stream until its last inference is here; gives the seconds since its first event."""
         started = time.monotonic()
-        expected = sum(int((self._prepared.events.kinds == kind).sum()) for kind in TRIGGERS.values())
         while True:
             await self._look(node, stream, results, tasks)
             behind = stream.produced < len(self._prepared.events) or self._node.processed < stream.produced
             show(self._figures(self._phase(), stream, results))
-            if not behind and results.total + self._node.failed + self._node.shed >= expected:
+            if not behind and self._answered(results) >= stream.expected:
                 return results.last_arrival - started
             quiet = time.monotonic() - results.last_arrival
             if not behind and not self._node.backlog_rows and quiet > QUIET_SECONDS:
@@ -253,9 +283,13 @@ class _Demo:
                 task.result()
         with contextlib.suppress(NodeUnreachable):
             status = await asyncio.to_thread(fetch_object, self._url, "/v1/status")
-            self._node = NodeFigures.of(status, self._topics.events)
-        stream.tell_processed(self._node.processed)
+            self._node = self._node.then(status, self._topics.events)
+        stream.tell_answered(self._answered(results))
         self._speed.tell(time.monotonic(), {"events": self._node.processed, **results.inferences})
+
+    def _answered(self, results: Results) -> int:
+        """Triggers that are done with, one way or another."""
+        return results.total + self._node.failed + self._node.shed
 
     def _phase(self) -> str:
         return "warming up" if self._node.processed < self._prepared.warm_up else "streaming"
@@ -283,9 +317,17 @@ class _Demo:
         return report_of(figures, seconds, judged, self._prepared.warm_up, results.doubled)
 
     def _addresses(self) -> list[str]:
-        customer = self._prepared.events.households[-1]
-        paths = ("/v1/status", "/v1/models", f"/v1/customers/{customer}", f"/v1/customers/{customer}/inferences")
-        return [f"look at {self._url}{path}" for path in (*paths, "/metrics")]
+        customer = f"/v1/customers/{self._prepared.events.households[-1]}"
+        # As of the customer's own last event: by today, all that happened in 2017 has expired.
+        paths = (
+            "/v1/status",
+            "/v1/models",
+            f"{customer}?at=last",
+            f"{customer}/features?model={OFFERS}&at=last",
+            f"{customer}/inferences?at=last",
+            "/metrics",
+        )
+        return [f"look at {self._url}{path}" for path in paths]
 
 
 def report_of(

@@ -90,6 +90,7 @@ redeemed = "count(coupon_redemption)"
 
 [tenants]
 directory = "tenants"
+rows_queued_max = 65536
 
 [http]
 port = {http_port}

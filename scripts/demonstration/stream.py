@@ -1,4 +1,4 @@
-"""Produces the events, each household's in order, no faster than asked and not too far ahead of the node."""
+"""Produces the events, each household's in order, no faster than asked or than the models answer."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ from node.batches import record_batches
 from node.kernel.broker import broker_call
 
 CHUNK_EVENTS = 8192
-LEAD_EVENTS_MAX = 131_072
-"""How far the stream runs ahead of the node: enough to keep it busy, little enough for a broker in memory."""
+UNANSWERED_MAX = 49_152
+"""Triggers sent and not yet answered: enough to keep the node busy, and less than its queues hold, so none is shed."""
 CHUNKS_PER_SECOND = 20
 """With a rate, so that the stream flows instead of coming in jerks."""
 _WHOLE = frozenset({"basket", "store", "product", "quantity", "lines", "coupon", "campaign"})
@@ -60,7 +60,10 @@ def partitions_of(households: Array) -> Array:
 class Stream:
     """Sends `events` to `topic`, which nobody else writes to: event i has offset `offsets[i]` in `partitions[i]`."""
 
-    def __init__(self, producer: AIOKafkaProducer, topic: str, events: Events, rate: float | None) -> None:
+    def __init__(
+        self, producer: AIOKafkaProducer, topic: str, events: Events, triggers: Array, rate: float | None
+    ) -> None:
+        """`triggers` int64 [events]: how many answers each event asks for."""
         self._producer = producer
         self._topic = topic
         self._events = events
@@ -70,13 +73,19 @@ class Stream:
         """Of each partition: position in `events` by offset."""
         self._sent = [0] * PARTITIONS
         self.produced = 0
-        self._processed = 0
+        self._asked = np.concatenate([[0], np.cumsum(triggers)])
+        self._answered = 0
         self._told = asyncio.Event()
         self.started: float | None = None
 
-    def tell_processed(self, events: int) -> None:
-        """How many the node has taken so far."""
-        self._processed = events
+    @property
+    def expected(self) -> int:
+        """Answers to all events, produced or not."""
+        return int(self._asked[-1])
+
+    def tell_answered(self, triggers: int) -> None:
+        """How many were so far."""
+        self._answered = triggers
         self._told.set()
 
     async def run(self) -> None:
@@ -91,7 +100,7 @@ class Stream:
             await self._send(slice(start, min(start + size, len(self._events))))
 
     async def _wait_for_room(self) -> None:
-        while self.produced - self._processed > LEAD_EVENTS_MAX:
+        while self._asked[self.produced] - self._answered > UNANSWERED_MAX:
             self._told.clear()
             await self._told.wait()
 
