@@ -1,14 +1,15 @@
 """kill -9 at random moments, of the node and of its workers, on real Kafka; then everything is counted.
 
-The events are sent while the node is killed again and again, at moments from the first milliseconds of its start
-(so in recovery too) to well into its work. Afterwards a read_committed reader of the inferences must find
-exactly one for each trigger, its output what the model gives for the features that an independent, plain
-per-event program computes; and every customer's state must be that program's, value for value.
+Half of the events are sent while the node is killed again and again, at moments from the first milliseconds of its
+start (so in recovery too) to well into its work; half while its workers are. Afterwards a read_committed reader
+of the inferences must find exactly one for each trigger, its output what the model gives for the features
+that an independent, plain per-event program computes; and every customer's state must be that program's.
 """
 
 from __future__ import annotations
 
 import asyncio
+import itertools
 import json
 import math
 import os
@@ -41,7 +42,8 @@ EVENTS, EVENTS_QUICK = 100_000, 20_000
 KILLS, KILLS_QUICK = 24, 4
 LIFE_S = (0.2, 4.0)
 """A node lives this long before it is killed; start-up and recovery take the first second or two of it."""
-WORKER_KILL_EVERY_S = 1.5
+WORKER_KILLS, WORKER_KILLS_QUICK = 20, 4
+WORKER_KILL_EVERY_S = 0.7
 SEED = 7
 FINISH_S_MAX = 240.0
 TOPIC, APPLICATION = "events", "chaos"
@@ -165,37 +167,29 @@ def state_mismatches(url: str, expected: Expected) -> tuple[int, list[str]]:
 
 
 class Killer:
-    """Starts the node, lets it live a random time, kills it; meanwhile kills a worker now and then."""
-
     def __init__(self, node: harness.Node) -> None:
         self._node = node
         self._random = random.Random(SEED)
         self.kills = self.worker_kills = 0
 
-    def run(self, kills: int) -> None:
+    def kill_nodes(self, kills: int) -> None:
+        """Start the node, let it live a random time, kill it; in the end start it once more."""
         for _ in range(kills):
             self._node.start(wait_s_max=0)
-            self._live(self._random.uniform(*LIFE_S))
+            time.sleep(self._random.uniform(*LIFE_S))
             self._node.kill()
             self.kills += 1
         self._node.start()
 
-    def _live(self, seconds: float) -> None:
-        end = time.monotonic() + seconds
-        while (left := end - time.monotonic()) > 0:
-            time.sleep(min(left, self._random.uniform(0, 2 * WORKER_KILL_EVERY_S)))
-            self.kill_worker()
-
-    def kill_worker(self) -> None:
-        """A random process below the warm server; never that itself, which would take all along."""
-        servers = _children(self._node.pid)
-        workers = [worker for server in servers for worker in _children(server)]
-        if workers:
-            try:
+    def kill_workers(self, kills: int) -> None:
+        """A random process below the warm server at a time; never that itself, which would take all along."""
+        deadline = time.monotonic() + FINISH_S_MAX
+        while self.worker_kills < kills and time.monotonic() < deadline:
+            time.sleep(self._random.uniform(0, 2 * WORKER_KILL_EVERY_S))
+            workers = [worker for server in _children(self._node.pid) for worker in _children(server)]
+            if workers:
                 os.kill(self._random.choice(workers), signal.SIGKILL)
                 self.worker_kills += 1
-            except ProcessLookupError:
-                pass  # it ended by itself meanwhile
 
 
 def _children(pid: int) -> list[int]:
@@ -229,7 +223,9 @@ def _wait_for_all(node: harness.Node, events: int) -> None:
 
 
 def main(quick: bool) -> harness.Result:
-    events, kills = (EVENTS_QUICK, KILLS_QUICK) if quick else (EVENTS, KILLS)
+    events, kills, worker_kills = (
+        (EVENTS_QUICK, KILLS_QUICK, WORKER_KILLS_QUICK) if quick else (EVENTS, KILLS, WORKER_KILLS)
+    )
     with tempfile.TemporaryDirectory(prefix="headrace-bench-") as name:
         folder, port = Path(name), harness.free_port()
         workload.models(folder / "tenants")
@@ -239,16 +235,23 @@ def main(quick: bool) -> harness.Result:
             config = workload.config(folder / "node.toml", broker.address, TOPIC, port, APPLICATION, settings)
             node = harness.Node(config, port)
             try:
-                return _run(folder, broker, node, events, kills)
+                return _run(folder, broker, node, events, kills, worker_kills)
             finally:
                 node.kill()
 
 
-def _run(folder: Path, broker: harness.Broker, node: harness.Node, events: int, kills: int) -> harness.Result:
+def _run(
+    folder: Path, broker: harness.Broker, node: harness.Node, events: int, kills: int, worker_kills: int
+) -> harness.Result:
     killer = Killer(node)
+    chunk = next(iter(workload.generate(events, seed=SEED)))
     with ThreadPoolExecutor(1) as thread:
-        sending = thread.submit(_send, broker.address, events, sum(LIFE_S) / 2 * kills)
-        killer.run(kills)
+        sending = thread.submit(_send, broker.address, chunk, slice(0, events // 2), sum(LIFE_S) / 2 * kills)
+        killer.kill_nodes(kills)
+        sending.result()
+        seconds = worker_kills * WORKER_KILL_EVERY_S
+        sending = thread.submit(_send, broker.address, chunk, slice(events // 2, events), seconds)
+        killer.kill_workers(worker_kills)
         sending.result()
     _wait_for_all(node, events)
     expected = Expected(folder / "tenants")
@@ -285,16 +288,16 @@ def _run(folder: Path, broker: harness.Broker, node: harness.Node, events: int, 
     )
 
 
-def _send(address: str, events: int, seconds: float) -> None:
-    """All events, evenly over about the time that the kills take."""
+def _send(address: str, events: workload.Events, part: slice, seconds: float) -> None:
+    """The events of `part`, evenly over the time."""
 
     async def send() -> None:
-        chunk = next(iter(workload.generate(events, seed=SEED)))
         pieces = max(1, int(seconds * 5))
-        for piece in range(pieces):
-            at = slice(piece * events // pieces, (piece + 1) * events // pieces)
-            part = workload.Events(chunk.values[at], chunk.customers[at], chunk.types[at], chunk.times_ms[at])
-            await workload.produce(address, TOPIC, workload.PARTITIONS, [part])
+        bounds = np.linspace(part.start, part.stop, pieces + 1).astype(int).tolist()
+        for start, stop in itertools.pairwise(bounds):
+            at = slice(start, stop)
+            piece = workload.Events(events.values[at], events.customers[at], events.types[at], events.times_ms[at])
+            await workload.produce(address, TOPIC, workload.PARTITIONS, [piece])
             await asyncio.sleep(0.2)
 
     asyncio.run(send())
