@@ -18,7 +18,7 @@ from tenants.features import compile_plan
 from tenants.folder import replace_file
 from tenants.manifest import TenantSettings
 from tenants.pool import ModelPool, PoolStatistics
-from tenants.registry import Action, ConfigureTenant, GoLive, RemoveTenant, Retire, Snapshot
+from tenants.registry import Snapshot
 from tenants.sandbox import SandboxSettings
 from tenants.watch import Blobs, ModelWatcher, WatchSettings, WatchStatistics
 from tenants.workers import WarmServer
@@ -57,9 +57,15 @@ class TenantService:
         self._plan: FeaturePlan = compile_plan((), schema)
         self._versions: dict[str, ModelVersion] = {}
         self._server = WarmServer(settings.sandbox, clock)
-        self._supervisor = supervisor
         self.watcher = ModelWatcher(
-            settings.watch, schema, self._server, blobs, clock, supervisor, self._changed, self._acted
+            settings.watch,
+            schema,
+            self._server,
+            blobs,
+            clock,
+            supervisor,
+            self._changed,
+            lambda action: self.runner.act(action),
         )
         self.runner = ModelPool(
             self._server,
@@ -135,16 +141,3 @@ class TenantService:
             return None
         self._versions[version] = recalled
         return recalled
-
-    def _acted(self, action: Action) -> None:
-        match action:
-            case GoLive():
-                self.runner.admit(action.version, action.text_features)
-            case Retire():
-                self.runner.retire(action.version)
-            case ConfigureTenant():
-                self.runner.configure(action.settings)
-            case RemoveTenant():
-                self._supervisor.start(f"removal of {action.tenant}", self.runner.remove(action.tenant))
-            case _:
-                pass

@@ -17,7 +17,7 @@ from tenants.sandbox import SandboxSettings
 from tenants.workers import WarmServer
 
 MEMORY_BYTES = 512 * MIB
-COMPRESSIONS: tuple[Any, ...] = (0, ("zlib", 3), ("gzip", 3), ("bz2", 3), ("xz", 1), ("lzma", 1))
+COMPRESSIONS: tuple[Any, ...] = (0, ("zlib", 3), ("gzip", 3), ("bz2", 3), ("xz", 1), ("lzma", 1), ("lz4", 1))
 
 
 def stored(model: Any, compress: Any = 0, protocol: int | None = None) -> bytes:
