@@ -100,8 +100,12 @@ def run(settings: Settings, screen: Screen, folder: Path, read: Callable[[], Fra
         check_answers(settings.kafka)
     prepared = prepare(settings, screen, folder / "tenants", read)
     with ExitStack() as children:
-        address = settings.kafka or _embedded(children, folder)
-        return asyncio.run(_Demo(settings, screen, folder, prepared, address, children).run())
+        address, started = settings.kafka, list[Child]()
+        if address is None:
+            broker, address = start_broker(folder / "broker.log")
+            children.callback(broker.stop)
+            started.append(broker)
+        return asyncio.run(_Demo(settings, screen, folder, prepared, address, children, started).run())
 
 
 def check_answers(address: str) -> None:
@@ -113,15 +117,16 @@ def check_answers(address: str) -> None:
         raise DemoError(f"no Kafka answers at {address} ({error}); start one, or leave out --kafka") from error
 
 
-def _embedded(children: ExitStack, folder: Path) -> str:
-    broker, address = start_broker(folder / "broker.log")
-    children.callback(broker.stop)
-    return address
-
-
 class _Demo:
     def __init__(
-        self, settings: Settings, screen: Screen, folder: Path, prepared: Prepared, address: str, children: ExitStack
+        self,
+        settings: Settings,
+        screen: Screen,
+        folder: Path,
+        prepared: Prepared,
+        address: str,
+        children: ExitStack,
+        started: list[Child],
     ) -> None:
         self._settings = settings
         self._screen = screen
@@ -129,6 +134,7 @@ class _Demo:
         self._prepared = prepared
         self._address = address
         self._children = children
+        self._started = started
         self._topics = Topics(f"demo-{secrets.token_hex(4)}")
         self._port = free_port()
         self._url = f"http://127.0.0.1:{self._port}"
@@ -180,14 +186,19 @@ class _Demo:
         config.write_text(node_config(self._address, self._topics, self._port))
         node = start_node(config, self._folder / "node.log")
         self._children.callback(node.stop)
+        self._started.append(node)
         return node
+
+    def _check_children(self) -> None:
+        for child in self._started:
+            child.check()
 
     async def _models_live(self, node: Child) -> None:
         """Wait until the node is ready and all models live. Raises DemoError when one is refused, or late."""
         deadline = time.monotonic() + NODE_START_SECONDS_MAX
         waiting = "it has not answered yet"
         while time.monotonic() < deadline:
-            node.check()
+            self._check_children()
             with contextlib.suppress(NodeUnreachable):
                 await asyncio.to_thread(fetch_object, self._url, "/readyz")
                 answer = await asyncio.to_thread(fetch_object, self._url, "/v1/models")
@@ -228,7 +239,7 @@ class _Demo:
                 seconds = await self._until_done(node, stream, results, tasks, show)
                 report = self._report(stream, results, seconds)
                 if not self._settings.once:
-                    await self._until_interrupted(node, stream, results, tasks, show)
+                    await self._until_interrupted(stream, results, tasks, show)
             return Outcome(report, self._prepared, results.scores)
         finally:
             for task in tasks:
@@ -243,7 +254,7 @@ class _Demo:
         """Show the stream until its last inference is here; gives the seconds since its first event."""
         started = time.monotonic()
         while True:
-            await self._look(node, stream, results, tasks)
+            await self._look(stream, results, tasks)
             behind = stream.produced < len(self._prepared.events) or self._node.processed < stream.produced
             show(self._figures(self._phase(), stream, results))
             if not behind and self._answered(results) >= stream.expected:
@@ -261,13 +272,13 @@ class _Demo:
             await asyncio.sleep(LOOK_SECONDS)
 
     async def _until_interrupted(
-        self, node: Child, stream: Stream, results: Results, tasks: list[asyncio.Task[None]], show: Show
+        self, stream: Stream, results: Results, tasks: list[asyncio.Task[None]], show: Show
     ) -> None:
         """Keep the node up for whoever wants to look at it. Ctrl-C, here, is how the demo ends well."""
         self._screen.say("The node keeps running; Ctrl-C ends the demo.")
         try:
             while True:
-                await self._look(node, stream, results, tasks)
+                await self._look(stream, results, tasks)
                 show(self._figures("done", stream, results))
                 await asyncio.sleep(LOOK_SECONDS)
         except asyncio.CancelledError:
@@ -275,9 +286,9 @@ class _Demo:
             assert task is not None
             task.uncancel()
 
-    async def _look(self, node: Child, stream: Stream, results: Results, tasks: list[asyncio.Task[None]]) -> None:
+    async def _look(self, stream: Stream, results: Results, tasks: list[asyncio.Task[None]]) -> None:
         """Ask the node how it is. A busy node may be late to answer: then what it said last stands."""
-        node.check()
+        self._check_children()
         for task in tasks:
             if task.done():
                 task.result()

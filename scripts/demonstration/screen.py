@@ -92,7 +92,7 @@ def stream_view(figures: Figures, addresses: Sequence[str]) -> Group:
         f"  lag {figures.lag:,}  dead letters {figures.dead_letters:,}  sheds {figures.node.shed:,}",
     )
     table = Table(box=None, pad_edge=False, header_style="bold")
-    for heading in ("tenant", "model", "inferences", "a second", "CPU share", "CPU s", "queued", "worker"):
+    for heading in ("tenant", "model", "inferences", "/s", "CPU share", "CPU s", "queued", "worker"):
         table.add_column(heading, justify="left" if heading in ("tenant", "model", "worker") else "right")
     for name, count in figures.inferences.items():
         tenant = figures.node.tenants.get(name.tenant)
