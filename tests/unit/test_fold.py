@@ -232,7 +232,20 @@ def test_sums_of_few_customers_are_added_in_order(columns_count: int, window: in
         Event(f"c{n % columns_count}", "search", START_MS + n * 997, {"amount": 1 / (n + 3), "channel": None})
         for n in range(400)
     ]
-    run([events[:300], events[300:]], [[Aggregate("sum", "search", "amount", window)]], 1.0, 0)
+    asked = [Aggregate("sum", "search", "amount", window)]
+    run([events[:300], *([event] for event in events[300:])], [asked], 1.0, 0)
+
+
+@pytest.mark.parametrize("cuts", [[6], [1] * 6, [2, 4], [3, 3]])
+def test_events_of_one_time_are_first_and_last_by_arrival(cuts: list[int]) -> None:
+    steps = (0, 0, -5, -5, 5, 0)
+    events = [
+        Event("c", "search", START_MS + step, {"amount": float(number), "channel": None})
+        for number, step in enumerate(steps)
+    ]
+    asked = [Aggregate(function, "search", "amount", window) for function in ("first", "last") for window in (0, HOUR)]
+    batches = [events[sum(cuts[:number]) :][:size] for number, size in enumerate(cuts)]
+    run(batches, [asked], 1.0, 0)
 
 
 def test_a_customer_without_events_keeps_its_row() -> None:
