@@ -9,15 +9,17 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import numpy as np
+import structlog
 
 from node.backlog import Answer, Backlog
 from node.columns import where
 from node.commit import Committer
 from node.ingest.decode import Decoded, EventDecoder
 from node.ingest.source import Polled, Source
+from node.kernel.errors import BoundExceeded
 from node.kernel.ports import FeaturePlan, ModelRunner
 from node.kernel.types import (
     Aggregate,
@@ -41,6 +43,8 @@ from node.state.outputs import read_output, write_outputs
 from node.steps import StepTimes
 from node.triggers import Outcome, run_triggers, select, triggers_of
 
+log = structlog.get_logger(__name__)
+
 
 @dataclass(frozen=True, slots=True)
 class CycleSettings:
@@ -57,9 +61,16 @@ class PartitionState:
     layout: Layout
     cache: RowCache
     backlog: Backlog
-    counters: Counter[str] = field(default_factory=Counter)
+    counters: Counter[str]
+    """As of the newest cycle."""
+    committed: Mapping[str, int]
+    """The counters as of the last commit."""
     layout_committed: int = -1
     """Id of the newest layout that a frame of this session carried."""
+    plan: FeaturePlan | None = None
+    """The last one whose state fits the row."""
+    refused: str = ""
+    """Why the newest plan is not used, '' if it is."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -123,6 +134,7 @@ class Cycle:
 
     def _applied(self, outgoing: Outgoing) -> None:
         self._state.layout_committed = max(self._state.layout_committed, outgoing.frame.layout_id)
+        self._state.committed = outgoing.frame.counters
         self._state.backlog.stored(outgoing.frame.appended)
         self._state.backlog.pump()
 
@@ -136,9 +148,24 @@ class Cycle:
         )
 
     def _plan(self) -> FeaturePlan:
-        """The plan for this cycle; one that asks for more state than rows hold grows the layout first."""
+        """The plan for this cycle; one that asks for more state than rows hold grows the layout first.
+
+        One that asks for more than a row may hold is not used: the models before it go on. Raises BoundExceeded
+        if there is none before it.
+        """
         plan, state = self._engine.plans(), self._state
-        grown = state.layout.grown(plan.aggregates, plan.stored_models)
+        if plan is state.plan:
+            return plan
+        try:
+            grown = state.layout.grown(plan.aggregates, plan.stored_models)
+        except BoundExceeded as failure:
+            if state.plan is None:
+                raise
+            if state.refused != str(failure):
+                log.error("models not taken", partition=self._origin.partition, reason=str(failure))
+            state.refused = str(failure)
+            return state.plan
+        state.plan, state.refused = plan, ""
         if grown is not state.layout:
             state.layout = grown
             state.cache.grow(grown)

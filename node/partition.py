@@ -16,6 +16,7 @@ import structlog
 
 from node.kernel.clock import Clock
 from node.kernel.errors import (
+    BoundExceeded,
     BrokerUnavailable,
     Fenced,
     FrameCorrupt,
@@ -30,7 +31,16 @@ from node.session import PartitionSession
 log = structlog.get_logger(__name__)
 
 Phase = Literal["starting", "running", "waiting", "stopped"]
-_RECOVERABLE = (BrokerUnavailable, Fenced, FrameCorrupt, ProgressLost, StateCorrupt, StoreUnavailable, TopicMissing)
+_RECOVERABLE = (
+    BoundExceeded,
+    BrokerUnavailable,
+    Fenced,
+    FrameCorrupt,
+    ProgressLost,
+    StateCorrupt,
+    StoreUnavailable,
+    TopicMissing,
+)
 
 
 @dataclass(slots=True)

@@ -93,19 +93,6 @@ class PartitionSession:
         await self.outbox.close()
         self.store.close()
 
-    def statistics(self, now_ms: int) -> Statistics:
-        return {
-            "lag": self.source.lag(),
-            "progress": dict(self.source.progress),
-            "transactions": self.outbox.transactional,
-            "counters": dict(self.state.counters),
-            "backlog": self.state.backlog.statistics(now_ms),
-            "steps": self.steps.statistics(),
-            "cache": self.state.cache.statistics(),
-            "store": self.store.statistics(),
-            "layout": {"id": self.state.layout.id, "slots": self.state.layout.slots},
-        }
-
 
 async def open_session(
     parts: Parts, engine: Engine, origin: Origin, steps: StepTimes, clock: Clock
@@ -145,4 +132,5 @@ def _state(store: StateStore, parts: Parts, engine: Engine) -> PartitionState:
         backlog.restore(store.chunks(_CHUNKS_MAX))
     except ValueError as failure:
         raise StateCorrupt(f"the sequence log can't be read: {failure}") from failure
-    return PartitionState(layout, RowCache(store, layout, parts.cache_bytes), backlog, Counter(store.counters()))
+    counters = store.counters()
+    return PartitionState(layout, RowCache(store, layout, parts.cache_bytes), backlog, Counter(counters), counters)

@@ -101,7 +101,7 @@ def _status(partition: Partition, now_ms: int) -> PartitionStatus:
     common: dict[str, Any] = {
         "number": partition.number,
         "phase": condition.phase,
-        "reason": condition.reason,
+        "reason": condition.reason or (session.state.refused if session else ""),
         "failures": condition.failures,
     }
     if session is None:
@@ -111,8 +111,8 @@ def _status(partition: Partition, now_ms: int) -> PartitionStatus:
         **common,
         delivery="exactly_once" if session.outbox.transactional else "at_least_once",
         lag=session.source.lag(),
-        progress=dict(session.source.progress),
-        counters=dict(session.state.counters),
+        progress=dict(session.store.progress()),
+        counters=dict(session.state.committed),
         step_seconds=session.steps.statistics(),
         backlog={
             model: BacklogStatus(**figures) for model, figures in session.state.backlog.statistics(now_ms).items()
