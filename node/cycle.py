@@ -116,7 +116,7 @@ class Cycle:
             plan = self._plan()
             customers, positions = _customers(decoded.events, settled.answers)
             rows = state.cache.load(customers)
-        with steps.measure("fold"):  # 5. Fold the events into the matrix, in rounds.
+        with steps.measure("fold"):  # 5. Fold the events into the matrix, each as of itself.
             selections = select(plan, decoded.events, self._origin.schema)
             wanted = _union(selections, len(decoded.events))
             folded = self._fold(plan, decoded.events, rows, wanted)

@@ -35,12 +35,13 @@ IMPURE = {
     *("asyncio", "time", "random", "socket", "os", "pathlib", "subprocess", "secrets", "threading", "tempfile"),
     *("selectors", "shutil", "urllib", "http", "aiohttp", "aiokafka", "rocksdict", "pysyncobj", "uvloop", "io"),
 }
-PURE = {
+ALWAYS_PURE = {
     *("node.columns", "node.state.layout", "node.state.fold", "node.state.codec", "node.ingest.decode"),
     *("replication.frame", "replication.catalog", "replication.ownership"),
     *("tenants.manifest", "tenants.expression", "tenants.features", "tenants.scheduler", "tenants.registry"),
     "tenants.messages",
 }
+"""Whatever their docstrings say; of other modules, those are pure that say "(P)" there."""
 
 
 def module_name(path: Path) -> str:
@@ -55,6 +56,14 @@ def module_paths() -> list[Path]:
 def tracked_paths() -> list[Path]:
     listed = subprocess.run(["git", "ls-files", "-z"], cwd=ROOT, capture_output=True, check=True, timeout=30).stdout
     return [path for name in listed.decode().split("\0") if name and (path := ROOT / name).is_file()]
+
+
+def pure_modules() -> set[str]:
+    marked = {module_name(path) for path in module_paths() if path.read_text().startswith('"""(P)')}
+    return ALWAYS_PURE | marked
+
+
+PURE = pure_modules()
 
 
 # --- imports --------------------------------------------------------------------------------------------------------

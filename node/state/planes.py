@@ -7,14 +7,15 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import lru_cache
+from weakref import WeakKeyDictionary
 
 import numpy as np
 
 from node.kernel.types import Floats, Ints
 from node.state.layout import INITIAL, KINDS, PLANES, Accumulator, Group, Kind, Layout
 
-_LAYOUTS_REMEMBERED = 8
+_indexes: WeakKeyDictionary[Layout, PlaneIndex] = WeakKeyDictionary()
+"""Each partition has a layout of its own; its index lives as long as it."""
 _SUMMED: tuple[Kind, ...] = ("count", "sum", "shifted", "squared")
 
 
@@ -166,6 +167,8 @@ class PlaneIndex:
         )
 
 
-@lru_cache(_LAYOUTS_REMEMBERED)
 def plane_index(layout: Layout) -> PlaneIndex:
-    return PlaneIndex.of(layout)
+    index = _indexes.get(layout)
+    if index is None:
+        index = _indexes[layout] = PlaneIndex.of(layout)
+    return index
