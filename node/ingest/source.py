@@ -17,6 +17,9 @@ SourceReset = Literal["wait", "earliest", "latest"]
 _SILENT_SECONDS = 5.0
 """After so long without a record the broker is asked for its offsets: polling alone can't tell silence from absence."""
 _PROBE_MS_MAX = 5_000
+_AT_ONCE_SECONDS = 0.0005
+_FRESH_MS = 5
+"""A fetch of what the broker has takes one or two milliseconds."""
 
 
 @dataclass(slots=True)
@@ -95,15 +98,26 @@ class Source:
         return start if self._on_reset == "earliest" else end
 
     async def poll(self, events_max: int, wait_ms: int) -> Polled:
-        """Up to `events_max` records, waiting at most `wait_ms` for the first."""
-        assert self._consumer is not None
-        polled = await broker_call("poll source", self._consumer.getmany(timeout_ms=wait_ms, max_records=events_max))
-        records, topics = self._in_order(polled)
+        """Up to `events_max` records, waiting at most `wait_ms` for the first.
+
+        The client fetches ahead: what it holds at once is what came right after the last poll, and what has come
+        since is still at the broker. So records that were there without waiting are followed by one more look.
+        """
+        started = self._clock.monotonic()
+        records, topics = await self._take(events_max, wait_ms)
         if records:
             self._heard = self._clock.monotonic()
+            if self._heard - started < _AT_ONCE_SECONDS and len(records) < events_max:
+                more, of = await self._take(events_max - len(records), _FRESH_MS)
+                records, topics = records + more, topics + of
         elif self._clock.monotonic() - self._heard > _SILENT_SECONDS:
             await self._probe()
         return Polled(records, topics, dict(self.progress))
+
+    async def _take(self, records_max: int, wait_ms: int) -> tuple[list[Any], list[int]]:
+        assert self._consumer is not None
+        call = self._consumer.getmany(timeout_ms=wait_ms, max_records=records_max)
+        return self._in_order(await broker_call("poll source", call))
 
     def _in_order(self, polled: Mapping[TopicPartition, list[Any]]) -> tuple[list[Any], list[int]]:
         """One list, by Kafka timestamp where there are several topics; advances `progress`."""
