@@ -1,1 +1,0 @@
-"""The operator's interface: status, health, metrics and the problem documents."""
