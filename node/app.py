@@ -107,7 +107,7 @@ class Node:
         """
         await self._http.start()
         await self._tenants.start()
-        await self._tenants.caught_up(_MODELS_SECONDS_MAX)
+        await _first(self._tenants.caught_up(_MODELS_SECONDS_MAX), stopping.wait(), self._supervisor.failed.wait())
         self._supervisor.start("partitions", self._partitions.run())
         sdnotify.SystemdNotifier().notify("READY=1")
         log.info("node started", address=self._http.address, data_dir=str(self._data))

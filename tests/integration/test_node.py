@@ -1,0 +1,293 @@
+"""A whole node, as a process on real Kafka: what its users see of it, over its life and its models' lives."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+from collections import Counter
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from node_support import (
+    TIME_MS,
+    Kafka,
+    Node,
+    drop,
+    event,
+    headers,
+    linear,
+    partition_of,
+    remove,
+    slow,
+    status_file,
+    wait_until,
+    workers,
+)
+
+AMOUNT = {"amount": "event.amount"}
+SUMS = {"amount": "event.amount", "spent": "sum(transaction.amount, '30d')"}
+
+
+@pytest.fixture
+def make(kafka: str, tmp_path: Path, topic_names: Callable[[str], str]) -> Iterator[Callable[..., Node]]:
+    """`make(partitions=1, topics=1, …sections of the config)`: a node that is not started, on topics of its own."""
+    made: list[Node] = []
+
+    def one(partitions: int = 1, topics: int = 1, **settings: Any) -> Node:
+        broker = Kafka(kafka)
+        names = [broker.create(topic_names("events"), partitions) for _ in range(topics)]
+        made.append(Node(tmp_path, broker, names, topic_names("node"), **settings))
+        return made[-1]
+
+    yield one
+    for node in made:
+        node.kill()
+
+
+def exactly_once(inferences: list[dict[str, Any]], model: str) -> list[dict[str, Any]]:
+    """The inferences of one model; fails when a trigger has two."""
+    chosen = [one for one in inferences if one["model"] == model]
+    counts = Counter(one["id"] for one in chosen)
+    assert not [identity for identity, count in counts.items() if count > 1]
+    return chosen
+
+
+def test_events_become_inferences_stored_values_and_dead_letters(make: Callable[..., Node]) -> None:
+    node = make()
+    drop(node.models, "shop/spend", linear(1, 0.5, offset=3), SUMS)
+    bad: list[bytes | None] = [
+        b"no json",
+        b"[1, 2]",
+        b'{"customer": "ann", "amount": 1}',
+        b'{"type": "transaction", "amount": 1}',
+        b'{"type": "transaction", "customer": "ann", "amount": "much"}',
+        b'{"type": "transaction", "customer": "ann", "amount": 1e300}',
+        b'{"type": "transaction", "customer": "ann", "time": 99999999999999}',
+        b'{"type": "transaction", "customer": "ann", "amount": NaN}',
+        b"[" * 2000 + b"]" * 2000,
+        '{"type": "transaction", "customer": "Zoë"}'.encode("utf-16"),
+        json.dumps({"type": "transaction", "customer": "ann", "text": "x" * 5_000_000}).encode(),
+        None,
+    ]
+    reasons = ["not_json", "not_an_object", "missing_type", "missing_customer", "wrong_type", "number_too_large"]
+    reasons += ["bad_time", "not_json", "too_deep", "not_utf8", "too_large", "no_value"]
+    good = [event('Zoë "the" cat', 0), event("ann", 1), event("ann", 2, kind="search"), event("ann", 3)]
+    node.kafka.produce(node.topics[0], [*good[:2], *bad, *good[2:], {"type": "refund", "customer": "ann"}])
+    node.start()
+    inferences = node.inferences(3)
+    first, second, third = inferences
+    version = status_file(node.models, "shop/spend")["version"]
+    assert first == {
+        "id": f"shop/spend/{node.topics[0]}/0/0",
+        "tenant": "shop",
+        "model": "spend",
+        "version": version,
+        "customer": 'Zoë "the" cat',
+        "topic": node.topics[0],
+        "partition": 0,
+        "offset": 0,
+        "type": "transaction",
+        "time": TIME_MS,
+        "outputs": {"score": 3.0},
+    }
+    assert [one["outputs"]["score"] for one in (second, third)] == [1 + 0.5 + 3, 3 + 0.5 * 4 + 3]
+    assert third["offset"] == 2 + len(bad) + 1
+    assert [record.key.decode() for record in node.kafka.records(f"{node.application}.inferences")] == [
+        one["customer"] for one in inferences
+    ]
+
+    letters = node.kafka.records(f"{node.application}.dead-letters")
+    assert [headers(letter)["reason"] for letter in letters] == reasons
+    assert [int(headers(letter)["source_offset"]) for letter in letters] == list(range(2, 2 + len(bad)))
+    for letter, original in zip(letters, bad, strict=True):
+        told = headers(letter)
+        assert told["source_topic"] == node.topics[0]
+        assert told["detail"]
+        assert letter.value == original if "truncated" not in told else original.startswith(letter.value)  # type: ignore[union-attr]
+    assert [headers(letter)["truncated"] for letter in letters if "truncated" in headers(letter)] == [str(len(bad[-2]))]  # type: ignore[arg-type]
+
+    stored = node.get("/v1/customers/ann/inferences?at=last")["inferences"]
+    assert [(one["model"], one["outputs"], one["event_time_ms"], one["live"]) for one in stored] == [
+        ("spend", {"score": 8.0}, TIME_MS + 3000, True)
+    ]
+    assert stored[0]["expires_ms"] == TIME_MS + 3000 + 30 * 86_400_000
+    assert stored[0]["version"] == version[:12]
+    assert node.counter("ignored") == 1
+    assert node.counter("events") == 4
+
+
+def test_sigterm_finishes_the_cycle_and_a_restart_goes_on(make: Callable[..., Node]) -> None:
+    node = make(partitions=2, cycle={"events_max": 50})
+    drop(node.models, "shop/spend", linear(1, 1), SUMS)
+    node.start()
+    events = [event(f"c{number % 7}", number) for number in range(6000)]
+    node.kafka.produce(node.topics[0], events[:3000], 2)
+    wait_until(lambda: node.counter("events") > 200, "some events were taken")
+    assert node.stop() == 0, node.log_tail()
+    left = exactly_once(node.kafka.inferences(node.application, 2), "spend")
+    assert len(left) > 200, "what was taken is committed"
+    node.kafka.produce(node.topics[0], events[3000:], 2)
+    node.start()
+    inferences = exactly_once(node.inferences(6000, 2), "spend")
+    sums: Counter[str] = Counter()
+    expected = []
+    for one in events:
+        sums[one["customer"]] += one["amount"]
+        expected.append((one["customer"], one["time"], one["amount"] + sums[one["customer"]]))
+    assert sorted((one["customer"], one["time"], one["outputs"]["score"]) for one in inferences) == sorted(expected)
+    assert node.counter("events") == 6000, "counters live on"
+    assert node.stop() == 0
+
+
+def test_models_come_and_go_while_events_flow(make: Callable[..., Node]) -> None:
+    """A pair dropped in goes live, the layout grows, a mistake changes nothing, others use its output, it goes."""
+    node = make()
+    topic = node.topics[0]
+    drop(node.models, "shop/plain", linear(1), AMOUNT)
+    node.start()
+    node.kafka.produce(topic, [event("old", 1), event("older", 2)])
+    assert [one["outputs"] for one in node.inferences(2)] == [{"score": 1.0}, {"score": 2.0}]
+
+    drop(node.models, "shop/sums", linear(0, 1), SUMS)
+    first = node.live("shop/sums")
+    uses = {"base": "coalesce(models.shop.sums.score, -1)", "visits": "count(transaction, '30d')"}
+    drop(node.models, "ads/uses", linear(1, 100), uses)
+    node.live("ads/uses")
+    node.kafka.produce(topic, [event("old", 10), event("new", 11), event("old", 12)])
+    inferences = node.inferences(2 + 3 * 3)
+    scores = {(one["model"], one["time"] - TIME_MS): one["outputs"]["score"] for one in inferences}
+    assert [scores["sums", 1000 * number] for number in (10, 11, 12)] == [10, 11, 22], "old rows start empty"
+    # In one cycle every model reads what the cycles before have stored, so `old` may see -1 twice or its 10.
+    assert scores["uses", 10_000] == scores["uses", 11_000] == -1 + 100
+    assert scores["uses", 12_000] in (-1 + 200, 10 + 200)
+    node.kafka.produce(topic, [event("old", 13)])
+    scores = {(one["model"], one["time"] - TIME_MS): one["outputs"]["score"] for one in node.inferences(14)}
+    assert scores["uses", 13_000] == 22 + 300
+
+    drop(node.models, "shop/sums", linear(0, 2), {"amount": "event.amonut", "spent": "sum(transaction.nothing, '1h')"})
+    told = wait_until(
+        lambda: told if (told := status_file(node.models, "shop/sums")).get("state") == "refused" else {}, "refused"
+    )
+    assert "amonut" in str(told["problems"])
+    assert "nothing" in str(told["problems"])
+    assert told["running"]["version"] == first
+    node.kafka.produce(topic, [event("old", 14)])
+    scores = {(one["model"], one["time"] - TIME_MS): one for one in node.inferences(17)}
+    assert scores["sums", 14_000]["version"] == first
+    assert scores["sums", 14_000]["outputs"] == {"score": 10 + 12 + 13 + 14}
+
+    remove(node.models, "shop/plain")
+    wait_until(lambda: not status_file(node.models, "shop/plain"), "the answer to a model that is gone goes too")
+    node.kafka.produce(topic, [event("old", 15)])
+    inferences = node.inferences(19)
+    assert {one["model"] for one in inferences if one["time"] == TIME_MS + 15_000} == {"sums", "uses"}
+    exactly_once(inferences, "uses")
+    assert node.counter("shed") == 0
+
+
+def test_versions_are_swapped_under_load(make: Callable[..., Node]) -> None:
+    """Every trigger has one inference, and within a partition no version comes back once a newer one was seen."""
+    node = make(partitions=2, cycle={"events_max": 100})
+    drop(node.models, "shop/spend", linear(1, offset=0), AMOUNT)
+    node.start()
+    versions = [node.live("shop/spend")]
+    sent = 0
+    for swap in range(1, 4):
+        drop(node.models, "shop/spend", linear(1, offset=swap / 4), AMOUNT)
+        while status_file(node.models, "shop/spend")["version"] in versions or len(versions) == swap:
+            node.kafka.produce(node.topics[0], [event(f"c{n % 9}", n) for n in range(sent, sent + 200)], 2)
+            sent += 200
+            told = status_file(node.models, "shop/spend")
+            if told["state"] == "live" and told["version"] not in versions:
+                versions.append(told["version"])
+                break
+    node.kafka.produce(node.topics[0], [event(f"c{n % 9}", n) for n in range(sent, sent + 200)], 2)
+    sent += 200
+    inferences = exactly_once(node.inferences(sent, 2), "spend")
+    assert len(inferences) == sent
+    for number in range(2):
+        there = sorted(
+            (one["offset"], versions.index(one["version"])) for one in inferences if one["partition"] == number
+        )
+        order = [version for _, version in there]
+        assert order == sorted(order)
+        assert len(set(order)) == 4
+    for one in inferences:
+        amount = (one["time"] - TIME_MS) / 1000
+        assert one["outputs"]["score"] == amount + versions.index(one["version"]) / 4
+
+
+def test_what_misses_its_commit_comes_through_the_sequence_log_over_kills(make: Callable[..., Node]) -> None:
+    """No inference makes its cycle's deadline of 0 ms; the node is killed with triggers waiting, and workers are."""
+    node = make(partitions=2, cycle={"inference_deadline_ms": 0, "events_max": 40})
+    drop(node.models, "shop/slow", slow(linear(1, 1)), SUMS)
+    drop(node.models, "ads/quick", linear(1), AMOUNT)
+    events = [event(f"c{number % 11}", number) for number in range(1500)]
+    node.kafka.produce(node.topics[0], events, 2)
+    node.start()
+    for worker in wait_until(lambda: workers(node), "workers run"):
+        os.kill(worker, signal.SIGKILL)
+    for taken in (100, 500, 900):
+        wait_until(lambda taken=taken: node.counter("events") >= taken, f"{taken} events taken")  # type: ignore[misc]
+        node.kill()
+        node.start()
+    inferences = node.inferences(3000, 2)
+    assert len(inferences) == 3000
+    wait_until(lambda: node.backlog() == 0, "the sequence log is empty")
+    sums: Counter[str] = Counter()
+    for one in events:
+        sums[one["customer"]] += one["amount"]
+        one["sum"] = one["amount"] + sums[one["customer"]]
+    expected = {(one["customer"], one["time"]): one["sum"] for one in events}
+    for found in exactly_once(inferences, "slow"):
+        assert found["outputs"]["score"] == expected[found["customer"], found["time"]]
+    for model in ("slow", "quick"):
+        for customer in sums:
+            times = [one["time"] for one in inferences if one["model"] == model and one["customer"] == customer]
+            assert times == sorted(times), "in the customer's order"
+    last = {one["customer"]: one for one in events}
+    for customer, newest in last.items():
+        stored = node.get(f"/v1/customers/{customer}/inferences?at=last")["inferences"]
+        assert {one["model"]: one["outputs"]["score"] for one in stored} == {
+            "slow": newest["sum"],
+            "quick": newest["amount"],
+        }
+    assert node.stop() == 0
+
+
+def test_several_source_topics_and_every_compression(make: Callable[..., Node]) -> None:
+    node = make(partitions=2, topics=2)
+    drop(node.models, "shop/spend", linear(1, 1), SUMS)
+    node.start()
+    sent, expected = 0, []
+    spent: Counter[str] = Counter()
+    for compression in (None, "gzip", "lz4", "zstd", "snappy"):
+        for topic in node.topics:
+            events = [event(f"c{number % 5}", number, channel="x" * 50) for number in range(sent, sent + 40)]
+            node.kafka.produce(topic, events, 2, compression)
+            sent += 40
+            for one in events:
+                spent[one["customer"]] += one["amount"]
+                expected.append(
+                    (topic, partition_of(one["customer"], 2), one["time"], one["amount"] + spent[one["customer"]])
+                )
+            wait_until(lambda: node.counter("events") == sent, f"{compression} was read")  # noqa: B023
+    inferences = exactly_once(node.inferences(sent, 2), "spend")
+    found = [(one["topic"], one["partition"], one["time"], one["outputs"]["score"]) for one in inferences]
+    assert sorted(found) == sorted(expected)
+    assert {one["topic"] for one in inferences} == set(node.topics)
+
+
+def test_sigterm_while_models_are_on_trial(make: Callable[..., Node]) -> None:
+    """A node that still tries the models it found does not go through all of them first."""
+    node = make()
+    names = [f"shop/model{number}" for number in range(24)]
+    for name in names:
+        drop(node.models, name, slow(linear(1)), AMOUNT)
+    node.start(wait_s_max=0)
+    wait_until(node.status, "HTTP answers")
+    assert node.stop() == 0, node.log_tail()
+    assert not all(status_file(node.models, name) for name in names)
