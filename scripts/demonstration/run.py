@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import secrets
+import signal
 import socket
 import time
 from collections.abc import AsyncIterator, Callable, Mapping
@@ -142,6 +143,9 @@ class _Demo:
         self._node = NodeFigures()
 
     async def run(self) -> Outcome:
+        task = asyncio.current_task()
+        assert task is not None
+        asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, task.cancel)
         async with AsyncExitStack() as stack:
             await stack.enter_async_context(self._source_topic())
             node = self._start_node()

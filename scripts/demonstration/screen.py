@@ -30,6 +30,7 @@ class Screen:
         self._console = console
         self._plain = not console.is_terminal
         self._said = 0.0
+        self._told: Mapping[ModelName, int] = {}
 
     def say(self, text: str) -> None:
         self._console.print(Text(text), soft_wrap=True)
@@ -63,9 +64,9 @@ class Screen:
 
     def _say_figures(self, figures: Figures) -> None:
         now = time.monotonic()
-        if now - self._said < PLAIN_LINE_SECONDS:
+        if now - self._said < PLAIN_LINE_SECONDS or figures.inferences == self._told:
             return
-        self._said = now
+        self._said, self._told = now, figures.inferences
         shares = ", ".join(
             f"{name.tenant} {figures.inferences[name]:,} ({_share(figures.node.tenants.get(name.tenant))} CPU)"
             for name in figures.inferences
