@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
+import structlog
 from aiokafka import AIOKafkaConsumer, TopicPartition
+from aiokafka.errors import OffsetOutOfRangeError
 
 from node.kernel.broker import ClientOptions, broker_call, close_quietly
 from node.kernel.clock import Clock
-from node.kernel.errors import ProgressLost
+from node.kernel.errors import ProgressLost, TopicMissing
 from node.kernel.limits import MIB
+
+log = structlog.get_logger(__name__)
 
 SourceReset = Literal["wait", "earliest", "latest"]
 _SILENT_SECONDS = 5.0
@@ -75,6 +79,7 @@ class Source:
             max_partition_fetch_bytes=max(self._bytes_max // len(self._places), MIB),
         )
         await broker_call("start source", self._consumer.start())
+        self._check_topics(await broker_call("look up source topics", self._consumer.topics()))
         self._consumer.assign(self._places)
         starts = await broker_call("source start offsets", self._consumer.beginning_offsets(self._places))
         ends = await broker_call("source end offsets", self._consumer.end_offsets(self._places))
@@ -90,12 +95,25 @@ class Source:
             return start if self._start_from == "earliest" else end
         if start <= wanted <= end:
             return wanted
+        return self._reset_offset(place, wanted, start, end)
+
+    def _reset_offset(self, place: TopicPartition, wanted: int, start: int, end: int) -> int:
         if self._on_reset == "wait":
             raise ProgressLost(
                 f"{place.topic}[{place.partition}] holds offsets {start} to {end}, but {wanted} is next: events are "
                 "gone or the topic was made again. Set [kafka] on_source_reset to earliest or latest to go on"
             )
-        return start if self._on_reset == "earliest" else end
+        offset = start if self._on_reset == "earliest" else end
+        log.warning("source reset", topic=place.topic, partition=place.partition, lost=wanted, next=offset)
+        return offset
+
+    def _check_topics(self, known: Collection[str]) -> None:
+        """Raises TopicMissing. The client asks for a topic that is gone thousands of times a second, so it must not."""
+        missing = [topic for topic in self._topics if topic not in known]
+        if missing:
+            raise TopicMissing(
+                f"source topic {', '.join(missing)} does not exist: create it, the node goes on by itself"
+            )
 
     async def poll(self, events_max: int, wait_ms: int) -> Polled:
         """Up to `events_max` records, waiting at most `wait_ms` for the first.
@@ -117,7 +135,25 @@ class Source:
     async def _take(self, records_max: int, wait_ms: int) -> tuple[list[Any], list[int]]:
         assert self._consumer is not None
         call = self._consumer.getmany(timeout_ms=wait_ms, max_records=records_max)
-        return self._in_order(await broker_call("poll source", call))
+        try:
+            polled = await broker_call("poll source", call)
+        except ProgressLost as lost:
+            gone = lost.__cause__.args[0] if isinstance(lost.__cause__, OffsetOutOfRangeError) else self._places
+            await self._reset(list(gone))
+            polled = {}
+        if not polled:
+            self._check_topics([topic for topic in self._topics if self._consumer.partitions_for_topic(topic)])
+        return self._in_order(polled)
+
+    async def _reset(self, places: Sequence[TopicPartition]) -> None:
+        """Go on as the operator has said where the next offset is gone. Raises ProgressLost if that is to wait."""
+        assert self._consumer is not None
+        starts = await broker_call("source start offsets", self._consumer.beginning_offsets(places))
+        ends = await broker_call("source end offsets", self._consumer.end_offsets(places))
+        for place in places:
+            offset = self._reset_offset(place, self.progress[place.topic], starts[place], ends[place])
+            self._consumer.seek(place, offset)
+            self.progress[place.topic] = offset
 
     def _in_order(self, polled: Mapping[TopicPartition, list[Any]]) -> tuple[list[Any], list[int]]:
         """One list, by Kafka timestamp where there are several topics; advances `progress`."""
@@ -135,9 +171,8 @@ class Source:
         assert self._consumer is not None
         ends = await broker_call("probe source", self._consumer.end_offsets(self._places), _PROBE_MS_MAX)
         self.ends = {place.topic: end for place, end in ends.items()}
-        for place in self._places:
-            if self.ends[place.topic] < self.progress[place.topic]:
-                self._start_offset(place, self.progress[place.topic], 0, self.ends[place.topic])
+        if gone := [place for place in self._places if ends[place] < self.progress[place.topic]]:
+            await self._reset(gone)
         self._heard = self._clock.monotonic()
 
     def lag(self) -> int:
