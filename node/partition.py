@@ -25,7 +25,7 @@ from node.kernel.errors import (
     StoreUnavailable,
     TopicMissing,
 )
-from node.kernel.limits import BROKER_RETRY_MS_MAX, BROKER_RETRY_MS_MIN
+from node.kernel.limits import BROKER_RETRY_MS_MAX, BROKER_RETRY_MS_MIN, FENCED_RETRY_MS
 from node.session import PartitionSession
 
 log = structlog.get_logger(__name__)
@@ -85,7 +85,7 @@ class Partition:
                 if self.condition.phase == "running":
                     wait_ms = BROKER_RETRY_MS_MIN
                 self._fail(failure)
-                await self._pause(wait_ms / 1000)
+                await self._pause((FENCED_RETRY_MS if isinstance(failure, Fenced) else wait_ms) / 1000)
                 wait_ms = min(wait_ms * 2, BROKER_RETRY_MS_MAX)
         self.condition.phase = "stopped"
 

@@ -19,7 +19,14 @@ from watchfiles import Change, awatch
 
 from node.kernel import limits
 from node.kernel.clock import Clock
-from node.kernel.errors import HeadraceError, ManifestError, ModelRefused, SandboxUnavailable, WorkerLost
+from node.kernel.errors import (
+    HeadraceError,
+    ManifestError,
+    ModelRefused,
+    SandboxUnavailable,
+    StoreUnavailable,
+    WorkerLost,
+)
 from node.kernel.supervise import Supervisor
 from node.kernel.types import EventSchema, ModelName, ModelVersion
 from tenants import folder, registry
@@ -259,12 +266,12 @@ class ModelWatcher:
     async def _take_pair(self, name: ModelName, signatures: tuple[Signature, Signature]) -> None:
         event = await asyncio.to_thread(self._read_pair, name, signatures)
         if event is None:
-            self._seen.pop(name, None)  # it changed while it was read
+            self._seen.pop(name, None)  # the next look takes it
         else:
             await self._apply(event)
 
     def _read_pair(self, name: ModelName, signatures: tuple[Signature, Signature]) -> Event | None:
-        """Copy the model file among the blobs and read the manifest; None when either is not as it was."""
+        """Copy the model file among the blobs and read the manifest; None to look again."""
         root, now_ms = self._settings.root, self._clock.now_ms()
         manifest_name, model_name = name.model + MANIFEST, name.model + MODEL
         try:
@@ -279,6 +286,9 @@ class ModelWatcher:
                 return registry.PairSeen(name, text, blob, now_ms) if after == second else None
         except ManifestError as error:
             return registry.PairRefused(name, error.problems, now_ms)
+        except StoreUnavailable as error:  # the operator's disk: no fault of the tenant's, so it is tried again
+            log.warning("model not taken yet", model=str(name), error=str(error))
+            return None
         except HeadraceError as error:
             return registry.PairRefused(name, (f"{model_name}: {error}",), now_ms)
         except FileNotFoundError:
@@ -329,10 +339,18 @@ class ModelWatcher:
             await asyncio.to_thread(self._answer, name, told)
 
     async def _save(self, snapshot: Snapshot) -> None:
+        """Keep the snapshot, however long the disk refuses: what is not kept must not go live."""
         content = registry.encode(snapshot)
-        if content != self._saved:
-            await asyncio.to_thread(folder.replace_file, self._settings.registry, content)
-            self._saved = content
+        while content != self._saved:
+            try:
+                await asyncio.to_thread(folder.replace_file, self._settings.registry, content)
+                self._saved = content
+            except OSError as error:
+                self._counters.last_error = (
+                    f"{self._settings.registry} can't be written: {error}; models stay as they are"
+                )
+                log.warning("registry not written", error=str(error))
+                await asyncio.sleep(self._settings.rescan_ms / 1000)
 
     def _answer(self, name: ModelName, told: dict[str, object]) -> None:
         told = {**told, "written_at_ms": self._clock.now_ms()}

@@ -22,26 +22,30 @@ Result = TypeVar("Result")
 ClientOptions = Mapping[str, Any]
 """What every client of one cluster is made with: bootstrap servers and security."""
 
-_FENCED = (
-    kafka_errors.ProducerFenced,
-    kafka_errors.InvalidProducerEpoch,
-    kafka_errors.OutOfOrderSequenceNumber,
-    kafka_errors.InvalidProducerIdMapping,
-)
+_FENCED = (kafka_errors.ProducerFenced, kafka_errors.InvalidProducerEpoch)
 
 
 async def broker_call(what: str, call: Awaitable[Result], wait_ms_max: int = BROKER_CALL_MS_MAX) -> Result:
     """Await `call` for at most `wait_ms_max`.
 
     Raises Fenced, TopicMissing, ProgressLost or BrokerUnavailable; `what` names the call in the message.
+    A cancelled inner task of the client surfaces as CancelledError although nobody cancelled us; ours is told
+    apart by the task's own count of cancel requests.
     """
     try:
         async with asyncio.timeout(wait_ms_max / 1000):
             return await call
+    except asyncio.CancelledError as failure:
+        if _cancelled():
+            raise
+        raise BrokerUnavailable(f"{what}: the Kafka client gave the call up") from failure
     except TimeoutError as failure:
         raise BrokerUnavailable(f"{what}: Kafka did not answer within {wait_ms_max} ms") from failure
     except _FENCED as failure:
-        raise Fenced(f"{what}: another producer took the partition over ({type(failure).__name__})") from failure
+        raise Fenced(
+            f"{what}: another producer took the partition over ({type(failure).__name__}); if two nodes run the same "
+            "[kafka] application, stop one or give each its own partitions"
+        ) from failure
     except kafka_errors.UnknownTopicOrPartitionError as failure:
         raise TopicMissing(f"{what}: the topic or partition does not exist") from failure
     except kafka_errors.OffsetOutOfRangeError as failure:
@@ -51,18 +55,18 @@ async def broker_call(what: str, call: Awaitable[Result], wait_ms_max: int = BRO
 
 
 async def close_quietly(what: str, call: Awaitable[Any], wait_ms_max: int = 2_000) -> None:
-    """Stop a client that is given up; a failure is logged, since there is nobody left to handle it.
-
-    A cancelled inner task of the client surfaces as CancelledError although nobody cancelled us; ours is
-    told apart by the task's own count of cancel requests.
-    """
+    """Stop a client that is given up; a failure is logged, since there is nobody left to handle it."""
     try:
         async with asyncio.timeout(wait_ms_max / 1000):
             await call
     except asyncio.CancelledError:
-        task = asyncio.current_task()
-        if task is not None and task.cancelling():
+        if _cancelled():
             raise
         log.debug("client stopped with a cancelled task", what=what)
     except Exception as failure:  # the client raises whatever its inner tasks raised
         log.debug("client did not stop cleanly", what=what, error=repr(failure))
+
+
+def _cancelled() -> bool:
+    task = asyncio.current_task()
+    return task is not None and task.cancelling() > 0

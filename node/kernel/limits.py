@@ -81,6 +81,9 @@ BROKER_CALL_MS_MAX = 30_000
 """Around every call of the Kafka client: some of them hang when the broker is gone."""
 BROKER_RETRY_MS_MIN = 100
 BROKER_RETRY_MS_MAX = 10_000
+FENCED_RETRY_MS = 30_000
+"""A fenced partition tries again after this: at once, two nodes that own it by mistake would fence each other all
+the time, and neither get on."""
 STOP_MS_MAX = 30_000
 """A stopping node that has not finished its cycles by then gives up on them; the state stays right."""
 
