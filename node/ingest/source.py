@@ -21,6 +21,7 @@ SourceReset = Literal["wait", "earliest", "latest"]
 _SILENT_SECONDS = 5.0
 """After so long without a record the broker is asked for its offsets: polling alone can't tell silence from absence."""
 _PROBE_MS_MAX = 5_000
+_TRIAL_MS = 1_000
 _AT_ONCE_SECONDS = 0.0005
 _FRESH_MS = 5
 """A fetch of what the broker has takes one or two milliseconds."""
@@ -84,18 +85,30 @@ class Source:
         starts = await broker_call("source start offsets", self._consumer.beginning_offsets(self._places))
         ends = await broker_call("source end offsets", self._consumer.end_offsets(self._places))
         for place in self._places:
-            offset = self._start_offset(place, progress.get(place.topic), starts[place], ends[place])
-            self._consumer.seek(place, offset)
-            self.progress[place.topic] = offset
             self.ends[place.topic] = ends[place]
+            self._go_to(
+                place, progress.get(place.topic, starts[place] if self._start_from == "earliest" else ends[place])
+            )
+        for place in self._places:
+            wanted = self.progress[place.topic]
+            if not starts[place] <= wanted <= ends[place] and not await self._holds(place, wanted):
+                self._go_to(place, self._reset_offset(place, wanted, starts[place], ends[place]))
         self._heard = self._clock.monotonic()
 
-    def _start_offset(self, place: TopicPartition, wanted: int | None, start: int, end: int) -> int:
-        if wanted is None:
-            return start if self._start_from == "earliest" else end
-        if start <= wanted <= end:
-            return wanted
-        return self._reset_offset(place, wanted, start, end)
+    def _go_to(self, place: TopicPartition, offset: int) -> None:
+        assert self._consumer is not None
+        self._consumer.seek(place, offset)
+        self.progress[place.topic] = offset
+
+    async def _holds(self, place: TopicPartition, offset: int) -> bool:
+        """Whether the broker serves the offset. Only fetching tells: Tansu says an end that is too low."""
+        assert self._consumer is not None
+        try:
+            await broker_call("try source", self._consumer.getmany(place, timeout_ms=_TRIAL_MS, max_records=1))
+        except ProgressLost:
+            return False
+        self._go_to(place, offset)
+        return True
 
     def _reset_offset(self, place: TopicPartition, wanted: int, start: int, end: int) -> int:
         if self._on_reset == "wait":
@@ -151,9 +164,7 @@ class Source:
         starts = await broker_call("source start offsets", self._consumer.beginning_offsets(places))
         ends = await broker_call("source end offsets", self._consumer.end_offsets(places))
         for place in places:
-            offset = self._reset_offset(place, self.progress[place.topic], starts[place], ends[place])
-            self._consumer.seek(place, offset)
-            self.progress[place.topic] = offset
+            self._go_to(place, self._reset_offset(place, self.progress[place.topic], starts[place], ends[place]))
 
     def _in_order(self, polled: Mapping[TopicPartition, list[Any]]) -> tuple[list[Any], list[int]]:
         """One list, by Kafka timestamp where there are several topics; advances `progress`."""
@@ -171,8 +182,10 @@ class Source:
         assert self._consumer is not None
         ends = await broker_call("probe source", self._consumer.end_offsets(self._places), _PROBE_MS_MAX)
         self.ends = {place.topic: end for place, end in ends.items()}
-        if gone := [place for place in self._places if ends[place] < self.progress[place.topic]]:
-            await self._reset(gone)
+        for place in self._places:
+            wanted = self.progress[place.topic]
+            if ends[place] < wanted and not await self._holds(place, wanted):
+                await self._reset([place])
         self._heard = self._clock.monotonic()
 
     def lag(self) -> int:
