@@ -144,7 +144,7 @@ def main(quick: bool) -> harness.Result:
         workload.models(folder / "tenants")
         with harness.broker(folder / "kafka") as broker:
             asyncio.run(workload.create_topic(broker.address, "events"))
-            cycle = {"commit_interval_ms": COMMIT_INTERVAL_MS, "wait_ms": 10, "inference_deadline_ms": DEADLINE_MS}
+            cycle: dict[str, object] = {"commit_interval_ms": COMMIT_INTERVAL_MS, "wait_ms": 10, "inference_deadline_ms": DEADLINE_MS}
             config = workload.config(
                 folder / "node.toml", broker.address, "events", port, application="latency", settings={"cycle": cycle}
             )
