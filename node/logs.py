@@ -20,8 +20,12 @@ VALUE_DEPTH_MAX = 8
 
 _SECRET_KEY = re.compile(r"passw|secret|token|credential|authorization|api_?key|private_key", re.IGNORECASE)
 _URL_SECRET = re.compile(r"(://)[^/\s@]+@")
-_QUIET = ("aiokafka", "kafka", "aiohttp.access", "asyncio", "watchfiles", "pysyncobj")
-"""Libraries whose info messages are about themselves."""
+_QUIET = {
+    **dict.fromkeys(("kafka", "aiohttp.access", "asyncio", "watchfiles", "pysyncobj"), logging.WARNING),
+    "aiokafka": logging.CRITICAL,
+}
+"""Libraries whose messages below a level are about themselves. While a broker is gone the Kafka client says so a
+hundred times a second; what becomes of its calls is told by those who made them."""
 
 
 def configure_logging(
@@ -56,8 +60,8 @@ def configure_logging(
         )
     )
     logging.basicConfig(level=level, handlers=[handler], force=True)
-    for name in _QUIET:
-        logging.getLogger(name).setLevel(max(level, logging.WARNING) if level > logging.DEBUG else level)
+    for name, least in _QUIET.items():
+        logging.getLogger(name).setLevel(max(level, least) if level > logging.DEBUG else level)
 
 
 def _named(node: str) -> structlog.typing.Processor:
