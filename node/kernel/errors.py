@@ -56,6 +56,10 @@ class StateCorrupt(HeadraceError):
     """A stored row or key can't be read; delete the partition's folder, it is rebuilt from the changelog."""
 
 
+class CatalogCorrupt(HeadraceError):
+    """Bytes that should hold the catalog or a command of it can't be read; wipe the node's journal and rejoin."""
+
+
 class StoreUnavailable(HeadraceError):
     """The local disk refused a read or write (full, damaged); free space, the partition retries by itself."""
 

@@ -104,3 +104,25 @@ HTTP_MODELS_MAX = 1000
 """Model versions in one answer; it says where to go on."""
 METRIC_SERIES_MAX = 1000
 """Of one metric; what is beyond is added up under the label `_other`."""
+
+NODES_MAX = 32
+PARTITIONS_MAX = 4096
+STANDBYS_MAX = 8
+"""Of one partition, spares that a move needs included."""
+STANDBY_COUNT_MAX = 4
+"""What an operator may ask for; the rest of STANDBYS_MAX is for moves."""
+MOVES_MAX = 64
+"""Planned moves at once in the whole cluster."""
+LEASE_MS_MIN = 200
+LEASE_MS_MAX = 60_000
+NAME_BYTES_MAX = 128
+"""Of a node, tenant or model, an address, a rack, an operator."""
+REASON_BYTES_MAX = 512
+VERSIONS_PER_MODEL_MAX = 16
+"""Kept in the catalog; retired ones have to be forgotten before more can be put."""
+BLOBS_MAX = 65_536
+CATALOG_MANIFEST_BYTES_MAX = 64 * MIB
+"""Of all manifests and tenants' settings together: the catalog is held whole in memory and dumped whole."""
+CATALOG_BYTES_MAX = 256 * MIB
+COMMAND_BYTES_MAX = MANIFEST_BYTES_MAX + 16 * KIB
+REFUSALS_KEPT_MAX = 64
