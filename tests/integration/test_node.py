@@ -258,6 +258,35 @@ def test_what_misses_its_commit_comes_through_the_sequence_log_over_kills(make: 
     assert node.stop() == 0
 
 
+def test_every_trigger_is_an_inference_or_counted_as_shed(make: Callable[..., Node]) -> None:
+    """A tenant whose model falls behind its bound, then a kill, then the model's deletion with triggers waiting."""
+    node = make(cycle={"inference_deadline_ms": 0, "events_max": 40})
+    drop(node.models, "shop/slow", slow(linear(1), 400), AMOUNT)
+    (node.models / "shop" / "tenant.toml").write_text("rows_queued_max = 100\n")
+    node.kafka.produce(node.topics[0], [event(f"c{number % 11}", number) for number in range(3000)])
+    node.start()
+    wait_until(lambda: node.counter("events") >= 500, "some events were taken")
+    node.kill()
+    node.start()
+    wait_until(lambda: node.counter("events") == 3000 and node.backlog() == 0, "all is settled")
+    shed = node.counter("shed overload shop/slow")
+    inferences = exactly_once(node.kafka.inferences(node.application), "slow")
+    assert shed > 0
+    assert len(inferences) + shed == 3000
+    assert len(inferences) == node.counter("inferences shop/slow")
+
+    node.kafka.produce(node.topics[0], [event("late", number) for number in range(3000, 6000)])
+    wait_until(lambda: node.backlog() > 0, "triggers wait")
+    remove(node.models, "shop/slow")
+    wait_until(lambda: node.counter("events") == 6000 and node.backlog() == 0, "all is settled")
+    before = exactly_once(node.kafka.inferences(node.application), "slow")
+    assert len(before) == node.counter("inferences shop/slow")
+    drop(node.models, "shop/slow", linear(1), AMOUNT)
+    node.live("shop/slow")
+    node.kafka.produce(node.topics[0], [event("last", 6000)])
+    assert exactly_once(node.inferences(len(before) + 1), "slow")[-1]["customer"] == "last"
+
+
 def test_several_source_topics_and_every_compression(make: Callable[..., Node]) -> None:
     node = make(partitions=2, topics=2)
     drop(node.models, "shop/spend", linear(1, 1), SUMS)
