@@ -9,6 +9,7 @@ import itertools
 import json
 import os
 import sys
+import threading
 import time
 import urllib.error
 import urllib.request
@@ -40,10 +41,10 @@ Found = TypeVar("Found")
 
 def wait_until(condition: Callable[[], Found], what: str = "", seconds_max: float = WAIT_S_MAX) -> Found:
     """What `condition` gives once that is true; fails after `seconds_max`, saying what it gave last."""
-    deadline = time.monotonic() + seconds_max
+    deadline, pause = time.monotonic() + seconds_max, threading.Event()
     while not (found := condition()):
         assert time.monotonic() < deadline, f"{what or condition} did not come about in {seconds_max} s: {found!r}"
-        time.sleep(POLL_S)
+        pause.wait(POLL_S)  # between two looks at the condition
     return found
 
 
