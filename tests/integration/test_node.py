@@ -195,17 +195,26 @@ def test_versions_are_swapped_under_load(make: Callable[..., Node]) -> None:
     node.start()
     versions = [node.live("shop/spend")]
     sent = 0
-    for swap in range(1, 4):
-        drop(node.models, "shop/spend", linear(1, offset=swap / 4), AMOUNT)
-        while status_file(node.models, "shop/spend")["version"] in versions or len(versions) == swap:
-            node.kafka.produce(node.topics[0], [event(f"c{n % 9}", n) for n in range(sent, sent + 200)], 2)
-            sent += 200
-            told = status_file(node.models, "shop/spend")
-            if told["state"] == "live" and told["version"] not in versions:
-                versions.append(told["version"])
-                break
-    node.kafka.produce(node.topics[0], [event(f"c{n % 9}", n) for n in range(sent, sent + 200)], 2)
-    sent += 200
+
+    def load() -> None:
+        nonlocal sent
+        node.kafka.produce(node.topics[0], [event(f"c{n % 9}", n) for n in range(sent, sent + 200)], 2)
+        sent += 200
+
+    def swapped() -> bool:
+        """Whether the newest version is live; more events are sent meanwhile."""
+        load()
+        told = status_file(node.models, "shop/spend")
+        if told["state"] == "live" and told["version"] not in versions:
+            versions.append(told["version"])
+        return len(versions) == swap + 1
+
+    for swap in range(4):
+        if swap:
+            drop(node.models, "shop/spend", linear(1, offset=swap / 4), AMOUNT)
+        wait_until(swapped, f"swap {swap}")
+        load()
+        wait_until(lambda: node.counter("events") == sent, "each version has had events")
     inferences = exactly_once(node.inferences(sent, 2), "spend")
     assert len(inferences) == sent
     for number in range(2):
