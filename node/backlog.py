@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 from collections import Counter, deque
-from collections.abc import Awaitable, Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 
 from node.kernel.errors import BoundExceeded
@@ -98,6 +98,13 @@ class Backlog:
         """Whether new triggers of the model have to queue behind older ones."""
         line = self._lines.get(name)
         return line is not None and bool(line.entries)
+
+    def may_submit(self, name: ModelName) -> bool:
+        """Whether new triggers may go to the runner at once: nothing older waits, and few chunks are out already."""
+        line = self._lines.get(name)
+        if line is None or not line.entries:
+            return True
+        return len(line.entries) < CHUNKS_IN_FLIGHT_PER_MODEL_MAX and line.entries[-1].answering is not None
 
     @property
     def rows(self) -> int:
@@ -239,9 +246,7 @@ def take(triggers: Triggers, selection: slice) -> Triggers:
     )
 
 
-async def finish_within(work: Iterable[Awaitable[ModelOutputs]], wait_seconds: float) -> list[Answering]:
-    """Start all, wait for all of them at most `wait_seconds`; those not done go on."""
-    futures: list[Answering] = [asyncio.ensure_future(one) for one in work]
-    if futures:
-        await asyncio.wait(futures, timeout=wait_seconds)
-    return futures
+async def finish_within(calls: Sequence[Answering], wait_seconds: float) -> None:
+    """Wait for all of them at most so long; those not done go on."""
+    if calls:
+        await asyncio.wait(calls, timeout=wait_seconds)

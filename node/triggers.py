@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -70,35 +71,28 @@ async def run_triggers(
     """Submit each model's triggers and wait until the deadline.
 
     Those answered are in `answers`. The rest, and all of a model that is behind already, are appended to
-    the sequence log, still being worked on: order within a model is kept.
+    the sequence log, most of them still being worked on: a model that was late once is back in step when it has
+    answered before the next cycle begins. Order within a model is kept.
     """
     outcome = Outcome(settled.answers, [], settled.cursors, settled.shed)
-    direct: list[tuple[ModelVersion, Triggers]] = []
-    calls = []
-    for version, triggers in _pieces(work):
-        if not backlog.behind(version.name):
-            try:
-                calls.append(runner.submit(version, triggers.rows))
-            except BoundExceeded:
-                pass  # the sequence log takes them
-            else:
-                direct.append((version, triggers))
-                continue
-        _append(backlog, triggers, None, outcome, settled)
-    answering = await finish_within(calls, deadline_seconds)
-    for (version, triggers), call in zip(direct, answering, strict=True):
-        if call.done() and not backlog.behind(version.name):
+    pieces = [(version, piece) for version, triggers in work for piece in split(triggers, SEQUENCE_CHUNK_ROWS_MAX)]
+    calls = [_submit(runner, backlog, version, triggers) for version, triggers in pieces]
+    await finish_within([call for call in calls if call is not None], deadline_seconds)
+    for (version, triggers), call in zip(pieces, calls, strict=True):
+        if call is not None and call.done() and not backlog.behind(version.name):
             outcome.answers.append(Answer(version, triggers, call.result()))
         else:
-            _append(backlog, triggers, call, outcome, settled)
+            chunk = backlog.append(triggers, call, settled)
+            if chunk is not None:
+                outcome.appended.append(chunk)
     return outcome
 
 
-def _pieces(work: Sequence[tuple[ModelVersion, Triggers]]) -> list[tuple[ModelVersion, Triggers]]:
-    return [(version, piece) for version, triggers in work for piece in split(triggers, SEQUENCE_CHUNK_ROWS_MAX)]
-
-
-def _append(backlog: Backlog, triggers: Triggers, call: Answering | None, outcome: Outcome, settled: Settled) -> None:
-    chunk = backlog.append(triggers, call, settled)
-    if chunk is not None:
-        outcome.appended.append(chunk)
+def _submit(runner: ModelRunner, backlog: Backlog, version: ModelVersion, triggers: Triggers) -> Answering | None:
+    """None when older triggers of the model wait, or the runner's queue is full: the sequence log takes these."""
+    if not backlog.may_submit(version.name):
+        return None
+    try:
+        return asyncio.ensure_future(runner.submit(version, triggers.rows))
+    except BoundExceeded:
+        return None
