@@ -35,6 +35,7 @@ from replication.commands import (
     PartitionCommand,
     PutTenant,
     PutVersion,
+    RenewLease,
     RetireVersion,
     SetSettings,
     SetStandbys,
@@ -134,6 +135,8 @@ class Catalog(Struct, frozen=True):
     settings: Settings = Settings()
     settings_revision: int = 0
     nodes: dict[str, Node] = {}
+    leases: dict[str, int] = {}
+    """Node -> number of its last renewal; not counted in revisions."""
     tenants: dict[str, Tenant] = {}
     models: dict[str, Model] = {}
     """By `model_key`."""
@@ -201,7 +204,7 @@ def _refuse(catalog: Catalog, command: Command, reason: str) -> Catalog:
 
 
 def _summary(command: Command) -> str:
-    fields = ("name", "node", "partition", "epoch", "to", "tenant", "model", "version", "blob", "count")
+    fields = ("name", "node", "partition", "epoch", "to", "tenant", "model", "version", "blob", "count", "number")
     said = [f"{field}={getattr(command, field)}" for field in fields if hasattr(command, field)]
     return " ".join([str(command.__struct_config__.tag), *said])[: limits.REASON_BYTES_MAX]
 
@@ -283,14 +286,24 @@ def _leave(catalog: Catalog, command: LeaveNode) -> Outcome:
         for held in catalog.partitions
     )
     nodes = {name: kept for name, kept in catalog.nodes.items() if name != node.name}
+    leases = {name: number for name, number in catalog.leases.items() if name != node.name}
     fewer = _without_holder(catalog, node.name)
-    return _next(fewer, nodes=nodes, partitions=partitions, removed_revision=revision)
+    return _next(fewer, nodes=nodes, leases=leases, partitions=partitions, removed_revision=revision)
 
 
 def _without_holder(catalog: Catalog, node: str) -> Catalog:
     """Its claims on blobs are gone with its disk; what it said before must not come back by a late command."""
     holders = {blob: {name: at for name, at in held.items() if name != node} for blob, held in catalog.holders.items()}
     return replace(catalog, holders=holders, removed_revision=catalog.revision + 1)
+
+
+def _renew(catalog: Catalog, command: RenewLease) -> Outcome:
+    node = catalog.nodes.get(command.name)
+    if node is None or node.incarnation != command.incarnation:
+        return f"node {command.name} is no member as incarnation {command.incarnation}; join first"
+    if command.number <= catalog.leases.get(command.name, 0):
+        return catalog
+    return replace(catalog, leases={**catalog.leases, command.name: command.number})
 
 
 def _drain(catalog: Catalog, command: DrainNode) -> Outcome:
@@ -520,8 +533,11 @@ def _take_over(catalog: Catalog, command: TakeOver) -> Outcome:
         return reason
     if command.to not in catalog.nodes:
         return f"there is no node {command.to}; look at the members"
-    if catalog.partitions[command.partition].owner == command.to:
+    owner = catalog.partitions[command.partition].owner
+    if owner == command.to:
         return f"node {command.to} owns partition {command.partition} already"
+    if owner and catalog.leases.get(owner, 0) != command.lease:
+        return f"node {owner} has renewed its lease since; it is not silent"
     return _with_owner(catalog, command.partition, command.to)
 
 
@@ -584,6 +600,7 @@ def _complete_move(catalog: Catalog, command: CompleteMove) -> Outcome:
 _HANDLERS: Final[Mapping[type, Callable[[Catalog, Any], Outcome]]] = {
     JoinNode: _join,
     LeaveNode: _leave,
+    RenewLease: _renew,
     DrainNode: _drain,
     PutTenant: _put_tenant,
     PutVersion: _put_version,

@@ -55,6 +55,14 @@ class LeaveNode(_Command, frozen=True, kw_only=True, tag="leave"):
     name: Name
 
 
+class RenewLease(_Command, frozen=True, kw_only=True, tag="renew"):
+    """The no-op that a node's lease counts from; `number` rises with each, over restarts of the node too."""
+
+    name: Name
+    incarnation: Number
+    number: Number
+
+
 class DrainNode(_Command, frozen=True, kw_only=True, tag="drain"):
     name: Name
     draining: bool
@@ -130,9 +138,10 @@ class _PartitionCommand(_Command, frozen=True, kw_only=True):
 
 
 class TakeOver(_PartitionCommand, frozen=True, kw_only=True, tag="take"):
-    """Give the partition to `to` at once; what the owner before knows of it is not waited for (see `ownership`)."""
+    """Give a silent owner's partition to another. `lease` is the number of the owner's last renewal that was seen."""
 
     to: Name
+    lease: Number = 0
     why: Reason = ""
 
 
@@ -160,6 +169,7 @@ class CompleteMove(_PartitionCommand, frozen=True, kw_only=True, tag="complete")
 Command: TypeAlias = (
     JoinNode
     | LeaveNode
+    | RenewLease
     | DrainNode
     | PutTenant
     | PutVersion
