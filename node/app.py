@@ -27,7 +27,7 @@ from node.kernel.limits import MIB
 from node.kernel.ports import FeaturePlan, StateStore
 from node.kernel.supervise import Supervisor
 from node.kernel.types import ModelName
-from node.outbox import Outbox, OutputTopics
+from node.outbox import BrokerTraits, Outbox, OutputTopics
 from node.outgoing import Origin
 from node.partition import Partition
 from node.partitions import Partitions
@@ -140,6 +140,7 @@ class Node:
     def _parts(self, number: int, folder: Path) -> Parts:
         config, clock = self._config, self._clock
         changelog = Changelog(self._options, self._outputs.changelog, number, clock)
+        traits = BrokerTraits()
         fold: Callable[[StateStore], Awaitable[Recovered]] = changelog.fold_into
         return Parts(
             store=lambda: RocksStore(folder, self._environment),
@@ -152,6 +153,7 @@ class Node:
                 config.kafka.compression,
                 encode_frame,
                 clock,
+                traits,
             ),
             source=lambda: Source(
                 self._options,

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 
 from node.kernel.errors import BoundExceeded
-from node.kernel.limits import CHUNKS_IN_FLIGHT_PER_MODEL_MAX
+from node.kernel.limits import CHUNKS_IN_FLIGHT_PER_MODEL_MAX, SETTLED_ROWS_MAX
 from node.kernel.ports import ModelRunner, StateStore
 from node.kernel.types import ModelName, ModelOutputs, ModelVersion, OverloadPolicy, SequenceChunk, Triggers
 
@@ -106,6 +106,9 @@ class Backlog:
             return True
         return len(line.entries) < CHUNKS_IN_FLIGHT_PER_MODEL_MAX and line.entries[-1].answering is not None
 
+    def rows_max(self, name: ModelName) -> int:
+        return self._bound(name).rows_max
+
     @property
     def rows(self) -> int:
         return sum(line.rows for line in self._lines.values())
@@ -143,14 +146,17 @@ class Backlog:
         return entry
 
     def settle(self) -> Settled:
-        """Take the answered chunks off the head of every line, and those whose model is gone."""
+        """Take the answered chunks off the head of every line, and those whose model is gone.
+
+        As many as one frame may well hold: the rest is settled by the next cycle.
+        """
         self.changed.clear()
         settled = Settled()
+        rows = 0
         for name, line in self._lines.items():
-            number = line.entries[0].number if line.entries else line.next_number
-            while line.entries and self._settle_head(line.entries[0], settled):
-                number = self._drop_head(line).number + 1
-                settled.cursors[str(name)] = number
+            while line.entries and rows < SETTLED_ROWS_MAX and self._settle_head(line.entries[0], settled):
+                rows += line.entries[0].rows
+                settled.cursors[str(name)] = self._drop_head(line).number + 1
         return settled
 
     def _settle_head(self, entry: _Entry, settled: Settled) -> bool:

@@ -24,6 +24,12 @@ class Committer:
         self._cache = cache
         self._steps = steps
         self._committing: asyncio.Task[None] | None = None
+        self.commits = 0
+        """Done in this session."""
+
+    @property
+    def idle(self) -> bool:
+        return self._committing is None
 
     async def submit(
         self, outgoing: Outgoing, customers: Sequence[str], rows: Floats, applied: Callable[[], None]
@@ -63,6 +69,7 @@ class Committer:
         with self._steps.measure("apply"):
             self._store.apply(outgoing.frame, changelog_offset)
             self._cache.applied()
+        self.commits += 1
         applied()
 
     async def close(self) -> None:

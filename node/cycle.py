@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 import structlog
@@ -19,6 +19,7 @@ from node.columns import where
 from node.commit import Committer
 from node.ingest.decode import Decoded, EventDecoder
 from node.ingest.source import Polled, Source
+from node.kernel.clock import Clock
 from node.kernel.errors import BoundExceeded
 from node.kernel.ports import FeaturePlan, ModelRunner
 from node.kernel.types import (
@@ -45,6 +46,8 @@ from node.triggers import Outcome, run_triggers, select, triggers_of
 
 log = structlog.get_logger(__name__)
 
+_PROGRESS_SECONDS = 1.0
+
 
 @dataclass(frozen=True, slots=True)
 class CycleSettings:
@@ -65,6 +68,9 @@ class PartitionState:
     """As of the newest cycle."""
     committed: Mapping[str, int]
     """The counters as of the last commit."""
+    progress: Mapping[str, int] = field(default_factory=dict)
+    """Of the newest frame submitted."""
+    submitted: float = 0.0
     layout_committed: int = -1
     """Id of the newest layout that a frame of this session carried."""
     plan: FeaturePlan | None = None
@@ -92,6 +98,7 @@ class Cycle:
         committer: Committer,
         state: PartitionState,
         steps: StepTimes,
+        clock: Clock,
     ) -> None:
         self._engine = engine
         self._origin = origin
@@ -99,6 +106,7 @@ class Cycle:
         self._committer = committer
         self._state = state
         self._steps = steps
+        self._clock = clock
 
     async def run(self) -> bool:
         """One cycle; True if the source gave as many events as were asked for, so that more are likely waiting."""
@@ -106,7 +114,7 @@ class Cycle:
         with steps.measure("poll"):  # 1. Poll a micro-batch.
             polled = await self._source.poll(engine.settings.events_max, engine.settings.wait_ms)
         settled = state.backlog.settle()
-        if not polled.records and not settled.cursors:
+        if not polled.records and not settled.cursors and not self._progress_due(polled):
             self._committer.check()
             state.backlog.pump()
             return False
@@ -129,8 +137,17 @@ class Cycle:
         with steps.measure("encode"):
             _store_answers(state.layout, rows, outcome.answers, positions)
             outgoing = self._outgoing(polled, decoded, customers, rows, outcome, folded.late)
+        state.progress, state.submitted = polled.progress, self._clock.monotonic()
         await self._committer.submit(outgoing, customers, rows, lambda: self._applied(outgoing))  # 8. Commit.
         return len(polled.records) >= engine.settings.events_max
+
+    def _progress_due(self, polled: Polled) -> bool:
+        """Whether progress alone is worth a commit: where to go on is not durable yet, or has moved over transaction
+        markers and nothing else for a while."""
+        state = self._state
+        if not polled.progress.keys() <= state.progress.keys():
+            return True
+        return polled.progress != state.progress and self._clock.monotonic() - state.submitted > _PROGRESS_SECONDS
 
     def _applied(self, outgoing: Outgoing) -> None:
         self._state.layout_committed = max(self._state.layout_committed, outgoing.frame.layout_id)

@@ -95,5 +95,5 @@ def _json_outputs(version: ModelVersion, values: Floats) -> list[bytes]:
 def _labels(version: ModelVersion, indexes: Floats) -> list[bytes]:
     if not version.labels:
         return []
-    names = [orjson.dumps(label) for label in version.labels]
-    return [names[int(index)] if index == index else b"null" for index in indexes.tolist()]
+    names = {float(index): orjson.dumps(label) for index, label in enumerate(version.labels)}
+    return [names.get(index, b"null") for index in indexes.tolist()]

@@ -23,6 +23,7 @@ log = structlog.get_logger(__name__)
 Transactions = Literal["auto", "required", "off"]
 _GROUP_OFFSETS_SECONDS = 1.0
 """The group's offsets are for lag tools only (progress is in the frame), and cost two round trips."""
+_GROUP_OFFSETS_SECONDS_MAX = 5.0
 _RETRY_MS = 10
 """A broker still writing the last transaction's markers asks for a retry; the default would cost it 100 ms."""
 _MARKERS_RETRY_SECONDS = 0.002
@@ -38,6 +39,15 @@ class OutputTopics:
     inferences: str
     changelog: str
     dead_letters: str
+
+
+@dataclass(slots=True)
+class BrokerTraits:
+    """What was learned about the broker; outlives the outboxes of a partition."""
+
+    has_transactions: bool = False
+    """A transactional producer has started once: a refusal is a fault now, not a trait."""
+    takes_group_offsets: bool = True
 
 
 @dataclass(slots=True)
@@ -62,6 +72,7 @@ class Outbox:
         compression: Compression,
         encode: Callable[[Frame], list[bytes]],
         clock: Clock,
+        traits: BrokerTraits | None = None,
     ) -> None:
         self._options = options
         self._topics = topics
@@ -71,6 +82,7 @@ class Outbox:
         self._compression = compression
         self._encode = encode
         self._clock = clock
+        self._traits = traits or BrokerTraits()
         self._producer: AIOKafkaProducer | None = None
         self._offsets_sent = 0.0
         self.transactional = transactions != "off"
@@ -84,10 +96,10 @@ class Outbox:
         await self.close()
         if self.transactional:
             try:
-                await self._start(f"{self._application}-{self._partition}")
+                await self._start_transactional()
                 return
             except BrokerUnavailable as failure:
-                if self._wanted == "required" or not _refuses_transactions(failure):
+                if self._wanted == "required" or self._traits.has_transactions or not _refuses_transactions(failure):
                     raise
                 log.warning(
                     "broker without transactions: at least once from here on, drop duplicates by inference id",
@@ -97,6 +109,19 @@ class Outbox:
                 self.transactional = False
         await self._start(None)
 
+    async def _start_transactional(self) -> None:
+        """A refusal is believed when it is repeated: any broker may fail once with the same error."""
+        for last in (False, False, True):
+            try:
+                await self._start(f"{self._application}-{self._partition}")
+            except BrokerUnavailable as failure:
+                if last or not _refuses_transactions(failure):
+                    raise
+                await self.close()
+            else:
+                self._traits.has_transactions = True
+                return
+
     async def _start(self, transactional_id: str | None) -> None:
         what = f"producer of partition {self._partition}"
         self._producer = AIOKafkaProducer(
@@ -104,7 +129,23 @@ class Outbox:
         )
         await broker_call(f"start {what}", self._producer.start())
         if transactional_id is not None:
-            await broker_call(f"fence by {what}", self._producer.begin_transaction())
+            await broker_call(f"fence by {what}", self._end_earlier_transactions(self._producer))
+            await broker_call(f"begin by {what}", self._producer.begin_transaction())
+
+    async def _end_earlier_transactions(self, producer: AIOKafkaProducer) -> None:
+        """Write a commit marker into every output partition, behind whatever an earlier producer left there.
+
+        A broker (4.3.1) that is killed after it acknowledged a commit may come back without having written the
+        markers, and never write them: the frame is then behind the end that read_committed readers see, until
+        the next transaction of the same producer in that partition ends. Twice, because a second transaction
+        begins only when the markers of the first are written; so a fold that starts after this sees all.
+        """
+        for _ in range(2):
+            await producer.begin_transaction()
+            for topic in (self._topics.inferences, self._topics.dead_letters, self._topics.changelog):
+                # Adding a partition without a record to it is what no public call of the client does.
+                producer._txn_manager.maybe_add_partition_to_txn(TopicPartition(topic, self._partition))
+            await producer.commit_transaction()
 
     async def send(self, outgoing: Outgoing) -> int:
         """Make `outgoing` durable, all of it or nothing; gives the changelog offset after its frame.
@@ -127,9 +168,10 @@ class Outbox:
         sent += await self._enqueue(producer, self._topics.changelog, parts)
         if self.transactional:
             await self._send_group_offsets(producer, outgoing.frame)
-            await producer.commit_transaction()
+        # The client commits a transaction whose batches a broker refused: so all must be there first.
         frame_end = (await _delivered(sent))[-1]
         if self.transactional:
+            await producer.commit_transaction()
             await producer.begin_transaction()
         return frame_end
 
@@ -143,16 +185,32 @@ class Outbox:
 
     async def _send_group_offsets(self, producer: AIOKafkaProducer, frame: Frame) -> None:
         now = self._clock.monotonic()
-        if now - self._offsets_sent < _GROUP_OFFSETS_SECONDS or not frame.progress:
+        if not self._traits.takes_group_offsets or now - self._offsets_sent < _GROUP_OFFSETS_SECONDS:
+            return
+        offsets = {TopicPartition(topic, self._partition): offset for topic, offset in frame.progress.items()}
+        if not offsets:
             return
         self._offsets_sent = now
-        offsets = {TopicPartition(topic, self._partition): offset for topic, offset in frame.progress.items()}
-        await producer.send_offsets_to_transaction(offsets, self._application)
+        try:
+            async with asyncio.timeout(_GROUP_OFFSETS_SECONDS_MAX):
+                await producer.send_offsets_to_transaction(offsets, self._application)
+        except (TimeoutError, kafka_errors.KafkaError) as failure:
+            self._traits.takes_group_offsets = False
+            raise BrokerUnavailable(
+                f"the offsets of group {self._application} were refused ({type(failure).__name__}); commits go on "
+                "without them, so lag tools will not see this node"
+            ) from failure
 
     async def close(self) -> None:
+        """End the producer without waiting for what it still has: that belongs to a commit that is given up.
+
+        The client's own stop would go on sending it behind our back, after the next session's frames.
+        """
         if self._producer is not None:
             producer, self._producer = self._producer, None
-            await close_quietly(f"producer of partition {self._partition}", producer.stop())
+            producer._closed = True
+            await close_quietly(f"sender of partition {self._partition}", producer._sender.close())
+            await close_quietly(f"producer of partition {self._partition}", producer.client.close())
 
 
 def _mark_seen(future: asyncio.Future[Any]) -> None:

@@ -93,10 +93,12 @@ class Partition:
         session = await self._open_session()
         try:
             self.session = session
-            self.condition.phase, self.condition.reason = "running", ""
             while not self._stopping.is_set():
                 started = self._clock.monotonic()
-                if not await session.cycle():
+                more = await session.cycle()
+                if session.proven:
+                    self.condition.phase, self.condition.reason = "running", ""
+                if not more:
                     await self._pause(started + self._interval - self._clock.monotonic())
             await session.finish()
         finally:

@@ -56,7 +56,6 @@ class Partitions:
                 self.reason = reason
                 wait_ms = min(wait_ms * 2, BROKER_RETRY_MS_MAX)
             else:
-                self.reason = ""
                 wait_ms = _LOOK_SECONDS * 1000
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(wait_ms / 1000):
@@ -65,6 +64,8 @@ class Partitions:
     async def _look(self) -> None:
         count = await self._topics.source_partitions(self._sources)
         wanted = range(count) if self._owned == "all" else [number for number in self._owned if number < count]
+        absent = [] if self._owned == "all" else [number for number in self._owned if number >= count]
+        self.reason = f"[kafka] partitions names {absent}, the source topics have {count}" if absent else ""
         fresh = [number for number in wanted if number not in self.running]
         if not fresh:
             return

@@ -81,6 +81,11 @@ class PartitionSession:
             self._flushed = self._clock.monotonic()
         return more
 
+    @property
+    def proven(self) -> bool:
+        """Whether cycles work: one was committed, or there was nothing to commit. Opening alone proves nothing."""
+        return self._committer.commits > 0 or self._committer.idle
+
     async def finish(self) -> None:
         """Let the last commit end. Raises what it raised."""
         await self._committer.drain()
@@ -119,7 +124,7 @@ async def open_session(
         store.close()
         raise
     committer = Committer(outbox, store, state.cache, steps)
-    cycle = Cycle(engine, origin, source, committer, state, steps)
+    cycle = Cycle(engine, origin, source, committer, state, steps, clock)
     state.backlog.pump()
     return PartitionSession(cycle, committer, source, outbox, store, state, steps, parts.flush_interval_seconds, clock)
 
@@ -133,4 +138,6 @@ def _state(store: StateStore, parts: Parts, engine: Engine) -> PartitionState:
     except ValueError as failure:
         raise StateCorrupt(f"the sequence log can't be read: {failure}") from failure
     counters = store.counters()
-    return PartitionState(layout, RowCache(store, layout, parts.cache_bytes), backlog, Counter(counters), counters)
+    return PartitionState(
+        layout, RowCache(store, layout, parts.cache_bytes), backlog, Counter(counters), counters, store.progress()
+    )

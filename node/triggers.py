@@ -75,9 +75,19 @@ async def run_triggers(
     answered before the next cycle begins. Order within a model is kept.
     """
     outcome = Outcome(settled.answers, [], settled.cursors, settled.shed)
-    pieces = [(version, piece) for version, triggers in work for piece in split(triggers, SEQUENCE_CHUNK_ROWS_MAX)]
+    pieces = [
+        (version, piece)
+        for version, triggers in work
+        for piece in split(triggers, min(SEQUENCE_CHUNK_ROWS_MAX, backlog.rows_max(version.name)))
+    ]
     calls = [_submit(runner, backlog, version, triggers) for version, triggers in pieces]
-    await finish_within([call for call in calls if call is not None], deadline_seconds)
+    running = [call for call in calls if call is not None]
+    try:
+        await finish_within(running, deadline_seconds)
+    except BaseException:  # the session ends: its rows must not fill the runner's queue for the next one
+        for abandoned in running:
+            abandoned.cancel()
+        raise
     for (version, triggers), call in zip(pieces, calls, strict=True):
         if call is not None and call.done() and not backlog.behind(version.name):
             outcome.answers.append(Answer(version, triggers, call.result()))

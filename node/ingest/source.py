@@ -154,6 +154,8 @@ class Source:
             gone = lost.__cause__.args[0] if isinstance(lost.__cause__, OffsetOutOfRangeError) else self._places
             await self._reset(list(gone))
             polled = {}
+        for place in self._places:  # it also moves over transaction markers, which are no records
+            self.progress[place.topic] = await broker_call("source position", self._consumer.position(place))
         if not polled:
             self._check_topics([topic for topic in self._topics if self._consumer.partitions_for_topic(topic)])
         return self._in_order(polled)
@@ -167,10 +169,8 @@ class Source:
             self._go_to(place, self._reset_offset(place, self.progress[place.topic], starts[place], ends[place]))
 
     def _in_order(self, polled: Mapping[TopicPartition, list[Any]]) -> tuple[list[Any], list[int]]:
-        """One list, by Kafka timestamp where there are several topics; advances `progress`."""
+        """One list, by Kafka timestamp where there are several topics."""
         runs = [(self._topics.index(place.topic), records) for place, records in polled.items() if records]
-        for position, records in runs:
-            self.progress[self._topics[position]] = records[-1].offset + 1
         if len(runs) == 1:
             position, records = runs[0]
             return records, [position] * len(records)
@@ -193,7 +193,8 @@ class Source:
         assert self._consumer is not None
         total = 0
         for place in self._places:
-            end = self._consumer.highwater(place) or self.ends.get(place.topic, 0)
+            stable = self._consumer.last_stable_offset(place)
+            end = stable if stable and stable > 0 else self._consumer.highwater(place) or self.ends.get(place.topic, 0)
             total += max(0, end - self.progress.get(place.topic, 0))
         return total
 

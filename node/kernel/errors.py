@@ -86,3 +86,7 @@ class BoundExceeded(HeadraceError):
 
 class NotFound(HeadraceError):
     """The customer, model or feature that was asked for is not known here."""
+
+
+class ClusterUnavailable(HeadraceError):
+    """No quorum answered in time; the command may or may not be applied, and asking again is safe."""

@@ -45,6 +45,8 @@ WINDOW_MS_MAX = 400 * 24 * 3600 * 1000
 WRITE_STALL_MS_MAX = 2_000
 """How long a store may refuse a write because its flushes or compactions lag, before it counts as unavailable."""
 SEQUENCE_CHUNK_ROWS_MAX = 4096
+SETTLED_ROWS_MAX = 32_768
+"""Late answers that one cycle commits beside its own; a chunk more at most."""
 
 MODEL_BYTES_MAX = 512 * MIB
 MODEL_UNPACKED_BYTES_MAX = 2048 * MIB
@@ -126,3 +128,20 @@ CATALOG_MANIFEST_BYTES_MAX = 64 * MIB
 CATALOG_BYTES_MAX = 256 * MIB
 COMMAND_BYTES_MAX = MANIFEST_BYTES_MAX + 16 * KIB
 REFUSALS_KEPT_MAX = 64
+
+CLUSTER_NODES_MAX = 15
+CLUSTER_COMMAND_BYTES_MAX = 512 * KIB
+"""Of one catalog command: a manifest and what goes with it."""
+CLUSTER_COMMANDS_PER_SECOND_MAX = 2_000
+"""Proposed by one node: the catalog says who and what, nothing that grows with traffic."""
+CLUSTER_PROPOSALS_MAX = 256
+"""Commands of one node waiting for their outcome; one more is refused."""
+CLUSTER_SECRET_BYTES_MIN = 16
+CLUSTER_START_MS_MAX = 60_000
+CLUSTER_STOP_MS_MAX = 10_000
+CLUSTER_STRANGERS_MAX = 32
+"""Connections to the Raft port that have not shown the secret yet; one more closes the oldest."""
+CLUSTER_STRANGER_MS_MAX = 3_000
+CLUSTER_STRANGER_BYTES_MAX = 4 * KIB
+CLUSTER_TICKS_FAILED_MAX = 100
+"""In a row; then the node stops loudly."""

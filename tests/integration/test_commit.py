@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import gc
+import os
 import random
 import secrets
+import signal
 import socket
 import subprocess
 import time
@@ -278,6 +280,27 @@ async def test_a_store_that_is_ahead_of_its_changelog_is_refused(partition: Part
     store.apply(frame(1), await outbox.send(outgoing(1)) + 1000)
     with pytest.raises(ProgressLost, match="made again"):
         await partition.folded(store)
+
+
+async def test_a_commit_outlives_a_broker_that_is_killed_right_after_it(own_kafka: Any) -> None:
+    """Kafka may lose the markers of an acknowledged commit so: the next owner has to see its frame all the same."""
+    one = Partition(own_kafka.address, "killed")
+    for topic in (SOURCE, one.topics.inferences, one.topics.changelog, one.topics.dead_letters):
+        await asyncio.to_thread(Kafka(own_kafka.address).create, topic)
+    for number in range(1, 3):
+        outbox = await one.outbox()
+        assert (await one.folded()).progress() == ({SOURCE: 10 * (number - 1)} if number > 1 else {})
+        pid = own_kafka.pid
+        offset = await outbox.send(outgoing(number))
+        os.kill(pid, signal.SIGKILL)
+        await outbox.close()
+        await asyncio.to_thread(own_kafka.start)
+    await one.outbox()
+    store = await one.folded()
+    assert store.progress() == {SOURCE: 20}
+    assert store.changelog_offset() >= offset
+    assert await one.values(one.topics.inferences) == [b"inference %d" % number for number in range(1, 3)]
+    await one.close()
 
 
 # --- a broker without transactions ----------------------------------------------------------------------------------

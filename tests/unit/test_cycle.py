@@ -66,7 +66,7 @@ class Parts:
         source = Source({}, ("events",), 0, 1 << 20, "earliest", "wait", clock)
         engine = Engine(EventDecoder(CONFIG.events), lambda: self.newest, pool, CycleSettings(1, 1, 0.0))
         origin = Origin("node", ("events",), 0, CONFIG.schema())
-        self.cycle = Cycle(engine, origin, source, Committer(outbox, store, cache, steps), self.state, steps)
+        self.cycle = Cycle(engine, origin, source, Committer(outbox, store, cache, steps), self.state, steps, clock)
 
 
 async def test_a_plan_whose_rows_would_be_too_long_leaves_the_one_before_in_force() -> None:
