@@ -248,9 +248,9 @@ class WorkerProcess:
             raise CallFailed(messages.shorten(answer.reason))
         if not isinstance(answer, Called) or (answer.rows, answer.outputs) != (len(rows), outputs):
             raise self._corrupt("it answered something else to a call")
-        return self._outputs(answer, body)
+        return self._outputs(answer, body, len(self._versions[version].labels) if version in self._versions else 0)
 
-    def _outputs(self, called: Called, body: memoryview) -> ModelOutputs:
+    def _outputs(self, called: Called, body: memoryview, labels: int) -> ModelOutputs:
         try:
             values = messages.matrix(body, called.rows, called.outputs)
         except MessageCorrupt as error:
@@ -262,6 +262,10 @@ class WorkerProcess:
         }
         for row in np.flatnonzero(~np.isfinite(values).all(axis=1)).tolist():
             errors.setdefault(row, "an output is not a finite number")
+        if labels:
+            known = (values >= 0) & (values < labels) & (values == np.floor(values))
+            for row in np.flatnonzero(~known.all(axis=1)).tolist():
+                errors.setdefault(row, "the output is not one of the model's classes")
         self._calls += 1
         self._rows += called.rows
         self._cpu_seconds += called.cpu_seconds

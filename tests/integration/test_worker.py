@@ -9,6 +9,7 @@ import socket
 import sys
 import warnings
 from collections.abc import AsyncIterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -355,6 +356,25 @@ EVIL: dict[str, bytes] = {
     "a cost that is no number": answer_bytes(messages.Called(2, 1, float("nan")), bytes(16)),
     "the end": b"",
 }
+
+
+async def test_an_index_that_names_no_class_is_that_rows_error() -> None:
+    ours, theirs = socket.socketpair()
+    ours.setblocking(False)
+    process = await asyncio.create_subprocess_exec("sleep", "600")
+    transport, frames = await asyncio.get_running_loop().create_unix_connection(_Frames, sock=ours)
+    worker = WorkerProcess("evil", process.pid, os.pidfd_open(process.pid), transport, frames, MIB, SystemClock())
+    worker._versions["v"] = replace(version_of(("a",), method="predict"), labels=("no", "yes"))
+    indexes = np.array([0.0, 1.0, 2.0, -1.0, 0.5, 1e300])
+    call = asyncio.create_task(worker.call("v", rows_of(("a",), indexes.reshape(-1, 1)), 10))
+    await asyncio.sleep(0)
+    with theirs:
+        theirs.sendall(answer_bytes(messages.Called(len(indexes), 1, 0.0), indexes.tobytes()))
+        outputs = await call
+        assert sorted(outputs.errors) == [2, 3, 4, 5]
+        assert "not one of the model's classes" in outputs.errors[2]
+        await worker.close()
+    assert await process.wait() == -signal.SIGKILL
 
 
 @pytest.mark.parametrize("what", EVIL)

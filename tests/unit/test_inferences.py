@@ -21,7 +21,7 @@ numbers = st.floats(allow_infinity=False)
 def answers(draw: st.DrawFn) -> tuple[ModelVersion, Triggers, ModelOutputs, list[str], EventSchema]:
     count, outputs = draw(st.integers(0, 6)), draw(st.lists(texts, min_size=1, max_size=3, unique=True))
     labels = tuple(draw(st.lists(texts, min_size=1, max_size=4))) if len(outputs) == 1 and draw(st.booleans()) else ()
-    value = st.integers(0, len(labels) - 1).map(float) if labels else numbers
+    value = st.one_of(st.integers(-1, len(labels)).map(float), st.floats()) if labels else numbers
     values = np.array(draw(st.lists(value, min_size=count * len(outputs), max_size=count * len(outputs))), np.float64)
     topics, types = draw(st.lists(texts, min_size=1, max_size=3)), draw(st.lists(texts, min_size=1, max_size=3))
 
@@ -73,5 +73,7 @@ def test_every_record_is_the_json_of_its_trigger(
 
 def _told(version: ModelVersion, values: np.ndarray) -> list[float | str | None]:
     if version.labels:
-        return [version.labels[int(value)] for value in values.tolist()]
+        return [
+            version.labels[int(value)] if value in range(len(version.labels)) else None for value in values.tolist()
+        ]
     return [None if math.isnan(value) else value for value in values.tolist()]
