@@ -347,3 +347,26 @@ async def test_a_broker_without_transactions(tansu: str) -> None:
     assert await one.values(one.topics.inferences) == [b"inference 1", b"inference 2"]
     assert await one.values(one.topics.dead_letters) == [b"letter 1", b"letter 2"]
     await one.close()
+
+
+@pytest.mark.parametrize("refusing", ["inferences", "changelog"])
+async def test_a_batch_the_broker_refuses_commits_nothing(
+    source: str, kafka: str, topic_names: Callable[[str], str], refusing: str
+) -> None:
+    """The client would commit the rest of the transaction: outputs without progress, or progress without outputs."""
+    one = Partition(kafka, topic_names("refused"))
+    for name in ("inferences", "changelog", "dead_letters"):
+        record_bytes_max = 2000 if name == refusing else 1 << 20
+        await asyncio.to_thread(Kafka(kafka).create, getattr(one.topics, name), 1, record_bytes_max)
+    try:
+        for number in range(2):
+            outbox = await one.outbox()
+            big = Outgoing(frame(number, customers=100), [(b"c", secrets.token_bytes(5000))])
+            with pytest.raises(BrokerUnavailable, match="MessageSizeTooLarge|RecordTooLarge|too large"):
+                await outbox.send(big)
+            await outbox.close()
+        await one.outbox()
+        for topic in (one.topics.inferences, one.topics.changelog, one.topics.dead_letters):
+            assert await one.values(topic) == []
+    finally:
+        await one.close()
