@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TypeAlias
 
 from node.kernel import limits
-from node.kernel.errors import ManifestError
+from node.kernel.errors import ManifestError, printable
 from node.kernel.types import ModelName
 from tenants.manifest import is_name
 
@@ -23,6 +23,8 @@ MANIFEST = ".toml"
 MODEL = ".joblib"
 STATUS = ".status.json"
 TENANT_FILE = "tenant.toml"
+IGNORED_MAX = 256
+_LETTERS = "a-z, 0-9, '_' and '-' only, at most 63 of them"
 
 Signature: TypeAlias = tuple[int, int, int, int]
 """Device, inode, size and modification time: what changes when a file does."""
@@ -41,7 +43,7 @@ class Scan:
     """Tenant -> signature of its tenant.toml, None without one."""
     places: tuple[tuple[str, int, int], ...] = ()
     ignored: tuple[str, ...] = ()
-    """One line for each name that can't be taken."""
+    """One printable line for each name that can't be taken, at most IGNORED_MAX."""
 
 
 def scan(root: Path) -> Scan:
@@ -56,7 +58,7 @@ def scan(root: Path) -> Scan:
         if folder.name.startswith(".") or not folder.is_dir(follow_symlinks=False):
             continue
         if not is_name(folder.name):
-            ignored.append(f"{folder.name}/: a tenant's folder is named with a-z, 0-9, '_' and '-' only")
+            ignored.append(f"{printable(folder.name)}/: a tenant's folder is named with {_LETTERS}; rename it")
             continue
         if len(tenants) >= limits.TENANTS_MAX:
             ignored.append(f"{folder.name}/: there are {limits.TENANTS_MAX} tenants already")
@@ -70,12 +72,16 @@ def scan(root: Path) -> Scan:
         tenants[folder.name] = files.pop(TENANT_FILE, None)
         stems = {name.removesuffix(suffix) for name in files for suffix in (MANIFEST, MODEL) if name.endswith(suffix)}
         for stem in sorted(stems):
+            if not is_name(stem):
+                # Such as bytes that are no UTF-8: what comes here as a name is written to files and topics as text.
+                ignored.append(f"{folder.name}/{printable(stem)}: a model is named with {_LETTERS}; rename its files")
+                continue
             manifest, model = files.get(stem + MANIFEST), files.get(stem + MODEL)
             if manifest is not None and model is not None:
                 pairs[ModelName(folder.name, stem)] = manifest, model
             else:
                 halves.add(ModelName(folder.name, stem))
-    return Scan(pairs, frozenset(halves), tenants, tuple(places), tuple(ignored))
+    return Scan(pairs, frozenset(halves), tenants, tuple(places), tuple(ignored[:IGNORED_MAX]))
 
 
 def _files(folder: str) -> dict[str, Signature]:

@@ -38,6 +38,7 @@ from tenants.workers import LoadReport, WarmServer
 log = structlog.get_logger(__name__)
 
 TRIAL_ATTEMPTS_MAX = 2
+_IGNORED_LOGGED_MAX = 8
 
 
 @dataclass(frozen=True, slots=True)
@@ -207,7 +208,9 @@ class ModelWatcher:
             log.warning("watched directory not readable", error=str(error))
             return rescan_seconds
         self._counters.scans += 1
-        self._counters.ignored = found.ignored
+        if found.ignored != self._counters.ignored:
+            self._counters.ignored = found.ignored
+            log.warning("names not taken", ignored=found.ignored[:_IGNORED_LOGGED_MAX], count=len(found.ignored))
         if found.places != self._places:
             self._places = found.places
             self._rearm.set()
@@ -359,7 +362,7 @@ class ModelWatcher:
             if len(content) > limits.STATUS_FILE_BYTES_MAX:
                 content = msgspec.json.encode(_shortened(told))
             folder.write_status(self._settings.root, name, content)
-        except OSError as error:  # the tenant's folder: full, read-only or just removed
+        except (OSError, UnicodeError) as error:  # the tenant's folder: full, read-only or just removed
             log.warning("status file not written", model=str(name), error=str(error))
 
     # Trials

@@ -233,6 +233,17 @@ async def test_links_out_of_the_folder_pipes_and_hidden_names_are_not_read(node:
     assert set(node.watcher.snapshot.models) == {BID, ModelName("ads", "good")}
 
 
+async def test_a_name_that_is_no_text_stops_nobody(node: Node) -> None:
+    await node.start()
+    (node.root / "ads").mkdir()
+    for name, content in ((b"\xff.toml", MANIFEST), (b"\xff.joblib", model_file())):
+        (node.root / "ads" / os.fsdecode(name)).write_bytes(content)
+    node.drop(BID, model=model_file())
+    await until(lambda: node.status().get("state") == "live")
+    assert set(node.watcher.snapshot.models) == {BID}
+    assert any("udcff" in line for line in node.watcher.statistics().ignored)
+
+
 async def test_too_large_a_file_is_refused_unread(node: Node) -> None:
     await node.start()
     node.drop(BID, model=model_file())
