@@ -37,6 +37,8 @@ LOSSES_MAX = 2
 """A batch that took so many workers along is halved; a single row, given up."""
 LOAD_LOSSES_MAX = 3
 """A version that took so many workers along while it was loaded is failing."""
+FETCH_SECONDS_MAX = 60.0
+"""A version whose file is not here for so long is failing: its rows must not hold up those after them for ever."""
 DEADLINE_SHARE_MAX = 0.25
 """Of a call's deadline that a batch may be estimated to cost."""
 

@@ -362,7 +362,7 @@ async def test_a_batch_the_broker_refuses_commits_nothing(
         for number in range(2):
             outbox = await one.outbox()
             big = Outgoing(frame(number, customers=100), [(b"c", secrets.token_bytes(5000))])
-            with pytest.raises(BrokerUnavailable, match="MessageSizeTooLarge|RecordTooLarge|too large"):
+            with pytest.raises(BrokerUnavailable, match=r"TooLarge|too large"):
                 await outbox.send(big)
             await outbox.close()
         await one.outbox()

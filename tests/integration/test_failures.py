@@ -243,3 +243,20 @@ def test_two_nodes_of_one_application(kafka: str, make: Callable[..., Node], top
     assert "Fenced" in older.unready(), "it does not take the partitions back"
     assert not newer.unready()
     assert not newer.log_has("Fenced")
+
+
+def test_where_a_node_begins_at_the_end_is_durable_before_the_first_event(
+    kafka: str, make: Callable[..., Node], topic_names: Callable[[str], str]
+) -> None:
+    """Events that come while it is down again belong to it, although it has not seen one yet."""
+    broker = Kafka(kafka)
+    topic = broker.create(topic_names("events"))
+    broker.produce(topic, events_from(0, 50))
+    node = make(broker, topic, cycle={"start_from": "latest"})
+    node.start()
+    wait_until(lambda: node.counter("commits") == 1, "progress is committed")
+    node.kill()
+    broker.produce(topic, events_from(50, 30))
+    node.start()
+    check(node.inferences(30), events_from(50, 30))
+    assert node.counter("events") == 30

@@ -20,14 +20,15 @@ from sklearn.naive_bayes import MultinomialNB
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import OneHotEncoder
 
-from node.kernel.clock import SystemClock
+from node.kernel.clock import ManualClock, SystemClock
 from node.kernel.errors import BoundExceeded, NotFound
-from node.kernel.limits import ISOLATION_CALLS_MAX
+from node.kernel.limits import ISOLATION_CALLS_MAX, KIB, WORKER_BACKOFF_MS_MAX
 from node.kernel.ports import ModelRunner
 from node.kernel.supervise import Supervisor
 from node.kernel.types import FeatureRows, ModelName, ModelOutputs, ModelVersion
+from tenants import messages
 from tenants.manifest import TenantSettings
-from tenants.pool import ModelPool, TenantStatistics, VersionStatistics
+from tenants.pool import FETCH_SECONDS_MAX, ModelPool, TenantStatistics, VersionStatistics
 from tenants.sandbox import SandboxSettings
 from tenants.workers import WarmServer
 
@@ -266,6 +267,48 @@ async def test_rows_wait_while_the_file_cannot_be_had(running: Running) -> None:
     assert not future.done()
     running.models.files[version.blob] = file
     assert not (await answered(future)).errors
+
+
+async def test_rows_of_a_file_that_never_comes_are_given_up(server: WarmServer) -> None:
+    supervisor, models, clock = Supervisor(), Models(), ManualClock()
+    failing: list[tuple[ModelName, str, str]] = []
+    pool = ModelPool(
+        server, models.fetch, clock, supervisor, parallel=1,
+        on_failing=lambda name, version, reason: failing.append((name, version, reason)),
+    )  # fmt: skip
+    version = models.add(LINEAR)
+    file = models.files.pop(version.blob)
+    future = pool.submit(version, rows_of(X[:5]))
+    clock.advance(FETCH_SECONDS_MAX * 1000 - 1)
+    await until(lambda: models.fetches > 1)
+    assert not future.done()
+    clock.advance(1)
+    outputs = await answered(future)
+    assert sorted(outputs.errors) == [0, 1, 2, 3, 4]
+    assert "no file" in outputs.errors[0]
+    assert [hash_ for _, hash_, reason in failing if reason] == [version.version]
+
+    models.files[version.blob] = file
+    clock.advance(WORKER_BACKOFF_MS_MAX)
+    assert not (await answered(pool.submit(version, rows_of(X)))).errors
+    await pool.stop()
+    assert supervisor.failure is None
+    await supervisor.stop()
+
+
+async def test_texts_over_the_bound_of_a_call_go_in_several(running: Running, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(messages, "HEADER_BYTES_MAX", 64 * KIB)
+    texts: list[str | None] = [("good" if row % 2 else "bad") + " x" * 500 for row in range(300)]
+    model = make_pipeline(CountVectorizer(), LogisticRegression()).fit(texts, np.arange(300) % 2)
+    version = running.models.add(model, features=("words",))
+    texts[123] = "good " * 20_000
+    rows = FeatureRows(("words",), np.full((300, 1), np.nan), {"words": texts})
+    outputs = await answered(running.pool.submit(version, rows))
+    assert sorted(outputs.errors) == [123]
+    assert "WORKER_MESSAGE_BYTES_MAX" in outputs.errors[123]
+    others = np.delete(np.arange(300), 123)
+    expected = model.predict_proba([texts[row] for row in others])[:, 1]
+    np.testing.assert_allclose(outputs.values[others, 0], expected, rtol=1e-9)
 
 
 async def test_queues_are_bounded_by_the_tenant_s_setting(running: Running) -> None:
