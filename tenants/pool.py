@@ -20,7 +20,7 @@ import structlog
 
 from node.kernel import limits
 from node.kernel.clock import Clock
-from node.kernel.errors import BoundExceeded, CallFailed, HeadraceError, ModelRefused, WorkerLost
+from node.kernel.errors import BoundExceeded, CallFailed, HeadraceError, ModelRefused, NotFound, WorkerLost
 from node.kernel.supervise import Supervisor
 from node.kernel.types import FeatureRows, Ints, ModelName, ModelOutputs, ModelVersion
 from tenants.batch import Batch, Piece, Submission
@@ -125,7 +125,8 @@ class _Tenant:
 class ModelPool:
     """The `ModelRunner` of a node. All of it runs on one event loop.
 
-    `fetch` gives the bytes of a model file by sha256; while it fails, the rows wait and it is tried again.
+    `fetch` gives the bytes of a model file by sha256; while it fails, the rows wait and it is tried again, for
+    FETCH_SECONDS_MAX where the file is simply not there (NotFound).
     `parallel` is the number of batches that run at once, one a CPU. `on_failing` hears of each version that
     can't be run any more, with the reason, and with '' once it can again. Meanwhile its rows get that reason as their
     error; another load is tried at a submission once WORKER_BACKOFF_MS_MAX has passed.
@@ -300,11 +301,18 @@ class ModelPool:
 
     async def _fetch(self, tenant: _Tenant, known: _Version) -> None:
         backoff_ms = limits.WORKER_BACKOFF_MS_MIN
+        missing_since = math.inf
         while True:
             try:
                 known.model = await self._fetch_bytes(known.version.blob)
                 break
             except (HeadraceError, OSError) as error:
+                now = self._clock.monotonic()
+                missing_since = min(missing_since, now) if isinstance(error, NotFound) else math.inf
+                if now - missing_since >= FETCH_SECONDS_MAX:
+                    self._failing(tenant, known, f"its file was not here for {FETCH_SECONDS_MAX:g} s: {error}")
+                    tenant.changed.set()
+                    return
                 known.last_error = f"its file can't be had yet: {error}"
                 log.warning("model file not fetched", model=str(known.version.name), error=str(error))
             await asyncio.sleep(backoff_ms / 1000)
@@ -486,6 +494,8 @@ class ModelPool:
         except CallFailed as error:
             used, tenant.backoff_ms = _cpu_seconds(worker.pid) - before, 0
             pieces = self._raised(known, batch.piece(), str(error))
+        except BoundExceeded as error:
+            pieces = self._too_large(known, batch.piece(), str(error))
         except WorkerLost as error:
             # Its CPU time went with it: charge the time it held the slot, and learn that such batches take long.
             used = self._clock.monotonic() - started
@@ -558,6 +568,16 @@ class ModelPool:
             isolation = Isolation()
             return [piece.take(at, isolation=isolation) for at in first_pieces(piece.rows)]
         return [piece.take(at, piece.losses, isolation) for at in halves(len(piece.rows))]
+
+    @staticmethod
+    def _too_large(known: _Version, piece: Piece, reason: str) -> list[Piece]:
+        """What to try after the piece was over the bound of one message: its halves; a single row is answered."""
+        known.last_error = reason
+        if len(piece.rows) == 1:
+            known.rows_failed += 1
+            piece.answer(None, {0: reason}, 0.0)
+            return []
+        return [piece.take(at, piece.losses, piece.isolation) for at in halves(len(piece.rows))]
 
     @staticmethod
     def _died(known: _Version, piece: Piece, reason: str) -> list[Piece]:
