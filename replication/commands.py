@@ -20,7 +20,7 @@ Reason: TypeAlias = Annotated[str, Meta(max_length=limits.REASON_BYTES_MAX)]
 Manifest: TypeAlias = Annotated[str, Meta(max_length=limits.MANIFEST_BYTES_MAX)]
 Sha256: TypeAlias = Annotated[str, Meta(pattern="^[0-9a-f]{64}$")]
 Names: TypeAlias = Annotated[tuple[Name, ...], Meta(max_length=limits.NODES_MAX)]
-Number: TypeAlias = Annotated[int, Meta(ge=0, lt=2**63)]
+Number: TypeAlias = Annotated[int, Meta(ge=0, le=2**63 - 1)]
 
 
 class Settings(Struct, frozen=True):
@@ -47,7 +47,7 @@ class JoinNode(_Command, frozen=True, kw_only=True, tag="join"):
     http_address: Name
     rack: Text = ""
     weight: Annotated[float, Meta(ge=limits.WEIGHT_MIN, le=limits.WEIGHT_MAX)] = 1.0
-    incarnation: Annotated[int, Meta(ge=1, lt=2**63)] = 1
+    incarnation: Annotated[int, Meta(ge=1, le=2**63 - 1)] = 1
     at_ms: Number = 0
 
 
