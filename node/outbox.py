@@ -21,7 +21,7 @@ from node.kernel.types import Frame
 log = structlog.get_logger(__name__)
 
 Transactions = Literal["auto", "required", "off"]
-_GROUP_OFFSETS_SECONDS = 1.0
+_GROUP_OFFSETS_SECONDS = 5.0
 """The group's offsets are for lag tools only (progress is in the frame), and cost two round trips."""
 _GROUP_OFFSETS_SECONDS_MAX = 5.0
 _RETRY_MS = 10

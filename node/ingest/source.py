@@ -23,7 +23,7 @@ _SILENT_SECONDS = 5.0
 _PROBE_MS_MAX = 5_000
 _TRIAL_MS = 1_000
 _AT_ONCE_SECONDS = 0.0005
-_FRESH_MS = 5
+_FRESH_MS = 3
 """A fetch of what the broker has takes one or two milliseconds."""
 
 

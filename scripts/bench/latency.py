@@ -23,9 +23,9 @@ import workload
 AIMS = {"p99_ms": "<= 50"}
 RATE_PER_S = 5_000
 TICK_S = 0.002
-WARM_S, SECONDS, SECONDS_QUICK = 10.0, 60.0, 5.0
-COMMIT_INTERVAL_MS = 10
-DEADLINE_MS = 20
+WARM_S, SECONDS, SECONDS_QUICK = 25.0, 60.0, 15.0
+COMMIT_INTERVAL_MS = 15
+DEADLINE_MS = 25
 DRAIN_S_MAX = 20.0
 
 
@@ -146,7 +146,7 @@ def main(quick: bool) -> harness.Result:
             asyncio.run(workload.create_topic(broker.address, "events"))
             cycle: dict[str, object] = {"commit_interval_ms": COMMIT_INTERVAL_MS, "wait_ms": 10, "inference_deadline_ms": DEADLINE_MS}
             config = workload.config(
-                folder / "node.toml", broker.address, "events", port, application="latency", settings={"cycle": cycle}
+                folder / "node.toml", broker.address, "events", port, application="latency", settings={"cycle": cycle, "tenants": {"directory": "tenants", "workers_parallel": 2}}
             )
             with harness.running_node(config, port) as node:
                 before = node.cpu()
