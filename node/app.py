@@ -268,7 +268,9 @@ def _tenant_service(config: Config, data: Path, clock: Clock, supervisor: Superv
         parallel=tenants.workers_parallel or max(1, (os.cpu_count() or 2) - 1),
         quantum_seconds=tenants.quantum_ms / 1000,
     )
-    return TenantService(settings, config.schema(), Blobs(blobs.put, blobs.get), clock, supervisor)
+    return TenantService(
+        settings, config.schema(), Blobs(blobs.put, blobs.get, blobs.names, blobs.delete), clock, supervisor
+    )
 
 
 def client_options(kafka: KafkaSection, client_id: str) -> ClientOptions:

@@ -87,6 +87,11 @@ class BlobStore:
         with self._disk("removed"):
             self._path(sha256).unlink(missing_ok=True)
 
+    def names(self) -> list[str]:
+        """The sha256 of each file that is kept."""
+        with self._disk("listed"):
+            return [name for name in os.listdir(self._folder) if _NAME.fullmatch(name)]
+
     def statistics(self) -> BlobStatistics:
         with self._disk("listed"):
             sizes = [entry.stat().st_size for entry in os.scandir(self._folder) if _NAME.fullmatch(entry.name)]

@@ -86,7 +86,7 @@ class Snapshot:
 
 @dataclass(frozen=True, slots=True)
 class PairSeen:
-    """A whole pair of files is there; `blob` is the sha256 of the model file."""
+    """A whole pair of files is there; `blob` is the sha256 of the model file, '' when `may_take` spared the copy."""
 
     name: ModelName
     manifest: bytes
@@ -191,6 +191,15 @@ def apply(snapshot: Snapshot, event: Event, schema: EventSchema) -> Step:
     return _apply(event, snapshot, schema)
 
 
+def may_take(snapshot: Snapshot, name: ModelName, manifest: bytes, schema: EventSchema) -> bool:
+    """Whether a pair with this manifest would be tried at all, so that its model file is worth a copy."""
+    try:
+        _checked(snapshot, name, manifest, schema)
+    except ManifestError:
+        return False
+    return True
+
+
 def text_features(manifest: Manifest) -> tuple[str, ...]:
     """The features whose values are texts, sorted."""
     return tuple(sorted(name for name, kind in manifest.feature_types.items() if kind == "text"))
@@ -205,15 +214,14 @@ def _apply(event: Event, snapshot: Snapshot, schema: EventSchema) -> Step:
 def _(event: PairSeen, snapshot: Snapshot, schema: EventSchema) -> Step:
     entry = snapshot.models.get(event.name, Entry(event.name))
     try:
-        _check_place(snapshot, event.name)
-        manifest = parse_manifest(
-            f"{event.name.model}.toml", event.name.tenant, event.name.model, event.manifest, schema
-        )
+        manifest = _checked(snapshot, event.name, event.manifest, schema)
     except ManifestError as error:
         refused = Newest("refused", "", event.blob, event.at_ms, error.problems)
         if entry.newest is not None and _same(entry.newest, refused):
             return snapshot, ()
         return _with(snapshot, replace(entry, newest=refused)), (WriteStatus(event.name),)
+    if not event.blob:
+        return snapshot, ()  # never tried without its file
     version = manifest.version(event.blob)
     if entry.live is not None and entry.live.version.version == version.version:
         if entry.newest is None:
@@ -324,6 +332,12 @@ def _same(one: Newest, other: Newest) -> bool:
 
 def _on_trial(newest: Newest, version: str) -> bool:
     return newest.state == "candidate" and newest.version == version
+
+
+def _checked(snapshot: Snapshot, name: ModelName, manifest: bytes, schema: EventSchema) -> Manifest:
+    """Raises ManifestError."""
+    _check_place(snapshot, name)
+    return parse_manifest(f"{name.model}.toml", name.tenant, name.model, manifest, schema)
 
 
 def _check_place(snapshot: Snapshot, name: ModelName) -> None:

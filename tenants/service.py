@@ -6,26 +6,23 @@ import asyncio
 from dataclasses import dataclass
 from pathlib import Path
 
-import msgspec
 import structlog
 
 from node.kernel.clock import Clock
-from node.kernel.limits import MODELS_PER_TENANT_MAX, TENANTS_MAX
+from node.kernel.errors import StoreUnavailable
 from node.kernel.ports import FeaturePlan
 from node.kernel.supervise import Supervisor
 from node.kernel.types import EventSchema, ModelName, ModelVersion
 from tenants.features import compile_plan
-from tenants.folder import replace_file
 from tenants.manifest import TenantSettings
 from tenants.pool import ModelPool, PoolStatistics
 from tenants.registry import Snapshot
 from tenants.sandbox import SandboxSettings
+from tenants.versions import VersionFolder
 from tenants.watch import Blobs, ModelWatcher, WatchSettings, WatchStatistics
 from tenants.workers import WarmServer
 
 log = structlog.get_logger(__name__)
-
-_VERSIONS_REMEMBERED_MAX = 4 * TENANTS_MAX * MODELS_PER_TENANT_MAX
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,7 +52,7 @@ class TenantService:
         self._schema = schema
         self._blobs = blobs
         self._plan: FeaturePlan = compile_plan((), schema)
-        self._versions: dict[str, ModelVersion] = {}
+        self._versions = VersionFolder(settings.versions)
         self._server = WarmServer(settings.sandbox, clock)
         self.watcher = ModelWatcher(
             settings.watch,
@@ -66,6 +63,7 @@ class TenantService:
             supervisor,
             self._changed,
             lambda action: self.runner.act(action),
+            self._collect,
         )
         self.runner = ModelPool(
             self._server,
@@ -102,11 +100,17 @@ class TenantService:
         return self._plan
 
     def version(self, name: ModelName, version: str) -> ModelVersion | None:
-        """What a trigger of an earlier cycle has to run on; None once its model was deleted."""
-        entry = self.watcher.snapshot.models.get(name)
-        if entry is None or (entry.live is None and entry.newest is None):
-            return None
-        return self._versions.get(version) or self._recall(version)
+        """What a trigger of an earlier cycle has to run on; None once its model was deleted.
+
+        Raises StoreUnavailable while that can't be told: the disk refuses, or models are still being tried.
+        """
+        known = self._versions.recall(version) if name in self.watcher.snapshot.models else None
+        if known is None and not self.watcher.caught_up.is_set():
+            raise StoreUnavailable(
+                f"models are still being tried, {name} may be one of them: its waiting triggers wait on; if this lasts,"
+                " look whether the watched directory can be read"
+            )
+        return known
 
     def settings(self, tenant: str) -> TenantSettings:
         return self.watcher.snapshot.tenants.get(tenant) or TenantSettings(tenant)
@@ -119,25 +123,18 @@ class TenantService:
 
     def _changed(self, snapshot: Snapshot) -> None:
         self._plan = compile_plan(snapshot.live, self._schema)
-        for version, _ in snapshot.live:
-            self._remember(version)
+        self._versions.keep(version for version, _ in snapshot.live)
         log.info("models changed", snapshot=snapshot.number, live=[str(version.name) for version, _ in snapshot.live])
 
-    def _remember(self, version: ModelVersion) -> None:
-        if version.version in self._versions:
-            return
-        if len(self._versions) >= _VERSIONS_REMEMBERED_MAX:
-            self._versions.pop(next(iter(self._versions)))
-        self._versions[version.version] = version
-        self._settings.versions.mkdir(parents=True, exist_ok=True)
-        replace_file(self._settings.versions / version.version, msgspec.json.encode(version))
-
-    def _recall(self, version: str) -> ModelVersion | None:
-        try:
-            content = (self._settings.versions / version).read_bytes()
-            recalled = msgspec.json.decode(content, type=ModelVersion)
-        except (OSError, msgspec.MsgspecError) as failure:
-            log.error("a version that triggers wait for is not known any more", version=version, error=str(failure))
-            return None
-        self._versions[version] = recalled
-        return recalled
+    def _collect(self, snapshot: Snapshot) -> None:
+        """Remove what no model needs any more. Blocking. Raises StoreUnavailable."""
+        newest = [entry.newest for entry in snapshot.models.values() if entry.newest is not None]
+        versions = {version.version for version, _ in snapshot.live} | {one.version for one in newest}
+        blobs = {version.blob for version, _ in snapshot.live} | {one.blob for one in newest}
+        kept = self._versions.collect(snapshot.models.keys(), versions)
+        self._versions.forget(kept.dropped)
+        unneeded = set(self._blobs.names()) - kept.blobs - blobs
+        for sha256 in unneeded:
+            self._blobs.delete(sha256)
+        if kept.dropped or unneeded:
+            log.info("unneeded models removed", versions=len(kept.dropped), files=len(unneeded))

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -38,6 +38,8 @@ from tenants.workers import LoadReport, WarmServer
 log = structlog.get_logger(__name__)
 
 TRIAL_ATTEMPTS_MAX = 2
+CAUGHT_UP_SECONDS_MAX = 3600.0
+"""A tenant that never stops changing a file must not keep the others from being told what is deleted."""
 _IGNORED_LOGGED_MAX = 8
 
 
@@ -61,6 +63,8 @@ class Blobs:
 
     put: Callable[[Path], str]
     get: Callable[[str], bytes]
+    names: Callable[[], Iterable[str]]
+    delete: Callable[[str], None]
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,7 +100,8 @@ class ModelWatcher:
     """Keeps the registry's snapshot in step with the directory. `changed` hears of each new snapshot.
 
     `acted` hears of each action that is for the pool (GoLive, Retire, ConfigureTenant, RemoveTenant), in order and
-    after the registry file holds it.
+    after the registry file holds it. `collect` is called in a thread, at a time when no file is being taken, to remove
+    what the snapshot no longer needs; it may raise StoreUnavailable, and is called again then.
     """
 
     def __init__(
@@ -109,6 +114,7 @@ class ModelWatcher:
         supervisor: Supervisor,
         changed: Callable[[Snapshot], None],
         acted: Callable[[Action], None] = lambda action: None,
+        collect: Callable[[Snapshot], None] = lambda snapshot: None,
     ) -> None:
         self._settings = settings
         self._schema = schema
@@ -118,6 +124,9 @@ class ModelWatcher:
         self._supervisor = supervisor
         self._changed = changed
         self._acted = acted
+        self._collect = collect
+        self._collected: Snapshot | None = None
+        self._started = clock.monotonic()
         self._snapshot = Snapshot()
         self._seen: dict[ModelName | str, _Seen] = {}
         self._applying = asyncio.Lock()
@@ -130,7 +139,7 @@ class ModelWatcher:
         self._counters = _Counters()
         self._nothing_new = False
         self.caught_up = asyncio.Event()
-        """Set once all that was found so far has been tried; never cleared."""
+        """Set once all that was found so far has been tried, or CAUGHT_UP_SECONDS_MAX have passed; never cleared."""
 
     @property
     def snapshot(self) -> Snapshot:
@@ -223,10 +232,22 @@ class ModelWatcher:
         waiting = [seen.since for seen in self._seen.values() if seen.since is not None]
         self._nothing_new = not waiting
         self._note_caught_up()
+        await self._collect_garbage()
         if not waiting:
             return rescan_seconds
         settled_in = min(waiting) + self._settings.settle_ms / 1000 - self._clock.monotonic()
         return min(max(settled_in, 0.005), rescan_seconds)
+
+    async def _collect_garbage(self) -> None:
+        """After each change; not before all was tried, as until then what is needed is not yet in the snapshot."""
+        snapshot = self._snapshot
+        if not self.caught_up.is_set() or self._collected is snapshot:
+            return
+        try:
+            await asyncio.to_thread(self._collect, snapshot)
+            self._collected = snapshot
+        except StoreUnavailable as error:
+            log.warning("what is no longer needed is not removed", error=str(error))
 
     def _settled(self, key: ModelName | str, signature: object, now: float) -> bool:
         """Whether this is new and unchanged for the settle time; then it counts as taken."""
@@ -274,7 +295,7 @@ class ModelWatcher:
             await self._apply(event)
 
     def _read_pair(self, name: ModelName, signatures: tuple[Signature, Signature]) -> Event | None:
-        """Copy the model file among the blobs and read the manifest; None to look again."""
+        """Read the manifest and, if that may be taken, copy the model file among the blobs; None to look again."""
         root, now_ms = self._settings.root, self._clock.now_ms()
         manifest_name, model_name = name.model + MANIFEST, name.model + MODEL
         try:
@@ -284,7 +305,10 @@ class ModelWatcher:
             ):
                 if (first, second) != signatures:
                     return None
-                text, blob = manifest.read_bytes(), self._blobs.put(model)
+                text = manifest.read_bytes()
+                if not registry.may_take(self._snapshot, name, text, self._schema):
+                    return registry.PairSeen(name, text, "", now_ms)
+                blob = self._blobs.put(model)
             with folder.opened(root, name.tenant, model_name, limits.MODEL_BYTES_MAX) as (_, after):
                 return registry.PairSeen(name, text, blob, now_ms) if after == second else None
         except ManifestError as error:
@@ -382,7 +406,8 @@ class ModelWatcher:
         self._note_caught_up()
 
     def _note_caught_up(self) -> None:
-        if self._nothing_new and not self._trials:
+        late = self._clock.monotonic() - self._started >= CAUGHT_UP_SECONDS_MAX
+        if late or (self._nothing_new and not self._trials):
             self.caught_up.set()
 
     async def _try(self, trial: StartTrial) -> None:

@@ -75,7 +75,8 @@ class Node:
         self.supervisor = Supervisor()
         settings = WatchSettings(self.root, self.folder / "registry.json", settle_ms=settle_ms, rescan_ms=rescan_ms)
         self.watcher = ModelWatcher(
-            settings, SCHEMA, self.server, Blobs(self.blobs.put, self.blobs.get), self.clock, self.supervisor,
+            settings, SCHEMA, self.server,
+            Blobs(self.blobs.put, self.blobs.get, self.blobs.names, self.blobs.delete), self.clock, self.supervisor,
             self.snapshots.append, self.actions.append,
         )  # fmt: skip
         await self.watcher.start()
@@ -242,6 +243,14 @@ async def test_a_name_that_is_no_text_stops_nobody(node: Node) -> None:
     await until(lambda: node.status().get("state") == "live")
     assert set(node.watcher.snapshot.models) == {BID}
     assert any("udcff" in line for line in node.watcher.statistics().ignored)
+
+
+async def test_the_model_file_of_a_refused_manifest_is_not_copied(node: Node) -> None:
+    await node.start()
+    node.drop(BID, manifest=b'on = ["transaction"]\n[features]\namount = "event.amont"\n', model=model_file())
+    await until(lambda: node.status().get("state") == "refused")
+    assert "amont" in str(node.status()["problems"])
+    assert node.blobs.names() == []
 
 
 async def test_too_large_a_file_is_refused_unread(node: Node) -> None:

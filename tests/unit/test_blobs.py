@@ -21,6 +21,9 @@ def test_what_is_put_comes_back_under_its_hash(tmp_path_factory: pytest.TempPath
     assert store.get(sha256) == content
     assert store.put(content) == sha256
     assert store.statistics().files == 1
+    assert store.names() == [sha256]
+    store.delete(sha256)
+    assert store.names() == []
 
 
 def test_a_file_is_copied_and_the_copy_is_its_own(tmp_path: Path) -> None:

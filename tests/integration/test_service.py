@@ -1,0 +1,161 @@
+"""All of tenants' models behind one object: what is kept of old versions, what is removed, what counts as deleted."""
+
+from __future__ import annotations
+
+import asyncio
+import io
+import shutil
+from collections.abc import AsyncIterator, Callable
+from pathlib import Path
+
+import joblib
+import numpy as np
+import pytest
+import pytest_asyncio
+from sklearn.linear_model import LogisticRegression
+
+from node.kernel.clock import SystemClock
+from node.kernel.errors import StoreUnavailable
+from node.kernel.supervise import Supervisor
+from node.kernel.types import EventSchema, ModelName
+from replication.blobs import BlobStore
+from tenants.sandbox import SandboxSettings
+from tenants.service import ServiceSettings, TenantService
+from tenants.watch import Blobs, WatchSettings
+
+pytestmark = pytest.mark.asyncio(loop_scope="module")
+
+SCHEMA = EventSchema(("transaction",), {"amount": "number"})
+X = np.random.default_rng(3).normal(size=(100, 1))
+MANIFEST = b'on = ["transaction"]\n[features]\namount = "event.amount"\n'
+BID = ModelName("ads", "bid")
+
+
+def model_file(regularisation: float = 1.0) -> bytes:
+    stream = io.BytesIO()
+    joblib.dump(LogisticRegression(C=regularisation).fit(X, X[:, 0] > 0), stream)
+    return stream.getvalue()
+
+
+class Node:
+    """One data folder and one watched directory; `start` again is a restart."""
+
+    def __init__(self, folder: Path) -> None:
+        self.root = folder / "watched"
+        self.data = folder / "data"
+        (self.root / "ads").mkdir(parents=True)
+        self.data.mkdir()
+        self.blobs = BlobStore(self.data / "blobs")
+        self.service: TenantService | None = None
+
+    async def start(self) -> TenantService:
+        blobs, clock = self.blobs, SystemClock()
+        self.supervisor = Supervisor()
+        self.service = TenantService(
+            ServiceSettings(
+                WatchSettings(self.root, self.data / "registry.json", settle_ms=40, rescan_ms=100),
+                SandboxSettings(required=frozenset()),
+                self.data / "versions",
+                parallel=1,
+                quantum_seconds=0.01,
+            ),
+            SCHEMA,
+            Blobs(blobs.put, blobs.get, blobs.names, blobs.delete),
+            clock,
+            self.supervisor,
+        )
+        await self.service.start()
+        return self.service
+
+    async def stop(self) -> None:
+        if self.service is not None:
+            assert self.supervisor.failure is None, "a background task died"
+            await self.service.stop()
+            await self.supervisor.stop()
+            self.service = None
+
+    def drop(self, name: ModelName = BID, model: bytes | None = None, manifest: bytes = MANIFEST) -> None:
+        for suffix, content in ((".joblib", model or model_file()), (".toml", manifest)):
+            temporary = self.root / name.tenant / f".{name.model}{suffix}"
+            temporary.write_bytes(content)
+            temporary.rename(self.root / name.tenant / f"{name.model}{suffix}")
+
+    def live(self, name: ModelName = BID) -> str:
+        assert self.service is not None
+        return next((version.version for version in self.service.plan().models if version.name == name), "")
+
+    def kept(self) -> set[str]:
+        return {path.name for path in (self.data / "versions").iterdir()}
+
+
+@pytest_asyncio.fixture(loop_scope="module")
+async def node(tmp_path: Path) -> AsyncIterator[Node]:
+    node = Node(tmp_path)
+    yield node
+    await node.stop()
+
+
+async def until(condition: Callable[[], object]) -> None:
+    async with asyncio.timeout(20):
+        while not condition():  # noqa: ASYNC110
+            await asyncio.sleep(0.005)
+
+
+async def test_a_model_not_tried_yet_is_not_a_deleted_one(node: Node) -> None:
+    node.drop()
+    service = await node.start()
+    with pytest.raises(StoreUnavailable, match="still being tried"):
+        service.version(BID, "0" * 64)
+    await until(node.live)
+    known = service.version(BID, node.live())
+    assert known is not None
+    assert known.name == BID
+    await until(service.watcher.caught_up.is_set)
+    assert service.version(ModelName("ads", "none"), "0" * 64) is None
+    assert service.version(BID, "0" * 64) is None
+
+
+async def test_versions_that_the_disk_refuses_to_read_are_not_deleted_ones(node: Node) -> None:
+    node.drop()
+    service = await node.start()
+    await until(node.live)
+    await until(service.watcher.caught_up.is_set)
+    (node.data / "versions" / ("0" * 64)).mkdir()
+    with pytest.raises(StoreUnavailable, match="repair the disk"):
+        service.version(BID, "0" * 64)
+
+
+async def test_a_folder_that_cannot_be_written_stops_nobody(node: Node) -> None:
+    (node.data / "versions").write_text("in the way")
+    node.drop()
+    service = await node.start()
+    await until(node.live)
+    assert service.version(BID, node.live()) is not None
+    (node.data / "versions").unlink()
+    node.drop(ModelName("ads", "other"))
+    await until(lambda: node.live(ModelName("ads", "other")))
+    await until(lambda: node.kept() == {node.live(), node.live(ModelName("ads", "other"))})
+
+
+async def test_what_no_model_needs_any_more_is_removed(node: Node) -> None:
+    stray = node.blobs.put(b"of a pair that was never live")
+    node.drop()
+    service = await node.start()
+    await until(node.live)
+    first = node.live()
+    await until(lambda: stray not in node.blobs.names())
+    node.drop(model=model_file(0.01))
+    await until(lambda: node.live() != first)
+    old = service.version(BID, first)
+    assert old is not None, "its triggers may still wait"
+    assert node.blobs.get(old.blob) == model_file()
+    await node.stop()
+
+    service = await node.start()
+    await until(service.watcher.caught_up.is_set)
+    assert node.kept() == {first, node.live()}
+    assert len(node.blobs.names()) == 2
+    shutil.rmtree(node.root / "ads")
+    await until(lambda: node.blobs.names() == [])
+    assert node.kept() == set()
+    assert service.version(BID, first) is None
