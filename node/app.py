@@ -24,6 +24,7 @@ from node.ingest.source import Source
 from node.ingest.topics import Topics
 from node.kernel.broker import ClientOptions
 from node.kernel.clock import Clock, SystemClock
+from node.kernel.errors import BoundExceeded
 from node.kernel.limits import MIB
 from node.kernel.ports import FeaturePlan, StateStore
 from node.kernel.supervise import Supervisor
@@ -35,6 +36,7 @@ from node.partitions import Partitions
 from node.serving.server import HttpServer
 from node.serving.view import ModelCost, ModelInfo, TenantStatus
 from node.session import Parts, Recovered, open_session
+from node.state.layout import Layout
 from node.state.rocksdb import RocksEnvironment, RocksStore
 from node.steps import StepTimes
 from node.view import LocalView
@@ -257,7 +259,12 @@ def _tenant_service(config: Config, data: Path, clock: Clock, supervisor: Superv
     caps = TenantCaps(tenants.weight_max, tenants.memory_mb_max, tenants.rows_queued_max)
     settings = ServiceSettings(
         watch=WatchSettings(
-            Path(tenants.directory), data / "registry.json", caps, tenants.settle_ms, tenants.rescan_s * 1000
+            Path(tenants.directory),
+            data / "registry.json",
+            caps,
+            tenants.settle_ms,
+            tenants.rescan_s * 1000,
+            row_refusal,
         ),
         sandbox=SandboxSettings(
             required=frozenset(tenants.sandbox_required),
@@ -271,6 +278,15 @@ def _tenant_service(config: Config, data: Path, clock: Clock, supervisor: Superv
     return TenantService(
         settings, config.schema(), Blobs(blobs.put, blobs.get, blobs.names, blobs.delete), clock, supervisor
     )
+
+
+def row_refusal(plan: FeaturePlan) -> str:
+    """Why a customer's row can't hold what the plan needs; '' when it can."""
+    try:
+        Layout.empty().grown(plan.aggregates, plan.stored_models)
+    except BoundExceeded as refusal:
+        return str(refusal)
+    return ""
 
 
 def client_options(kafka: KafkaSection, client_id: str) -> ClientOptions:

@@ -118,10 +118,13 @@ class TrialPassed:
 
 @dataclass(frozen=True, slots=True)
 class TrialFailed:
+    """`suffix` is that of the file at fault."""
+
     name: ModelName
     version: str
     reason: str
     at_ms: int
+    suffix: str = ".joblib"
 
 
 @dataclass(frozen=True, slots=True)
@@ -282,7 +285,7 @@ def _(event: TrialFailed, snapshot: Snapshot, schema: EventSchema) -> Step:
     entry = snapshot.models.get(event.name)
     if entry is None or entry.newest is None or not _on_trial(entry.newest, event.version):
         return snapshot, ()
-    refused = replace(entry.newest, state="refused", problems=(f"{event.name.model}.joblib: {event.reason}",))
+    refused = replace(entry.newest, state="refused", problems=(f"{event.name.model}{event.suffix}: {event.reason}",))
     return _with(snapshot, replace(entry, newest=refused)), (WriteStatus(event.name),)
 
 

@@ -27,12 +27,14 @@ from node.kernel.errors import (
     StoreUnavailable,
     WorkerLost,
 )
+from node.kernel.ports import FeaturePlan
 from node.kernel.supervise import Supervisor
 from node.kernel.types import EventSchema, ModelName, ModelVersion
 from tenants import folder, registry
+from tenants.features import compile_plan
 from tenants.folder import MANIFEST, MODEL, TENANT_FILE, Scan, Signature
 from tenants.manifest import TenantCaps, TenantSettings, parse_tenant
-from tenants.registry import Action, Event, Snapshot, StartTrial, TrialReport, WriteStatus
+from tenants.registry import Action, Event, Snapshot, StartTrial, TrialFailed, TrialPassed, TrialReport, WriteStatus
 from tenants.workers import LoadReport, WarmServer
 
 log = structlog.get_logger(__name__)
@@ -47,7 +49,8 @@ _IGNORED_LOGGED_MAX = 8
 class WatchSettings:
     """`registry` is the file that keeps the live versions over a restart.
 
-    `settle_ms`: how long a pair must be unchanged. `rescan_ms`: how soon what no event told is found.
+    `settle_ms`: how long a pair must be unchanged. `rescan_ms`: how soon what no event told is found. `check_state`:
+    why customers' rows can't hold what a plan needs, '' when they can.
     """
 
     root: Path
@@ -55,6 +58,7 @@ class WatchSettings:
     caps: TenantCaps = field(default_factory=TenantCaps)
     settle_ms: int = 300
     rescan_ms: int = 5000
+    check_state: Callable[[FeaturePlan], str] = lambda plan: ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -345,7 +349,7 @@ class ModelWatcher:
 
     async def _apply(self, event: Event) -> None:
         async with self._applying:
-            after, actions = registry.apply(self._snapshot, event, self._schema)
+            after, actions = self._next(event)
             if after is self._snapshot:
                 return
             await self._save(after)
@@ -358,6 +362,18 @@ class ModelWatcher:
             self._changed(self._snapshot)
             # Told last: a tenant that reads "live" may count on it.
             await self._write_statuses([action.name for action in actions if isinstance(action, WriteStatus)])
+
+    def _next(self, event: Event) -> registry.Step:
+        """What the registry decides; a candidate whose state does not fit beside the live models' is refused."""
+        after, actions = registry.apply(self._snapshot, event, self._schema)
+        if isinstance(event, TrialPassed) and after is not self._snapshot:
+            reason = self._settings.check_state(compile_plan(after.live, self._schema))
+            if reason:
+                refused = TrialFailed(
+                    event.name, event.version, f"with the live models, {reason}", event.at_ms, MANIFEST
+                )
+                return registry.apply(self._snapshot, refused, self._schema)
+        return after, actions
 
     async def _write_statuses(self, names: list[ModelName]) -> None:
         for name in names:
@@ -419,10 +435,10 @@ class ModelWatcher:
             except SandboxUnavailable:
                 raise  # the operator's to mend, not the tenant's
             except HeadraceError as error:
-                failed = registry.TrialFailed(version.name, version.version, str(error), self._clock.now_ms())
+                failed = TrialFailed(version.name, version.version, str(error), self._clock.now_ms())
                 await self._apply(failed)
                 return
-        passed = registry.TrialPassed(version.name, version.version, _trial_report(report), self._clock.now_ms())
+        passed = TrialPassed(version.name, version.version, _trial_report(report), self._clock.now_ms())
         await self._apply(passed)
 
     async def _loaded(self, version: ModelVersion, text_features: tuple[str, ...]) -> LoadReport:

@@ -17,6 +17,7 @@ import pytest
 import pytest_asyncio
 from sklearn.linear_model import LogisticRegression
 
+from node.app import row_refusal
 from node.kernel import limits
 from node.kernel.clock import SystemClock
 from node.kernel.supervise import Supervisor
@@ -73,7 +74,9 @@ class Node:
 
     async def start(self, settle_ms: int = 60, rescan_ms: int = 500) -> ModelWatcher:
         self.supervisor = Supervisor()
-        settings = WatchSettings(self.root, self.folder / "registry.json", settle_ms=settle_ms, rescan_ms=rescan_ms)
+        settings = WatchSettings(
+            self.root, self.folder / "registry.json", settle_ms=settle_ms, rescan_ms=rescan_ms, check_state=row_refusal
+        )
         self.watcher = ModelWatcher(
             settings, SCHEMA, self.server,
             Blobs(self.blobs.put, self.blobs.get, self.blobs.names, self.blobs.delete), self.clock, self.supervisor,
@@ -232,6 +235,27 @@ async def test_links_out_of_the_folder_pipes_and_hidden_names_are_not_read(node:
     node.drop(ModelName("ads", "good"), model=model_file())
     await until(lambda: ModelName("ads", "good") in node.live())
     assert set(node.watcher.snapshot.models) == {BID, ModelName("ads", "good")}
+
+
+def windowed(windows: range) -> bytes:
+    """A manifest of two features and two aggregates of each window, which has tiles of its own."""
+    calls = [f"{function}(transaction.amount, '{days}d')" for days in windows for function in ("std", "max")]
+    total = " + ".join(f"({' + '.join(calls[at : at + 10])})" for at in range(0, len(calls), 10))  # not nested too deep
+    return f'on = ["transaction"]\n[features]\namount = "event.amount"\nage = "{total}"\n'.encode()
+
+
+async def test_a_model_that_no_row_can_hold_beside_the_live_ones_is_refused(node: Node) -> None:
+    await node.start()
+    node.drop(BID, model=model_file(), manifest=windowed(range(10, 55)))
+    await until(lambda: node.status().get("state") == "live")
+    other = ModelName("ads", "other")
+    node.drop(other, model=model_file(), manifest=windowed(range(60, 105)))
+    await until(lambda: node.status(other).get("state") == "refused")
+    assert "other.toml" in str(node.status(other)["problems"])
+    assert "ROW_SLOTS_MAX" in str(node.status(other)["problems"])
+    assert set(node.live()) == {BID}
+    node.drop(other, model=model_file(), manifest=windowed(range(60, 62)))
+    await until(lambda: other in node.live())
 
 
 async def test_a_name_that_is_no_text_stops_nobody(node: Node) -> None:
