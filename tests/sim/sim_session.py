@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
 import numpy as np
-from sim_broker import Row, Transaction, customer_of, row_after
+from sim_broker import PartitionLog, Row, Transaction, customer_of, row_after
 from sim_disk import Snapshot, clone
 
 from node.kernel.types import Frame
@@ -30,7 +30,7 @@ class Session:
     number: int
     epoch: int
     step: Step = "start"
-    asked_ms: float = -1.0
+    asked_ms: float | None = None
     producer_epoch: int = 0
     pending: Frame | None = None
 
@@ -46,10 +46,10 @@ class Replica:
         self.released_revision = 0
         self.pinned: int | None = None
         self.at_end_ms = -1e9
-        self.fetch_ms = -1.0
+        self.fetch_ms = -1e9
 
     @property
-    def log(self):  # type: ignore[no-untyped-def]
+    def log(self) -> PartitionLog:
         return self.world.logs[self.partition]
 
     # folding, alike for standby and owner
@@ -68,7 +68,7 @@ class Replica:
         at_end = self.log.frames_after(self.store.changelog_offset()) == 0
         if at_end:
             self.at_end_ms = self.node.local_ms()
-        return bool(at_end)
+        return at_end
 
     def _ask_snapshot(self) -> None:
         own = self.node.disk.snapshots.get(self.partition)
@@ -113,10 +113,10 @@ class Replica:
             self._cycle(session)
 
     def _waited(self, session: Session) -> bool:
-        return self.node.local_ms() - session.asked_ms > ANSWER_MS_MAX
+        return session.asked_ms is not None and self.node.local_ms() - session.asked_ms > ANSWER_MS_MAX
 
     def _start(self, session: Session) -> None:
-        if session.asked_ms < 0:
+        if session.asked_ms is None:
             session.asked_ms = self.node.local_ms()
             self.world.call_broker(self.node, self._init, self._inited, session)
         elif self._waited(session):
@@ -124,7 +124,7 @@ class Replica:
 
     def _init(self, session: Session) -> int:
         self.world.note("producer", self.node.name, self.partition, session.epoch, session.number)
-        return int(self.log.init_producer(session.number))
+        return self.log.init_producer(session.number)
 
     def _inited(self, session: Session, producer_epoch: int) -> None:
         if session is self.session:
@@ -156,7 +156,7 @@ class Replica:
         return Frame({"events": position + count}, 0, list(rows), np.array(list(rows.values())))
 
     def _send(self, session: Session, transaction: Transaction) -> bool:
-        return bool(self.log.send(session.producer_epoch, transaction))
+        return self.log.send(session.producer_epoch, transaction)
 
     def _sent(self, session: Session, taken: bool) -> None:
         if session is not self.session:
@@ -170,7 +170,7 @@ class Replica:
         after = self.log.commit(session.producer_epoch)
         if after is not None:
             self.world.checks.committed(self.partition)
-        return None if after is None else int(after)
+        return after
 
     def _committed(self, session: Session, after: int | None) -> None:
         if session is not self.session:

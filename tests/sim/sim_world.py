@@ -16,7 +16,7 @@ from sim_node import SimNode
 from sim_session import Replica
 
 from replication.catalog import Settings
-from replication.commands import Command, DrainNode, GrowPartitions, SetSettings, decode_command, encode_command
+from replication.commands import Command, DrainNode, GrowPartitions, RenewLease, SetSettings, decode_command, encode_command
 from replication.ownership import PlanSettings, Progress
 
 STEP_MS = 100
@@ -149,7 +149,8 @@ class World:
         def at_leader() -> None:
             if self._leader(node) is not None and self._majority(self.group[node.name]):
                 self.raft.log.append(decode_command(encoded))
-                self.note("agreed", len(self.raft.log), node.name, command)
+                if not isinstance(command, RenewLease):
+                    self.note("agreed", len(self.raft.log), node.name, command)
 
         for _ in range(copies):
             if not self._lost():
