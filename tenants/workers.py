@@ -38,6 +38,7 @@ log = structlog.get_logger(__name__)
 
 _SMALL_ANSWER_BYTES_MAX = MIB
 _CLOSE_SECONDS_MAX = 2.0
+_SPAWN_ATTEMPTS_MAX = 3
 
 
 @dataclass(frozen=True, slots=True)
@@ -395,15 +396,26 @@ class WarmServer:
     async def spawn(self, tenant: str, memory_bytes: int) -> WorkerProcess:
         """A new worker, locked down and waiting for models, that may take `memory_bytes` of its own.
 
-        Raises WorkerLost when it did not start, SandboxUnavailable when a required layer can't be had.
+        One that ends before it is ready has seen no tenant's byte, so it is simply replaced, a few times. Raises
+        WorkerLost when none started, SandboxUnavailable when a required layer can't be had.
         """
+        for _ in range(_SPAWN_ATTEMPTS_MAX - 1):
+            try:
+                return await self._spawn(tenant, memory_bytes)
+            except WorkerLost as lost:
+                log.warning("worker did not start", tenant=tenant, reason=str(lost))
+        return await self._spawn(tenant, memory_bytes)
+
+    async def _spawn(self, tenant: str, memory_bytes: int) -> WorkerProcess:
         await self.start()
         ours, theirs = socket.socketpair()
         try:
             with theirs:
                 spawn = warm_server.Spawn(next(self._numbers), memory_bytes, self._user(tenant))
                 self._send(spawn, theirs)
-            pid, process = await self._reply(spawn.number)
+                # Open here until it has arrived: the kernel (6.18) at times takes a socket that is nowhere but on its
+                # way for garbage, when other processes pass theirs, and the worker finds its end closed.
+                pid, process = await self._reply(spawn.number)
         except BaseException:
             ours.close()
             raise
