@@ -56,8 +56,8 @@ class NodeSection(Section, frozen=True):
     data_dir: Annotated[
         FilePath,
         Meta(
-            description="Holds the RocksDB of each partition; a fast local disk pays. Losing it loses no state, only "
-            "the time to rebuild it from the changelog. A relative path starts at the config file's folder."
+            description="Holds the RocksDB of each partition; a fast local disk pays. Losing it loses no customer's "
+            "state, only the time to rebuild it from the changelog. A relative path starts at the config file's folder."
         ),
     ] = "data"
     log_format: Annotated[
