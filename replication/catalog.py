@@ -124,7 +124,7 @@ class Refusal(Struct, frozen=True):
     revision: int
 
 
-class Catalog(Struct, frozen=True):
+class Catalog(Struct, frozen=True, forbid_unknown_fields=True):
     """The whole record; treat the mappings as frozen too, `apply` never changes one in place."""
 
     format: int = FORMAT

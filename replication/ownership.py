@@ -45,6 +45,8 @@ class Progress:
 
 @dataclass(frozen=True, slots=True)
 class NodeReport:
+    """Only what the incarnation in the catalog says counts: whoever takes reports drops those of any other."""
+
     heard_ms: int
     """When the leader last got its report or applied its `RenewLease`, whichever is later, by the leader's clock."""
     incarnation: int
@@ -116,20 +118,21 @@ class _Planner:
         self.settings = settings
         self.commands: dict[int, PartitionCommand] = {}
         wait_ms = takeover_wait_ms(catalog.settings.lease_ms, settings)
-        heard = {name: report for name, report in reports.nodes.items() if self._is_member(name, report)}
-        self.heard = heard
-        self.silent_ms = {
-            name: now_ms - max(reports.since_ms, heard[name].heard_ms if name in heard else reports.since_ms)
-            for name in catalog.nodes
-        }
+        self.heard = {name: report for name, report in reports.nodes.items() if self._is_member(name, report)}
+        self.silent_ms = {name: now_ms - self._heard_ms(name) for name in catalog.nodes}
         self.dead = {name for name, silent_ms in self.silent_ms.items() if silent_ms >= wait_ms}
-        self.fresh = {name for name in heard if name not in self.dead}
+        self.fresh = {name for name in self.heard if name not in self.dead}
         self.moving = sum(held.move is not None for held in catalog.partitions)
 
     def _is_member(self, name: str, report: NodeReport) -> bool:
         """A report of an earlier incarnation is of a disk that is gone."""
         node = self.catalog.nodes.get(name)
         return node is not None and node.incarnation == report.incarnation
+
+    def _heard_ms(self, name: str) -> int:
+        """Of whichever incarnation: the present one may have renewed its lease and not yet reported."""
+        report = self.reports.nodes.get(name)
+        return self.reports.since_ms if report is None else max(self.reports.since_ms, report.heard_ms)
 
     def draining(self, name: str) -> bool:
         return name in self.catalog.nodes and self.catalog.nodes[name].draining

@@ -146,7 +146,8 @@ class Checks:
     def unfinished(self) -> str:
         """Why the cluster is not whole yet; '' once it is."""
         catalog = self.catalogs[-1]
-        standbys = min(self.world.settings.standby_count, sum(not n.draining for n in catalog.nodes.values()) - 1)
+        able = [node.name for node in catalog.nodes.values() if not node.draining]
+        standbys = max(0, min(self.world.settings.standby_count, len(able) - 1))
         for partition, log in enumerate(self.world.logs):
             held = catalog.partitions[partition]
             owner = self.world.nodes.get(held.owner)
@@ -160,7 +161,7 @@ class Checks:
                 if progress != log.source_end:
                     return f"partition {partition} on {name} is at event {progress} of {log.source_end}"
         owned = Counter(held.owner for held in catalog.partitions)
-        counts = [owned[node.name] for node in catalog.nodes.values() if not node.draining]
+        counts = [owned[name] for name in able] or [0]
         return "" if max(counts) - min(counts) <= 1 else f"owners are not balanced: {dict(owned)}"
 
     def at_the_end(self) -> None:

@@ -215,6 +215,9 @@ class SimNode:
         self.told: dict[str, tuple[int, Mapping[int, Progress], Mapping[int, int]]] = {}
 
     def hear(self, name: str, incarnation: int, report: Mapping[int, Progress], verified: Mapping[int, int]) -> None:
+        member = self.catalog.nodes.get(name)
+        if member is None or member.incarnation != incarnation:
+            return
         self.heard[name] = self.local_ms()
         self.told[name] = (incarnation, report, verified)
 

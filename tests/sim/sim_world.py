@@ -16,7 +16,15 @@ from sim_node import SimNode
 from sim_session import Replica
 
 from replication.catalog import Settings
-from replication.commands import Command, DrainNode, GrowPartitions, RenewLease, SetSettings, decode_command, encode_command
+from replication.commands import (
+    Command,
+    DrainNode,
+    GrowPartitions,
+    RenewLease,
+    SetSettings,
+    decode_command,
+    encode_command,
+)
 from replication.ownership import PlanSettings, Progress
 
 STEP_MS = 100
