@@ -147,13 +147,14 @@ class Checks:
         """Why the cluster is not whole yet; '' once it is."""
         catalog = self.catalogs[-1]
         able = [node.name for node in catalog.nodes.values() if not node.draining]
-        standbys = max(0, min(self.world.settings.standby_count, len(able) - 1))
+        count = self.world.settings.standby_count
+        standbys = range(max(0, min(count, len(able) - 1)), count + 1)
         for partition, log in enumerate(self.world.logs):
             held = catalog.partitions[partition]
             owner = self.world.nodes.get(held.owner)
             if owner is None or held.move is not None:
                 return f"partition {partition} has no owner, or moves: {held}"
-            if len(held.standbys) != standbys:
+            if len(held.standbys) not in standbys:
                 return f"partition {partition} has standbys {held.standbys}, {standbys} are wanted"
             for name in (held.owner, *held.standbys):
                 replica = self.world.nodes[name].replicas.get(partition)

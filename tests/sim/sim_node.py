@@ -185,9 +185,10 @@ class SimNode:
 
     def _clean(self, partition: int) -> None:
         since_ms = self.unused_since.setdefault(partition, self.local_ms())
-        if self.local_ms() - since_ms > DROP_MS:
+        if self.local_ms() - since_ms > DROP_MS and self.disk.restores_from(partition) >= 0:
             self.disk.flushed.pop(partition, None)
             self.disk.snapshots.pop(partition, None)
+            self.world.checks.can_be_restored()
 
     # what the leader is told, and does
 
