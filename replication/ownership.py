@@ -67,7 +67,7 @@ class PlanSettings:
     """Every clock runs within this part of real time; quartz is a hundred times better, virtual machines are not."""
     margin_ms: int = 200
     standby_replace_ms: int = 60_000
-    """A silent standby keeps its place for so long: a restart must not copy its partitions elsewhere."""
+    """A silent standby is replaced after this: a restart must not copy its partitions elsewhere."""
     caught_up_frames: int = 20
     caught_up_ms: int = 2_000
     move_ms_max: int = 30_000
@@ -311,17 +311,17 @@ class _Planner:
     def _next_standbys(self, partition: int, held: Assignment, target: str, wanted: tuple[str, ...]) -> tuple[str, ...]:
         """What is wanted, the target owner, and of the others those that are needed until enough have caught up.
 
-        So a draining node stays a standby where too few others are left: copies are never given up for nothing. And
-        while the owner itself has yet to open the partition none is dropped: it may be the only one with the state.
+        So a draining or silent node stays a standby where too few others are left: a copy is not given up for nothing.
+        And while the owner itself has yet to open the partition none is dropped: it may be the only one with the state.
         """
         goal = [name for name in wanted if name != held.owner]
         if target != held.owner and target in self.catalog.nodes:
             goal.append(target)
-        spare = [name for name in held.standbys if name not in goal and self._keeps(name)]
+        spare = [name for name in held.standbys if name not in goal]
         complete = sum(self.ready(partition, name) for name in goal)
         count = max(len(goal), self.catalog.settings.standby_count)
         needed = max(0, count - complete) if self._owner_has_it(partition, held.owner) else len(spare)
-        spare.sort(key=lambda name: not self.ready(partition, name))
+        spare.sort(key=lambda name: (not self.ready(partition, name), self.silent_ms[name]))
         keep = {*goal, *spare[:needed]}
         kept = tuple(name for name in held.standbys if name in keep)
         added = tuple(name for name in goal if name not in held.standbys)
@@ -330,6 +330,3 @@ class _Planner:
     def _owner_has_it(self, partition: int, owner: str) -> bool:
         progress = self.progress(partition, owner)
         return progress is not None and (progress.serving or caught_up(progress, self.settings))
-
-    def _keeps(self, name: str) -> bool:
-        return name in self.catalog.nodes and self.silent_ms[name] < self._replace_ms
