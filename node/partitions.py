@@ -64,11 +64,13 @@ class Partitions:
     async def _look(self) -> None:
         count = await self._topics.source_partitions(self._sources)
         wanted = range(count) if self._owned == "all" else [number for number in self._owned if number < count]
+        fresh = [number for number in wanted if number not in self.running]
+        if fresh:
+            await self._start(count, fresh)
         absent = [] if self._owned == "all" else [number for number in self._owned if number >= count]
         self.reason = f"[kafka] partitions names {absent}, the source topics have {count}" if absent else ""
-        fresh = [number for number in wanted if number not in self.running]
-        if not fresh:
-            return
+
+    async def _start(self, count: int, fresh: Sequence[int]) -> None:
         await self._topics.ensure(count, self._outputs)
         for number in fresh:
             partition = self._make(number)
