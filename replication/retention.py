@@ -1,0 +1,22 @@
+"""(P) How far a changelog may be cut: only behind snapshots that enough nodes have and have verified."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+
+
+def cut_offset(verified: Mapping[str, int], needed: Iterable[int], holders_min: int) -> int:
+    """The offset that a partition's changelog may be cut before; 0: not at all.
+
+    `verified` is node -> changelog offset of the newest snapshot of the partition that it has and has verified, of
+    nodes heard of lately only: a disk that was lost must not count. `needed` are the offsets that live
+    replicas go on from (a store's own, or that of the snapshot it is being restored from); one that is behind all
+    snapshots already has to restore one anyway and is not to be given.
+
+    Every record at or after the result stays, and `holders_min` nodes have a snapshot at or after it, so
+    any holders_min - 1 disks may be lost before the next snapshot.
+    """
+    if len(verified) < holders_min:
+        return 0
+    covered = sorted(verified.values(), reverse=True)[holders_min - 1]
+    return min(covered, *needed, covered)

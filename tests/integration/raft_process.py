@@ -1,0 +1,151 @@
+"""A node of a Raft cluster as a process of its own: settings as JSON in argv, orders and answers as JSON lines.
+
+Its state machine is a map of keys to values. Every command has an id, and one seen before changes nothing, so that
+a command proposed twice counts once: `duplicates` says how many there were.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import logging
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import structlog
+
+from node.kernel.errors import HeadraceError
+from replication.catalog_raft import CatalogRaft
+from replication.raft_types import RaftSettings
+
+
+class KeyValues:
+    """`state` is replaced as a whole; its dictionary only grows, and only the Raft thread changes it."""
+
+    def __init__(self) -> None:
+        self.state: tuple[int, dict[str, Any], frozenset[str]] = (0, {}, frozenset())
+        self.duplicates = 0
+
+    def apply(self, index: int, command: bytes) -> None:
+        order = json.loads(command)
+        _, values, seen = self.state
+        if order["id"] in seen:
+            self.duplicates += 1
+            return
+        values[order["key"]] = order["value"]
+        self.state = (index, values, seen | {order["id"]} if not order.get("bulk") else seen)
+
+    def dump(self) -> bytes:
+        index, values, seen = self.state
+        return json.dumps([index, values, sorted(seen)]).encode()
+
+    def restore(self, data: bytes) -> None:
+        index, values, seen = json.loads(data)
+        self.state = (index, values, frozenset(seen))
+
+
+def settings_of(text: str) -> RaftSettings:
+    given = json.loads(text)
+    secret = given.pop("secret", None)
+    return RaftSettings(**given | {"folder": Path(given["folder"]), "secret": secret.encode() if secret else None})
+
+
+class Process:
+    def __init__(self, settings: RaftSettings) -> None:
+        self.machine = KeyValues()
+        self.changes = 0
+        self.raft = CatalogRaft(settings, self.machine, self.changed)
+
+    def changed(self) -> None:
+        self.changes += 1
+
+    async def propose(self, order: dict[str, Any]) -> Any:
+        return await self.raft.propose(json.dumps(order["command"], ensure_ascii=False).encode(), order["wait_s"])
+
+    async def bulk(self, order: dict[str, Any]) -> Any:
+        """Many keys, sixteen at a time; the number done."""
+
+        async def some(first: int) -> None:
+            for number in range(first, order["count"], 16):
+                command = {"id": "", "key": f"{order['prefix']}{number}", "value": number, "bulk": True}
+                await self.raft.propose(json.dumps(command).encode(), order["wait_s"])
+
+        await asyncio.gather(*(some(first) for first in range(16)))
+        return order["count"]
+
+    async def latency(self, order: dict[str, Any]) -> Any:
+        """Milliseconds of each of `count` commands or barriers, one after the other."""
+        taken = []
+        for number in range(order["count"]):
+            begun = time.perf_counter()
+            if order.get("barrier"):
+                await self.raft.read_barrier()
+            else:
+                await self.propose({"command": {"id": "", "key": "k", "value": number, "bulk": True}, "wait_s": 5})
+            taken.append((time.perf_counter() - begun) * 1000)
+        return taken
+
+    async def barrier(self, order: dict[str, Any]) -> Any:
+        return await self.raft.read_barrier(order["wait_s"])
+
+    async def ready(self, order: dict[str, Any]) -> Any:
+        return await self.raft.wait_ready(order["wait_s"])
+
+    async def get(self, order: dict[str, Any]) -> Any:
+        return self.machine.state[1].get(order["key"])
+
+    async def count(self, order: dict[str, Any]) -> Any:
+        return sum(1 for key in list(self.machine.state[1]) if key.startswith(order["prefix"]))
+
+    async def join(self, order: dict[str, Any]) -> Any:
+        return await self.raft.join(order["name"], order["address"])
+
+    async def leave(self, order: dict[str, Any]) -> Any:
+        return await self.raft.leave(order["name"])
+
+    async def status(self, order: dict[str, Any]) -> Any:
+        statistics = self.raft.statistics()
+        return {
+            **{name: getattr(statistics, name) for name in statistics.__slots__},
+            "is_leader": self.raft.is_leader,
+            "last_quorum_ms": self.raft.last_quorum_ms,
+            "now_ms": time.monotonic() * 1000,
+            "heard_ms": {name: self.raft.heard_ms(name) for name in self.raft.members},
+            "duplicates": self.machine.duplicates,
+            "changes": self.changes,
+            "cpu_s": time.process_time(),
+            "repr": repr(self.raft.settings),
+        }
+
+    async def answer(self, line: bytes) -> None:
+        order = json.loads(line)
+        try:
+            reply = {"n": order["n"], "result": await getattr(self, order["do"])(order)}
+        except HeadraceError as error:
+            reply = {"n": order["n"], "error": type(error).__name__, "message": str(error)}
+        print(json.dumps(reply), flush=True)
+
+
+async def main() -> None:
+    process = Process(settings_of(sys.argv[1]))
+    await process.raft.start()
+    print(json.dumps({"n": 0, "result": "started"}), flush=True)
+    reader = asyncio.StreamReader(limit=1 << 22)
+    await asyncio.get_running_loop().connect_read_pipe(lambda: asyncio.StreamReaderProtocol(reader), sys.stdin)
+    tasks = set()
+    while line := await reader.readline():
+        task = asyncio.create_task(process.answer(line))
+        tasks.add(task)
+        task.add_done_callback(tasks.discard)
+    await process.raft.stop()
+
+
+if __name__ == "__main__":
+    logging.basicConfig(level=logging.DEBUG, stream=sys.stderr)
+    structlog.configure(logger_factory=structlog.PrintLoggerFactory(sys.stderr))
+    try:
+        asyncio.run(main())
+    except HeadraceError as failure:
+        print(json.dumps({"n": 0, "error": type(failure).__name__, "message": str(failure)}), flush=True)

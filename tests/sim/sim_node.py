@@ -1,0 +1,261 @@
+"""A node: its copy of the catalog, its lease, its replicas; and, while it leads, the planner."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING
+
+from sim_disk import Disk
+from sim_session import Replica
+
+from replication.catalog import Assignment, Catalog, apply, decode_catalog, encode_catalog, problem
+from replication.commands import Command, CompleteMove, JoinNode, RenewLease
+from replication.ownership import NodeReport, Progress, Reports, may_own, plan
+from replication.retention import cut_offset
+
+if TYPE_CHECKING:
+    from sim_world import World
+
+RENEW_MS, REPORT_MS, PLAN_MS, CUT_MS, FLUSH_MS, SNAPSHOT_MS, DROP_MS = 300, 200, 300, 1000, 900, 1700, 5000
+
+
+class SimNode:
+    def __init__(self, world: World, name: str, rack: str, rate: float, offset_ms: float) -> None:
+        self.world = world
+        self.name = name
+        self.rack = rack
+        self.rate = rate
+        self.offset_ms = offset_ms
+        self.disk = Disk()
+        self.catalog = Catalog()
+        self.applied = 0
+        self.alive = True
+        self.paused_until_ms = -1.0
+        self.start_at_ms = 0.0
+        self.folds = 1.0
+        self.boots = 0
+        self.boot()
+
+    def boot(self) -> None:
+        """A new process on the disk as it is."""
+        self.alive = True
+        self.boots += 1
+        self.renewals = 0
+        self.pending: dict[int, float] = {}
+        self.last_quorum_ms: float | None = None
+        self.replicas: dict[int, Replica] = {}
+        self.unused_since: dict[int, float] = {}
+        self.due: dict[str, float] = {}
+        self.became_leader(0)
+
+    def wipe(self) -> None:
+        """A new disk: the catalog, too, comes from the others."""
+        self.disk = Disk(self.disk.incarnation + 1)
+        self.catalog, self.applied = Catalog(), 0
+
+    def local_ms(self) -> float:
+        return self.world.now_ms * self.rate + self.offset_ms
+
+    def running(self) -> bool:
+        return self.alive and self.world.now_ms >= self.paused_until_ms
+
+    def is_due(self, what: str, every_ms: float) -> bool:
+        if self.local_ms() < self.due.get(what, -1e18):
+            return False
+        self.due[what] = self.local_ms() + every_ms
+        return True
+
+    # the agreed log
+
+    def catch_up(self, entries: int) -> None:
+        for command in self.world.raft.log[self.applied : self.applied + entries]:
+            self.catalog = apply(self.catalog, command)
+            self.applied += 1
+            self.world.checks.catalog_is_agreed(self.applied, self.catalog)
+            if isinstance(command, RenewLease):
+                self._renewed(command)
+
+    def _renewed(self, command: RenewLease) -> None:
+        self.heard[command.name] = self.local_ms()
+        sent_ms = self.pending.get(command.number)
+        if command.name == self.name and sent_ms is not None and self.catalog.leases.get(self.name) == command.number:
+            self.last_quorum_ms = sent_ms
+            self.pending = {number: at for number, at in self.pending.items() if number > command.number}
+
+    def install(self, source: SimNode) -> None:
+        """A dump, for a node that is far behind."""
+        self.catalog, self.applied = decode_catalog(encode_catalog(source.catalog)), source.applied
+
+    # the lease, and what may be done under it
+
+    def has_lease(self) -> bool:
+        return may_own(self.local_ms(), self.last_quorum_ms, self.catalog.settings.lease_ms)
+
+    def may_own(self, partition: int, epoch: int) -> bool:
+        if partition >= len(self.catalog.partitions):
+            return False
+        held = self.catalog.partitions[partition]
+        return held.owner == self.name and held.epoch == epoch and self.has_lease()
+
+    def step(self) -> None:
+        member = self.catalog.nodes.get(self.name)
+        if member is None or member.incarnation != self.disk.incarnation:
+            if self.is_due("join", 1000):
+                self.propose(self._join_command())
+            return
+        if self.is_due("renew", RENEW_MS):
+            self._renew()
+        for partition, held in enumerate(self.catalog.partitions):
+            self._attend(partition, held)
+        if self.is_due("report", REPORT_MS):
+            self.world.report(self, self._report(), self._verified())
+        if self.world.raft.leader == self.name:
+            self._lead()
+
+    def _join_command(self) -> JoinNode:
+        return JoinNode(
+            revision=self.catalog.revision,
+            name=self.name,
+            raft_address=self.name,
+            http_address=self.name,
+            rack=self.rack,
+            incarnation=self.disk.incarnation,
+        )
+
+    def propose(self, command: Command) -> None:
+        if not problem(self.catalog, command):
+            self.world.propose(self, command)
+
+    def _renew(self) -> None:
+        self.renewals += 1
+        number = (self.boots << 20) + self.renewals
+        self.pending[number] = self.local_ms()
+        if len(self.pending) > 20:
+            del self.pending[min(self.pending)]
+        self.propose(
+            RenewLease(revision=self.catalog.revision, name=self.name, incarnation=self.disk.incarnation, number=number)
+        )
+
+    def _attend(self, partition: int, held: Assignment) -> None:
+        replica = self.replicas.get(partition)
+        if held.owner != self.name and self.name not in held.standbys:
+            if replica is not None:
+                del self.replicas[partition]
+            self._clean(partition)
+            return
+        self.unused_since.pop(partition, None)
+        if replica is None:
+            replica = self.replicas[partition] = Replica(self.world, self, partition)
+        if self.world.kafka_cut(self):
+            if not self.has_lease():
+                replica.close()
+            return
+        if held.owner != self.name or not self.has_lease():
+            replica.close()
+            if self.world.random.random() < self.folds:
+                replica.fold(6)
+        elif held.move is not None:
+            self._release(replica, held)
+        else:
+            replica.released_revision = 0
+            replica.own(held.epoch)
+        self._keep(replica)
+
+    def _release(self, replica: Replica, held: Assignment) -> None:
+        """Finish the commit in flight, close, and hand over."""
+        assert held.move is not None
+        session = replica.session
+        if session is not None and session.step == "commit" and session.epoch == held.epoch:
+            replica.own(held.epoch)
+            return
+        replica.close()
+        replica.released_revision = held.revision
+        if self.is_due(f"complete {replica.partition}", 400):
+            self.propose(
+                CompleteMove(
+                    revision=self.catalog.revision, partition=replica.partition, epoch=held.epoch, to=held.move.to
+                )
+            )
+
+    def _keep(self, replica: Replica) -> None:
+        if self.is_due(f"flush {replica.partition}", FLUSH_MS):
+            replica.flush()
+        if self.is_due(f"snapshot {replica.partition}", SNAPSHOT_MS * (0.5 + self.world.random.random())):
+            replica.snapshot()
+
+    def _clean(self, partition: int) -> None:
+        since_ms = self.unused_since.setdefault(partition, self.local_ms())
+        if self.local_ms() - since_ms > DROP_MS and self.disk.restores_from(partition) >= 0:
+            self.disk.flushed.pop(partition, None)
+            self.disk.snapshots.pop(partition, None)
+            self.world.checks.can_be_restored()
+
+    # what the leader is told, and does
+
+    def _report(self) -> dict[int, Progress]:
+        found = {}
+        for partition, replica in self.replicas.items():
+            offset = replica.store.changelog_offset()
+            behind = self.world.logs[partition].frames_after(offset)
+            serving = replica.session is not None and replica.session.step in ("serve", "commit")
+            found[partition] = Progress(
+                offset if replica.pinned is None else replica.pinned,
+                1_000_000 if offset < self.world.logs[partition].start else behind,
+                0 if serving else int(self.local_ms() - replica.at_end_ms),
+                serving,
+                replica.released_revision,
+            )
+        return found
+
+    def _verified(self) -> dict[int, int]:
+        return {partition: snapshot.offset for partition, snapshot in self.disk.snapshots.items()}
+
+    def became_leader(self, since_ms: float) -> None:
+        self.since_ms = since_ms
+        self.heard: dict[str, float] = {}
+        self.told: dict[str, tuple[int, Mapping[int, Progress], Mapping[int, int]]] = {}
+
+    def hear(self, name: str, incarnation: int, report: Mapping[int, Progress], verified: Mapping[int, int]) -> None:
+        member = self.catalog.nodes.get(name)
+        if member is None or member.incarnation != incarnation:
+            return
+        self.heard[name] = self.local_ms()
+        self.told[name] = (incarnation, report, verified)
+
+    def _reports(self) -> Reports:
+        nodes = {
+            name: NodeReport(int(self.heard[name]), told[0], told[1])
+            for name, told in self.told.items()
+            if name in self.heard
+        }
+        for name, heard_ms in self.heard.items():
+            if name not in nodes and name in self.catalog.nodes:
+                nodes[name] = NodeReport(int(heard_ms), self.catalog.nodes[name].incarnation)
+        return Reports(int(self.since_ms) + 1, nodes)
+
+    def _lead(self) -> None:
+        if self.is_due("plan", PLAN_MS):
+            commands = plan(self.catalog, self._reports(), int(self.local_ms()), self.world.plan_settings)
+            self.world.checks.plan_is_right(self.catalog, commands)
+            for command in commands:
+                self.world.propose(self, command)
+        if self.has_lease() and self.is_due("cut", CUT_MS):
+            self._cut()
+
+    def _cut(self) -> None:
+        near = {name: told for name, told in self.told.items() if self.local_ms() - self.heard[name] < 1200}
+        near = {
+            name: told
+            for name, told in near.items()
+            if name in self.catalog.nodes and self.catalog.nodes[name].incarnation == told[0]
+        }
+        for partition, held in enumerate(self.catalog.partitions):
+            replicas = {held.owner, *held.standbys}
+            verified = {n: told[2][partition] for n, told in near.items() if n in replicas and partition in told[2]}
+            needed = [told[1][partition].offset for n, told in near.items() if n in replicas and partition in told[1]]
+            start = self.world.logs[partition].start
+            before = cut_offset(
+                verified, [offset for offset in needed if offset >= start], self.catalog.settings.snapshot_holders_min
+            )
+            if before > start:
+                self.world.cut(self, partition, before)

@@ -1,0 +1,256 @@
+"""The catalog's reducer: safe to repeat, never raising, and refusing what would break an invariant."""
+
+from __future__ import annotations
+
+import msgspec
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from msgspec.structs import replace
+
+from node.kernel import limits
+from node.kernel.errors import BoundExceeded, CatalogCorrupt
+from replication.catalog import Catalog, apply, decode_catalog, encode_catalog, problem
+from replication.commands import (
+    CancelMove,
+    Command,
+    CompleteMove,
+    DrainNode,
+    ForgetVersion,
+    GoLive,
+    GrowPartitions,
+    HoldBlob,
+    JoinNode,
+    LeaveNode,
+    PutTenant,
+    PutVersion,
+    RenewLease,
+    RetireVersion,
+    SetSettings,
+    SetStandbys,
+    Settings,
+    StartMove,
+    TakeOver,
+    decode_command,
+    encode_command,
+)
+
+SHAS = ("a" * 64, "b" * 64, "c" * 64)
+nodes = st.sampled_from("nmo")
+tenants = st.sampled_from(("t", "u"))
+shas = st.sampled_from(SHAS)
+partitions = st.integers(0, 2)
+epochs = st.integers(0, 3)
+standbys = st.lists(nodes, max_size=3).map(tuple)
+VERSION = {"tenant": tenants, "model": st.just("m"), "version": shas}
+PARTITION = {"partition": partitions, "epoch": epochs}
+
+
+def any_command(revision: int) -> st.SearchStrategy[Command]:
+    at = st.integers(max(0, revision - 3), revision)
+    made = {
+        JoinNode: {"name": nodes, "raft_address": st.just("r"), "http_address": st.just("h"), "rack": st.just("")}
+        | {"incarnation": st.integers(1, 2), "at_ms": st.integers(0, 9)},
+        LeaveNode: {"name": nodes},
+        RenewLease: {"name": nodes, "incarnation": st.integers(1, 2), "number": st.integers(0, 4)},
+        DrainNode: {"name": nodes, "draining": st.booleans()},
+        PutTenant: {"name": tenants, "settings": st.sampled_from(("", "weight = 2"))},
+        PutVersion: {**VERSION, "blob": shas, "manifest": st.just("on = []")},
+        GoLive: {**VERSION, "holders": st.lists(nodes, min_size=1, max_size=2).map(tuple)},
+        RetireVersion: VERSION,
+        ForgetVersion: VERSION,
+        HoldBlob: {"node": nodes, "incarnation": st.integers(1, 2), "blob": shas, "held": st.booleans()},
+        SetSettings: {"settings": st.builds(Settings, standby_count=st.integers(0, 2), moves_max=st.integers(1, 2))},
+        GrowPartitions: {"count": st.integers(1, 3)},
+        TakeOver: {**PARTITION, "to": nodes, "lease": st.integers(0, 4)},
+        SetStandbys: {**PARTITION, "standbys": standbys},
+        StartMove: {**PARTITION, "to": nodes},
+        CancelMove: {**PARTITION, "to": nodes},
+        CompleteMove: {**PARTITION, "to": nodes},
+    }
+    return st.one_of([st.builds(kind, revision=at, **fields) for kind, fields in made.items()])
+
+
+def whole() -> Catalog:
+    """Two nodes, three partitions of `n` with standby `m`, one live model."""
+    catalog = Catalog()
+    commands: list[Command] = [join(0, "n"), join(0, "m"), GrowPartitions(revision=0, count=3)]
+    commands += [PutTenant(revision=9, name="t", settings=""), version(9, SHAS[0])]
+    commands += [TakeOver(revision=9, partition=p, epoch=0, to="n") for p in range(3)]
+    commands += [SetStandbys(revision=99, partition=p, epoch=1, standbys=("m",)) for p in range(3)]
+    commands += [HoldBlob(revision=99, node="n", incarnation=1, blob=SHAS[0], held=True)]
+    commands += [GoLive(revision=99, tenant="t", model="m", version=SHAS[0], holders=("n",))]
+    for command in commands:
+        assert problem(catalog, command) == ""
+        catalog = apply(catalog, command)
+    return catalog
+
+
+def join(revision: int, name: str, incarnation: int = 1) -> JoinNode:
+    return JoinNode(revision=revision, name=name, raft_address="r", http_address="h", incarnation=incarnation)
+
+
+def version(revision: int, sha: str) -> PutVersion:
+    return PutVersion(revision=revision, tenant="t", model="m", version=sha, blob=sha, manifest="x")
+
+
+WHOLE = whole()
+
+
+@st.composite
+def histories(draw: st.DrawFn) -> tuple[Catalog, list[Command]]:
+    catalog, commands = WHOLE, []
+    for _ in range(draw(st.integers(1, 12))):
+        commands.append(draw(any_command(catalog.revision)))
+        catalog = apply(catalog, commands[-1])
+    return catalog, commands
+
+
+def bare(catalog: Catalog) -> Catalog:
+    return replace(catalog, refusals=())
+
+
+@given(histories())
+@settings(max_examples=150, deadline=None)
+def test_every_late_repetition_changes_nothing_but_refusals(history: tuple[Catalog, list[Command]]) -> None:
+    end, commands = history
+    for command in commands:
+        assert bare(apply(end, command)) == bare(end) or not was_applied(commands, command)
+
+
+def was_applied(commands: list[Command], wanted: Command) -> bool:
+    """Whether the command took effect where it stood; one refused there may well be right later on."""
+    catalog = WHOLE
+    for command in commands:
+        after = apply(catalog, command)
+        if command is wanted:
+            return bare(after) != bare(catalog)
+        catalog = after
+    raise AssertionError("not among the commands")
+
+
+@given(histories())
+@settings(max_examples=120, deadline=None)
+def test_invariants_of_every_step(history: tuple[Catalog, list[Command]]) -> None:
+    before = WHOLE
+    for command in history[1]:
+        reason = problem(before, command)
+        after = apply(before, command)
+        assert apply(after, command) is after, "at once again: the same catalog"
+        if reason:
+            assert bare(after) == bare(before)
+            assert any(refusal.reason == reason for refusal in after.refusals)
+        check_step(before, after)
+        before = after
+
+
+def check_step(before: Catalog, after: Catalog) -> None:
+    assert after.revision - before.revision in (0, 1)
+    assert sum(held.move is not None for held in after.partitions) <= max(
+        after.settings.moves_max, sum(held.move is not None for held in before.partitions)
+    )
+    for old, new in zip(before.partitions, after.partitions, strict=False):
+        assert new.epoch == old.epoch + (new.owner != old.owner)
+        assert new.owner in after.nodes
+        assert set(new.standbys) <= after.nodes.keys() - {new.owner}
+        assert new.move is None or (new.move.to in new.standbys and new.move.source == new.owner)
+        assert old.move is None or new.move is None or old.move == new.move
+    for model in after.models.values():
+        live = [version.version for version in model.versions.values() if version.state == "live"]
+        assert live == ([model.live] if model.live else [])
+    texts = [t.settings for t in after.tenants.values()]
+    texts += [v.manifest for m in after.models.values() for v in m.versions.values()]
+    assert after.text_bytes == sum(map(len, texts))
+    assert {v.blob for m in after.models.values() for v in m.versions.values()} == set(after.holders)
+    assert all(set(held) <= after.nodes.keys() for held in after.holders.values())
+    assert len(after.refusals) <= limits.REFUSALS_KEPT_MAX
+
+
+@given(histories())
+@settings(max_examples=60, deadline=None)
+def test_bytes_give_the_same_catalog_and_commands(history: tuple[Catalog, list[Command]]) -> None:
+    end, commands = history
+    assert decode_catalog(encode_catalog(end)) == end
+    assert encode_catalog(decode_catalog(encode_catalog(end))) == encode_catalog(end)
+    assert [decode_command(encode_command(command)) for command in commands] == commands
+
+
+def test_a_takeover_is_refused_once_the_silent_owner_was_heard_of() -> None:
+    catalog = apply(WHOLE, RenewLease(revision=WHOLE.revision, name="n", incarnation=1, number=7))
+    late = TakeOver(revision=catalog.revision, partition=0, epoch=1, to="m", lease=0)
+    assert "renewed" in problem(catalog, late)
+    assert apply(catalog, late).partitions == WHOLE.partitions
+    assert apply(catalog, replace(late, lease=7)).partitions[0].owner == "m"
+
+
+def test_the_old_owner_becomes_the_standby() -> None:
+    catalog = apply(WHOLE, StartMove(revision=WHOLE.revision, partition=1, epoch=1, to="m"))
+    moved = apply(catalog, CompleteMove(revision=catalog.revision, partition=1, epoch=1, to="m")).partitions[1]
+    assert (moved.owner, moved.epoch, moved.standbys, moved.move) == ("m", 2, ("n",), None)
+
+
+def test_a_release_for_a_cancelled_move_does_not_complete_the_next() -> None:
+    first = apply(WHOLE, StartMove(revision=WHOLE.revision, partition=1, epoch=1, to="m"))
+    release = CompleteMove(revision=first.revision, partition=1, epoch=1, to="m")
+    again = apply(first, CancelMove(revision=first.revision, partition=1, epoch=1, to="m"))
+    again = apply(again, StartMove(revision=again.revision, partition=1, epoch=1, to="m"))
+    assert apply(again, release).partitions[1].owner == "n"
+
+
+def test_a_version_goes_live_only_where_the_holders_have_it() -> None:
+    catalog = apply(WHOLE, version(WHOLE.revision, SHAS[1]))
+    live = GoLive(revision=catalog.revision, tenant="t", model="m", version=SHAS[1], holders=("n", "m"))
+    assert "lack" in problem(catalog, live)
+    for name in "nm":
+        held = HoldBlob(revision=catalog.revision, node=name, incarnation=1, blob=SHAS[1], held=True)
+        catalog = apply(catalog, held)
+    model = apply(catalog, live).models["t/m"]
+    assert (model.live, model.versions[SHAS[0]].state) == (SHAS[1], "retired")
+    assert model.live_revision == catalog.revision + 1
+
+
+def test_a_lost_disk_no_longer_holds_a_file() -> None:
+    catalog = apply(WHOLE, join(WHOLE.revision, "n", incarnation=2))
+    assert catalog.holders == {SHAS[0]: {}}
+    late = HoldBlob(revision=WHOLE.revision, node="n", incarnation=1, blob=SHAS[0], held=True)
+    assert apply(catalog, late).holders == {SHAS[0]: {}}
+
+
+def test_a_node_that_left_does_not_come_back_by_a_late_command() -> None:
+    catalog = WHOLE
+    for command in (join(WHOLE.revision, "o"), LeaveNode(revision=WHOLE.revision + 1, name="o")):
+        catalog = apply(catalog, command)
+    assert "o" not in apply(catalog, join(WHOLE.revision, "o")).nodes
+    assert "o" in apply(catalog, join(catalog.revision, "o")).nodes
+
+
+def test_an_owner_may_not_leave_and_the_lease_may_not_change_under_it() -> None:
+    assert "drain" in problem(WHOLE, LeaveNode(revision=WHOLE.revision, name="n"))
+    changed = SetSettings(revision=WHOLE.revision, settings=Settings(lease_ms=9000))
+    assert "lease_ms" in problem(WHOLE, changed)
+
+
+@pytest.mark.parametrize("encoded", [b"", b"\xc1", msgspec.msgpack.encode({"do": "nothing"}), b"\x93\x01\x02\x03"])
+def test_damaged_bytes_are_told(encoded: bytes) -> None:
+    with pytest.raises(CatalogCorrupt):
+        decode_command(encoded)
+    with pytest.raises(CatalogCorrupt):
+        decode_catalog(encoded or b"\xc1")
+
+
+def test_bounds_of_commands_are_kept() -> None:
+    with pytest.raises(BoundExceeded):
+        encode_command(PutTenant(revision=0, name="t", settings="x" * limits.COMMAND_BYTES_MAX))
+    long = encode_command(LeaveNode(revision=0, name="n" * (limits.NAME_BYTES_MAX + 1)))
+    with pytest.raises(CatalogCorrupt):
+        decode_command(long)
+    with pytest.raises(CatalogCorrupt):
+        decode_catalog(encode_catalog(Catalog(format=2)))
+
+
+def test_refusals_are_bounded() -> None:
+    catalog = Catalog()
+    for place in range(limits.REFUSALS_KEPT_MAX + 9):
+        catalog = apply(catalog, DrainNode(revision=0, name=f"n{place}", draining=True))
+    assert len(catalog.refusals) == limits.REFUSALS_KEPT_MAX
+    assert "n72" in catalog.refusals[-1].command
