@@ -80,6 +80,18 @@ class Fenced(HeadraceError):
     """Another producer took this partition over; this node must not commit for it any more."""
 
 
+class LeaseLost(HeadraceError):
+    """This node has not heard from a quorum for its lease, or is no longer the owner; it must not commit now."""
+
+
+class PeerUnavailable(HeadraceError):
+    """Another node did not answer in time, or not as it should; asking again is safe."""
+
+
+class PeerRefused(HeadraceError):
+    """Another node, or this one, refused what was asked of it; the message has its reason."""
+
+
 class BoundExceeded(HeadraceError):
     """A request or queue is over a bound of `node.kernel.limits`; the message names the bound."""
 

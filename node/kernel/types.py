@@ -236,4 +236,28 @@ class DeadLetter:
     """Set when an event was good and a model failed on it."""
 
 
+@dataclass(frozen=True, slots=True)
+class AgreedVersion:
+    """A version of a model as the whole cluster knows it. `report` is what its trial found, as its trier wrote it."""
+
+    name: ModelName
+    version: str
+    blob: str
+    manifest: str
+    report: str
+    state: Literal["passed", "live", "retired"]
+    here: bool
+    """Whether this node has the model file and has verified it."""
+
+
+@dataclass(frozen=True, slots=True)
+class AgreedModels:
+    """What the catalog says of tenants and models at one revision; the same on every node but for `here`."""
+
+    revision: int
+    versions: tuple[AgreedVersion, ...] = ()
+    tenants: Mapping[str, str] = field(default_factory=dict)
+    """Tenant -> its settings, as the node that read its tenant.toml wrote them."""
+
+
 Statistics: TypeAlias = Mapping[str, Any]
