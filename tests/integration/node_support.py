@@ -262,17 +262,17 @@ class Node(harness.Node):
 
         return wait_until(version, f"{name} live")
 
-    def inferences(self, count: int, partitions: int = 1) -> list[dict[str, Any]]:
-        """All committed inferences, once they are at least `count`."""
+    def inferences(self, count: int, partitions: int = 1, model: str = "") -> list[dict[str, Any]]:
+        """All committed inferences, of `model` if one is named, once they are at least `count`."""
 
-        def found() -> list[dict[str, Any]]:
+        def committed() -> list[dict[str, Any]]:
             inferences = self.kafka.inferences(self.application, partitions)
-            return inferences if len(inferences) >= count else []
+            return [one for one in inferences if model in ("", one["model"])]
 
         try:
-            return wait_until(found, f"{count} inferences")
+            return wait_until(lambda: found if len(found := committed()) >= count else [], f"{count} inferences")
         except AssertionError as failure:
-            seen = len(self.kafka.inferences(self.application, partitions))
+            seen = len(committed())
             raise AssertionError(f"{failure}; {seen} are there; the log ends:\n{self.log_tail()}") from None
 
     def log_has(self, text: str) -> bool:

@@ -170,8 +170,7 @@ def _fill_and_free(node: Node, broker: Kafka, topic: str, disk: Path) -> None:
     assert node.get("/healthz")["alive"]
     filler.unlink()
     wait_until(lambda: not node.unready(), "ready again")
-    inferences = [one for one in node.inferences(20_100) if one["model"] == "spend"]
-    check(inferences, events + more)
+    check(node.inferences(20_100, model="spend"), events + more)
     node.live("shop/late")
     assert node.stop() == 0
 
