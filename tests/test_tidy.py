@@ -22,8 +22,8 @@ from packaging.utils import canonicalize_name
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGES = ("node", "replication", "tenants")
 KERNEL = "node.kernel"
-WIRING = ("node.app",)
-"""May import from all three packages. The command line may import the wiring, inside a function only."""
+WIRING = ("node.app", "node.clustering")
+"""May import from all three packages: `clustering` is the part of a node that is one of several. The command line may import the wiring, inside a function only."""
 COMMAND_LINE = "node.__main__"
 
 FUNCTION_LINES_MAX = 70
