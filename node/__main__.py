@@ -132,7 +132,16 @@ def _summary(config: Config) -> list[tuple[str, str]]:
         ("profile", ", ".join(config.profile) or "none"),
         ("tenants", config.tenants.directory),
         ("http", f"{config.http.host}:{config.http.port}"),
+        ("cluster", _cluster_summary(config)),
     ]
+
+
+def _cluster_summary(config: Config) -> str:
+    cluster = config.cluster
+    if cluster is None:
+        return "none: a node on its own"
+    others = [name for name in cluster.peers if name != config.node.name]
+    return f"Raft at {cluster.listen}, peers at {cluster.peer_listen}; with {', '.join(others) or 'no other node yet'}"
 
 
 def _fail(*lines: str) -> NoReturn:

@@ -18,9 +18,12 @@ from typing import Any
 
 import msgspec
 
+from node.config_cluster import cluster_problems
 from node.config_sections import (
+    OPTIONAL_SECTIONS,
     PATTERN_WORDS,
     SECTIONS,
+    ClusterSection,
     Config,
     CycleSection,
     EventsSection,
@@ -39,6 +42,7 @@ from node.kernel import limits
 from node.kernel.errors import ConfigError, printable
 
 __all__ = [
+    "ClusterSection",
     "Config",
     "CycleSection",
     "EventsSection",
@@ -86,9 +90,14 @@ def parse_config(text: str, folder: Path) -> Config:
     sections = {name: _section(name, kind, tables.get(name), problems) for name, kind in SECTIONS.items()}
     profile = _profile(tables.get("profile", {}), problems)
     problems.extend(_cross_problems(sections))
+    problems.extend(_cluster_problems(sections, given="cluster" in tables))
     if problems:
         raise ConfigError([printable(problem) for problem in problems])
-    built: dict[str, Any] = {name: kind(**sections[name]) for name, kind in SECTIONS.items()}
+    built: dict[str, Any] = {
+        name: kind(**sections[name])
+        for name, kind in SECTIONS.items()
+        if name in tables or name not in OPTIONAL_SECTIONS
+    }
     config = Config(**built, profile=profile)
     return _with_absolute_paths(config, folder)
 
@@ -219,6 +228,14 @@ def _cross_problems(sections: Mapping[str, Mapping[str, Any]]) -> Iterator[str]:
     yield from _path_problems(EventsSection(**{"types": ("any",), **events}))
 
 
+def _cluster_problems(sections: Mapping[str, Mapping[str, Any]], given: bool) -> Iterator[str]:
+    """Only once each field that is needed is there and right: the rest says nothing without them."""
+    needed = {field.name for field in msgspec.structs.fields(ClusterSection) if field.required}
+    if given and needed <= sections["cluster"].keys():
+        node, kafka = NodeSection(**sections["node"]), KafkaSection(**sections["kafka"])
+        yield from cluster_problems(ClusterSection(**sections["cluster"]), node.name, kafka)
+
+
 def _type_text_problems(types: Sequence[str], texts: Mapping[str, str]) -> Iterator[str]:
     for name in texts:
         if types and name not in types:
@@ -288,7 +305,7 @@ def _with_absolute_paths(config: Config, folder: Path) -> Config:
         return str((folder / os.path.expanduser(path)).resolve()) if path else ""
 
     replace = msgspec.structs.replace
-    kafka = config.kafka
+    kafka, cluster = config.kafka, config.cluster
     return replace(
         config,
         node=replace(config.node, data_dir=absolute(config.node.data_dir)),
@@ -296,6 +313,7 @@ def _with_absolute_paths(config: Config, folder: Path) -> Config:
         kafka=replace(
             kafka, ssl_ca_file=absolute(kafka.ssl_ca_file), sasl_password_file=absolute(kafka.sasl_password_file)
         ),
+        cluster=replace(cluster, secret_file=absolute(cluster.secret_file)) if cluster is not None else None,
     )
 
 
@@ -308,6 +326,8 @@ def _file_problems(config: Config) -> Iterator[str]:
     if config.kafka.ssl_ca_file and not os.access(config.kafka.ssl_ca_file, os.R_OK):
         yield f"[kafka] ssl_ca_file is {config.kafka.ssl_ca_file}; allowed: a file that the node can read"
     yield from _password_problems(config.kafka)
+    if config.cluster is not None:
+        yield from _secret_problems(config.cluster)
 
 
 def _directory_problems(where: str, path: Path) -> Iterator[str]:
@@ -328,6 +348,14 @@ def _directory_problems(where: str, path: Path) -> Iterator[str]:
 def _password_problems(kafka: KafkaSection) -> Sequence[str]:
     try:
         kafka.sasl_password()
+    except ConfigError as error:
+        return error.problems
+    return ()
+
+
+def _secret_problems(cluster: ClusterSection) -> Sequence[str]:
+    try:
+        cluster.secret()
     except ConfigError as error:
         return error.problems
     return ()
@@ -362,7 +390,8 @@ def _allowed(kind: msgspec.inspect.Type) -> str:
         case msgspec.inspect.DictType(key_type=key, value_type=value):
             if isinstance(value, msgspec.inspect.StructType):
                 return "a table"
-            return f"a table of {_allowed(key)}, to {_allowed(value)}"
+            size = f"{kind.min_length} to {kind.max_length} entries, " if kind.min_length else ""
+            return f"a table of {size}{_allowed(key)}, to {_allowed(value)}"
         case _:
             raise TypeError(f"no words for {kind}: config fields are numbers, texts, booleans, choices, lists, tables")
 

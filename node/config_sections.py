@@ -22,6 +22,10 @@ Name: TypeAlias = Annotated[str, Meta(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,99}
 Topic: TypeAlias = Annotated[str, Meta(pattern=r"^[A-Za-z0-9._-]{1,249}\Z")]
 TopicTemplate: TypeAlias = Annotated[str, Meta(pattern=r"^(\{application\})?[A-Za-z0-9._-]{1,249}\Z")]
 HostPort: TypeAlias = Annotated[str, Meta(pattern=r"^([A-Za-z0-9._-]+|\[[0-9A-Fa-f:.]+\]):[0-9]{1,5}\Z")]
+ClusterAddress: TypeAlias = Annotated[str, Meta(pattern=r"^[A-Za-z0-9._-]{1,120}:[0-9]{1,5}\Z")]
+ClusterAddressOrNone: TypeAlias = Annotated[str, Meta(pattern=r"^([A-Za-z0-9._-]{1,120}:[0-9]{1,5})?\Z")]
+StoreUrl: TypeAlias = Annotated[str, Meta(pattern=r"^([a-z][a-z0-9+.-]{0,31}://[^\x00-\x20\x7f]{1,1024})?\Z")]
+Rack: TypeAlias = Annotated[str, Meta(pattern=r"^[A-Za-z0-9._-]{0,100}\Z")]
 Identifier: TypeAlias = Annotated[str, Meta(pattern=r"^[A-Za-z_][A-Za-z0-9_]{0,127}\Z")]
 JsonPath: TypeAlias = Annotated[str, Meta(pattern=r"^[^.]+(\.[^.]+){0,15}\Z", max_length=512)]
 FilePath: TypeAlias = Annotated[str, Meta(pattern=r"^[^\x00-\x1f\x7f]{1,4096}\Z")]
@@ -37,6 +41,10 @@ PATTERN_WORDS = {
         (Topic, "a Kafka topic name (letters, digits, '.', '_' and '-', at most 249)"),
         (TopicTemplate, "a Kafka topic name, which may begin with {application}"),
         (HostPort, 'host:port, such as "127.0.0.1:9092"'),
+        (ClusterAddress, 'host:port, the host a name or an IPv4 address, such as "10.0.0.1:7100"'),
+        (ClusterAddressOrNone, 'host:port, the host a name or an IPv4 address, such as "10.0.0.1:7100", or ""'),
+        (StoreUrl, 'a URL such as "s3://bucket/prefix" or "file:///folder", or ""'),
+        (Rack, "letters, digits, '.', '_' and '-', at most 100, or \"\""),
         (Identifier, "a name of letters, digits and '_' that does not begin with a digit"),
         (JsonPath, 'a path of keys joined by dots, such as "basket.amount"'),
         (FilePath, "a path of 1 to 4096 characters"),
@@ -350,6 +358,122 @@ class HttpSection(Section, frozen=True):
     port: Annotated[int, Meta(ge=0, le=65_535, description="0 takes a free one, said in the log.")] = 8080
 
 
+class ClusterSection(Section, frozen=True):
+    """How this node and others are one cluster. `headrace check` says what the fields must be together."""
+
+    listen: Annotated[
+        ClusterAddress,
+        Meta(
+            description="Where this node listens for Raft. Whoever has the secret and reaches it can run code here: "
+            "keep it on a private link."
+        ),
+    ]
+    peers: Annotated[
+        dict[Name, ClusterAddress],
+        Meta(
+            min_length=1,
+            max_length=limits.CLUSTER_NODES_MAX,
+            description="Name and Raft address of every founding member, this node included; a node that joins later "
+            "lists the members there are and itself. Read once, by an empty `data_dir`: then `join` and `leave` say.",
+        ),
+    ]
+    peer_listen: Annotated[
+        ClusterAddress,
+        Meta(description="Where this node listens for other nodes' requests, signed with the secret, not encrypted."),
+    ]
+    peer_address: Annotated[
+        ClusterAddressOrNone,
+        Meta(description="What other nodes reach `peer_listen` by; '' where that is the same, so not with 0.0.0.0."),
+    ] = ""
+    secret_file: Annotated[
+        Text,
+        Meta(
+            description="File that holds the secret all nodes share, 16 bytes or more, readable only by the node. "
+            "Needed unless all addresses are loopback ones."
+        ),
+    ] = ""
+    secret_env: Annotated[
+        Text, Meta(description="Environment variable that holds the secret; visible to root in /proc.")
+    ] = ""
+    rack: Annotated[
+        Rack, Meta(description="What fails together has one name: owner and standby are kept in different racks.")
+    ] = ""
+    weight: Annotated[
+        float,
+        Meta(
+            ge=limits.WEIGHT_MIN,
+            le=limits.WEIGHT_MAX,
+            description="Share of partitions beside the other nodes': 2 takes twice as many as 1.",
+        ),
+    ] = 1.0
+    standbys: Annotated[
+        int,
+        Meta(
+            ge=0,
+            le=limits.STANDBY_COUNT_MAX,
+            description="Copies of a partition beside its owner's: each costs a fold of every frame, and saves the "
+            "restore when that many nodes are gone. The first node's value holds for the cluster.",
+        ),
+    ] = 1
+    lease_ms: Annotated[
+        int,
+        Meta(
+            ge=limits.LEASE_MS_MIN,
+            le=limits.LEASE_MS_MAX,
+            description="An owner that has not heard from a quorum for so long stops; others take over a little "
+            "later. Shorter fails over sooner, and also when a machine only stalls. The first node's value holds.",
+        ),
+    ] = 1000
+    snapshot_holders_min: Annotated[
+        int,
+        Meta(
+            ge=1,
+            le=limits.NODES_MAX,
+            description="The changelog is cut only behind a snapshot that so many nodes have verified: more keeps more "
+            "of it, and over the number of nodes keeps all of it. The first node's value holds.",
+        ),
+    ] = 2
+    snapshot_url: Annotated[
+        StoreUrl,
+        Meta(
+            description="Store that snapshots are also kept in, any that fsspec knows: outlives all disks, costs the "
+            "upload of each changed file. Its credentials come from the environment, not from here."
+        ),
+    ] = ""
+    snapshot_interval_s: Annotated[
+        int,
+        Meta(
+            ge=1,
+            le=86_400,
+            description="Time between snapshots of a partition: shorter keeps less changelog and restores sooner, "
+            "and copies more.",
+        ),
+    ] = 300
+
+    def secret(self) -> bytes | None:
+        """The secret, read now; None without one. Raises ConfigError when its file or variable is gone or short."""
+        if self.secret_env:
+            text = os.environ.get(self.secret_env)
+            if text is None:
+                raise ConfigError([f"[cluster] secret_env is {self.secret_env}; allowed: a variable that is set"])
+            return _long_enough("secret_env", self.secret_env, os.fsencode(text))
+        if not self.secret_file:
+            return None
+        try:
+            content = Path(self.secret_file).read_bytes().rstrip(b"\r\n")
+        except OSError as error:
+            where = f"[cluster] secret_file is {self.secret_file}"
+            raise ConfigError([f"{where}; allowed: a file that the node can read"]) from error
+        return _long_enough("secret_file", self.secret_file, content)
+
+
+def _long_enough(field: str, value: str, secret: bytes) -> bytes:
+    if limits.CLUSTER_SECRET_BYTES_MIN <= len(secret) <= limits.CLUSTER_SECRET_BYTES_MAX:
+        return secret
+    size = f"{limits.CLUSTER_SECRET_BYTES_MIN} to {limits.CLUSTER_SECRET_BYTES_MAX}"
+    raise ConfigError([f"[cluster] {field} is {value}, which holds {len(secret)} bytes; allowed: a secret of {size}"])
+
+
 Expression: TypeAlias = Annotated[str, Meta(min_length=1, max_length=limits.EXPRESSION_BYTES_MAX)]
 
 
@@ -364,6 +488,8 @@ class Config(Section, frozen=True):
     state: StateSection = StateSection()
     tenants: TenantsSection = TenantsSection()
     http: HttpSection = HttpSection()
+    cluster: ClusterSection | None = None
+    """None: a node on its own."""
 
     def schema(self) -> EventSchema:
         """What manifests may name of the events."""
@@ -381,4 +507,7 @@ SECTIONS: dict[str, type[Section]] = {
     "state": StateSection,
     "tenants": TenantsSection,
     "http": HttpSection,
+    "cluster": ClusterSection,
 }
+OPTIONAL_SECTIONS = ("cluster",)
+"""Tables whose absence means something, so that their needed fields are needed only in them."""

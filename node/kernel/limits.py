@@ -122,11 +122,17 @@ NAME_BYTES_MAX = 128
 REASON_BYTES_MAX = 512
 VERSIONS_PER_MODEL_MAX = 16
 """Kept in the catalog; retired ones have to be forgotten before more can be put."""
+VERSIONS_RETIRED_MAX = 4
+"""Of one model; the leader has the oldest beyond forgotten. What is kept can go live again without a new trial."""
+ROLLOUT_COMMANDS_MAX = 64
+"""Of one look at what may go live; the rest follows at the next."""
+REPORT_BYTES_MAX = 64 * KIB
+"""Of what a model's trial found, as the catalog keeps it."""
 BLOBS_MAX = 65_536
 CATALOG_MANIFEST_BYTES_MAX = 64 * MIB
-"""Of all manifests and tenants' settings together: the catalog is held whole in memory and dumped whole."""
+"""Of all manifests, reports and tenants' settings together: the catalog is held whole in memory and dumped whole."""
 CATALOG_BYTES_MAX = 256 * MIB
-COMMAND_BYTES_MAX = MANIFEST_BYTES_MAX + 16 * KIB
+COMMAND_BYTES_MAX = MANIFEST_BYTES_MAX + REPORT_BYTES_MAX + 16 * KIB
 REFUSALS_KEPT_MAX = 64
 
 CLUSTER_NODES_MAX = 15
@@ -137,6 +143,7 @@ CLUSTER_COMMANDS_PER_SECOND_MAX = 2_000
 CLUSTER_PROPOSALS_MAX = 256
 """Commands of one node waiting for their outcome; one more is refused."""
 CLUSTER_SECRET_BYTES_MIN = 16
+CLUSTER_SECRET_BYTES_MAX = 4 * KIB
 CLUSTER_START_MS_MAX = 60_000
 CLUSTER_STOP_MS_MAX = 10_000
 CLUSTER_STRANGERS_MAX = 32

@@ -14,7 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from node.config import REFERENCE_MARKER, Config, config_reference, load_config, parse_config
-from node.config_sections import SECTIONS, Section
+from node.config_sections import OPTIONAL_SECTIONS, SECTIONS, ClusterSection, Section
 from node.kernel.errors import ConfigError
 
 ROOT = Path(__file__).parents[2]
@@ -265,6 +265,93 @@ def test_a_password_that_is_not_there_is_a_mistake(tmp_path: Path) -> None:
     ]  # fmt: skip
 
 
+CLUSTER = """
+[node]
+name = "n1"
+[cluster]
+listen = "127.0.0.1:7100"
+peers = { n1 = "127.0.0.1:7100", n2 = "127.0.0.1:7200" }
+peer_listen = "127.0.0.1:7101"
+"""
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "expected"),
+    [
+        ("", "lease_ms = 100", "[cluster] lease_ms is 100; allowed: an integer from 200 to 60000"),
+        ("", "standbys = 5", "[cluster] standbys is 5; allowed: an integer from 0 to 4"),
+        ("", 'rack = "a b"', '[cluster] rack is "a b"; allowed: letters'),
+        ("", "weight = 0", "[cluster] weight is 0; allowed: a number from 0.001 to 1000"),
+        ("", 'snapshot_url = "/folder"', '[cluster] snapshot_url is "/folder"; allowed: a URL such as'),
+        ("", 'snapshot_url = "s3://key:word@bucket"', "[cluster] snapshot_url names a user; allowed: a URL without"),
+        ("", 'snapshot_url = "s3://[bucket"', "[cluster] snapshot_url can't be read as a URL"),
+        ("", 'peer_address = "peer"', '[cluster] peer_address is "peer"; allowed: host:port'),
+        ("", 'peer_address = "0.0.0.0:1"', '[cluster] peer_address is "0.0.0.0:1"; allowed: an address that other'),
+        ("", 'peer_address = "n1.shop:7101"', "[cluster] secret_file or secret_env is needed, since peer_address is"),
+        ('n2 = "127.0.0.1:7200"', 'n2 = "10.0.0.2:7200"', "[cluster] secret_file or secret_env is needed, since peers"),
+        ("", 'secret_file = "a"\nsecret_env = "b"', "[cluster] secret_file and secret_env: at most one may be set"),
+        ("n1 = ", "n3 = ", '[cluster] peers has n3, n2, not this node; allowed: with "n1", the [node] name'),
+        ("7200", "7100", '[cluster] peers has "127.0.0.1:7100" 2 times; allowed: an address of its own'),
+        ("7200", "0", '[cluster] peers.n2 is "127.0.0.1:0"; allowed: a port from 1 to 65535'),
+        ("7101", "7100", '[cluster] peer_listen is "127.0.0.1:7100", which is also listen; allowed'),
+        ("7101", "66666", '[cluster] peer_listen is "127.0.0.1:66666"; allowed: a port from 1 to 65535'),
+        (
+            '{ n1 = "127.0.0.1:7100", n2 = "127.0.0.1:7200" }',
+            "{}",
+            "[cluster] peers is {}; allowed: a table of 1 to 15",
+        ),
+        ('n2 = "127.0.0.1:7200"', '"n 2" = "127.0.0.1:7200"', "[cluster] peers is {"),
+        ("peers", "# peers", "[cluster] peers is missing; allowed: a table of 1 to 15"),
+        ("7101", "bad", "[cluster] peer_listen is"),
+        ("[node]", "[kafka]\npartitions = [0]\n[node]", "[kafka] partitions is a list; allowed with [cluster]"),
+        ("[node]", '[kafka]\ntransactions = "off"\n[node]', '[kafka] transactions is "off"; allowed with [cluster]'),
+    ],
+)
+def test_one_mistake_of_a_cluster_is_one_line(old: str, new: str, expected: str) -> None:
+    text = CLUSTER.replace(old, new) if old else CLUSTER + new
+    assert text != CLUSTER
+    (only,) = problems(GOOD + text)
+    assert only.startswith(expected)
+
+
+def test_all_mistakes_of_a_cluster_are_told_at_once() -> None:
+    text = CLUSTER.replace("127.0.0.1:7101", "0.0.0.0:7101").replace('name = "n1"', 'name = "n3"')
+    found = problems(f'{GOOD}[kafka]\ntransactions = "off"\n{text}lease_ms = 1\nzone = "a"\n')
+    assert len(found) == 6
+    places = ["lease_ms", "zone", "peer_address", "peers has", "secret_file", "transactions"]
+    assert all(any(place in line for line in found) for place in places)
+
+
+def test_the_secret_stays_out_of_the_config(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    secret = b"\xff sixteen or more"
+    (tmp_path / "secret").write_bytes(secret + b"\n")
+    monkeypatch.setenv("CLUSTER_SECRET", os.fsdecode(secret))
+    for line in ('secret_file = "secret"', 'secret_env = "CLUSTER_SECRET"'):
+        config = load_config(write(tmp_path, f"{GOOD}{CLUSTER}{line}"))
+        assert config.cluster is not None
+        assert config.cluster.secret() == secret
+        assert b"sixteen" not in msgspec.json.encode(config)
+        assert "sixteen" not in repr(config)
+    plain = parse(GOOD + CLUSTER).cluster
+    assert plain is not None
+    assert plain.secret() is None
+
+
+def test_a_secret_that_is_gone_or_short_is_a_mistake(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "short").write_text("fifteen bytes..")
+    monkeypatch.setenv("CLUSTER_SHORT", "")
+    assert "CLUSTER_NO_SUCH" not in os.environ
+    for line, expected in (
+        ('secret_file = "none"', "none; allowed: a file that the node can read"),
+        ('secret_env = "CLUSTER_NO_SUCH"', "CLUSTER_NO_SUCH; allowed: a variable that is set"),
+        ('secret_file = "short"', "short, which holds 15 bytes; allowed: a secret of 16 to 4096"),
+        ('secret_env = "CLUSTER_SHORT"', "CLUSTER_SHORT, which holds 0 bytes; allowed: a secret of 16"),
+    ):
+        (problem,) = load_problems(write(tmp_path, f"{GOOD}{CLUSTER}{line}"))
+        assert problem.startswith(f"[cluster] {line.split()[0]} is ")
+        assert expected in problem
+
+
 def test_files_that_cannot_be_read(tmp_path: Path) -> None:
     assert load_problems(tmp_path / "none.toml") == ["the file can't be read: No such file or directory"]
     assert "Is a directory" in load_problems(tmp_path)[0]
@@ -293,8 +380,13 @@ def test_every_field_has_a_trade_off_and_a_default_within_its_bounds(section: st
 def test_the_defaults_of_the_file_and_of_the_structs_are_the_same() -> None:
     config = parse(GOOD)
     for name, kind in SECTIONS.items():
-        if name not in ("events", "node", "tenants"):
+        if name not in ("events", "node", "tenants", *OPTIONAL_SECTIONS):
             assert getattr(config, name) == kind()
+    assert config.cluster is None
+    cluster = parse(GOOD + CLUSTER).cluster
+    assert cluster == ClusterSection(
+        listen="127.0.0.1:7100", peers={"n1": "127.0.0.1:7100", "n2": "127.0.0.1:7200"}, peer_listen="127.0.0.1:7101"
+    )
 
 
 def test_the_reference_is_a_table_of_four_columns() -> None:
@@ -327,7 +419,7 @@ def test_no_document_breaks_the_check(document: dict[str, Any]) -> None:
         patch.setattr(tomllib, "loads", lambda text: document)
         config = parsed("")
     if isinstance(config, Config):
-        assert all(isinstance(getattr(config, name), Section) for name in SECTIONS)
+        assert all(isinstance(getattr(config, name), Section) for name in SECTIONS if name not in OPTIONAL_SECTIONS)
     else:
         assert config
         assert all(line.isprintable() for line in config)
