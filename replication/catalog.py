@@ -77,7 +77,10 @@ class Tenant(Struct, frozen=True):
 
 
 class Version(Struct, frozen=True):
-    """A model version. `version` is the sha256 of file and manifest together, `blob` that of the file."""
+    """A model version. `version` is the sha256 of file and manifest together, `blob` that of the file.
+
+    One that passed waits to go live; there is one such of a model at most, put after the live one.
+    """
 
     version: str
     blob: str
@@ -86,6 +89,9 @@ class Version(Struct, frozen=True):
     who: str
     at_ms: int
     """Who brought it to its state, and when by the proposer's clock."""
+    report: str = ""
+    revision: int = 0
+    """When it was last put: of two versions of a model, the one with the higher revision is the newer."""
 
 
 class Model(Struct, frozen=True):
@@ -144,7 +150,7 @@ class Catalog(Struct, frozen=True, forbid_unknown_fields=True):
     """Blob sha256 -> node that has and has verified it -> revision since when."""
     partitions: tuple[Assignment, ...] = ()
     text_bytes: int = 0
-    """Of all manifests and tenants' settings."""
+    """Of all manifests, reports and tenants' settings."""
     refusals: tuple[Refusal, ...] = ()
     """The last ones."""
 
@@ -343,27 +349,55 @@ def _size(text: str) -> int:
 def _text_problem(text_bytes: int) -> str:
     if text_bytes <= limits.CATALOG_MANIFEST_BYTES_MAX:
         return ""
-    return f"manifests and settings would be {text_bytes} bytes, over CATALOG_MANIFEST_BYTES_MAX; forget old versions"
+    return f"texts would be {text_bytes} bytes together, over CATALOG_MANIFEST_BYTES_MAX; forget old versions"
 
 
 def _put_version(catalog: Catalog, command: PutVersion) -> Outcome:
     key = model_key(command.tenant, command.model)
     before = catalog.models.get(key)
+    if before is not None and command.version in before.versions:
+        return _put_again(catalog, before, command)
     versions = before.versions if before else {}
-    known = versions.get(command.version)
-    if known is not None:
-        same = (known.blob, known.manifest) == (command.blob, command.manifest)
-        return catalog if same else f"version {command.version[:12]} of {key} is known with other contents"
-    text_bytes = catalog.text_bytes + _size(command.manifest)
+    text_bytes = catalog.text_bytes + _size(command.manifest) + _size(command.report)
     reason = _addition_stale(catalog, command) or _version_problem(catalog, command, len(versions))
     reason = reason or _text_problem(text_bytes)
     if reason:
         return reason
-    added = Version(command.version, command.blob, command.manifest, "passed", command.who, command.at_ms)
     base = before or Model(command.tenant, command.model, {})
-    model = replace(base, versions={**versions, added.version: added}, revision=catalog.revision + 1)
+    versions = _without_passed(versions, command.who, command.at_ms) | {command.version: _passed(catalog, command)}
+    model = replace(base, versions=versions, revision=catalog.revision + 1)
     holders = catalog.holders if command.blob in catalog.holders else {**catalog.holders, command.blob: {}}
     return _next(catalog, models=_put(catalog.models, key, model), holders=holders, text_bytes=text_bytes)
+
+
+def _passed(catalog: Catalog, put: PutVersion) -> Version:
+    return Version(put.version, put.blob, put.manifest, "passed", put.who, put.at_ms, put.report, catalog.revision + 1)
+
+
+def _without_passed(versions: Mapping[str, Version], who: str, at_ms: int) -> dict[str, Version]:
+    """What waited to go live waits no longer: a newer wish takes its place."""
+    return {
+        name: replace(version, state="retired", who=who, at_ms=at_ms) if version.state == "passed" else version
+        for name, version in versions.items()
+    }
+
+
+def _put_again(catalog: Catalog, model: Model, command: PutVersion) -> Outcome:
+    """Of a version that is known; only a wish that is newer than all that became of the model since counts."""
+    key, known = model_key(model.tenant, model.model), model.versions[command.version]
+    if (known.blob, known.manifest) != (command.blob, command.manifest):
+        return f"version {command.version[:12]} of {key} is known with other contents"
+    waiting = any(version.state == "passed" for version in model.versions.values())
+    if known.state == "passed" or (known.state == "live" and not waiting):
+        return catalog
+    text_bytes = catalog.text_bytes + _size(command.report) - _size(known.report)
+    reason = _stale(f"model {key}", model.revision, command) or _text_problem(text_bytes)
+    if reason:
+        return reason
+    renewed = replace(_passed(catalog, command), state="live" if known.state == "live" else "passed")
+    versions = _without_passed(model.versions, command.who, command.at_ms) | {known.version: renewed}
+    changed = replace(model, versions=versions, revision=catalog.revision + 1)
+    return _next(catalog, models=_put(catalog.models, key, changed), text_bytes=text_bytes)
 
 
 def _version_problem(catalog: Catalog, command: PutVersion, versions: int) -> str:
@@ -399,7 +433,7 @@ def _go_live(catalog: Catalog, command: GoLive) -> Outcome:
     stale = _stale(f"model {model_key(model.tenant, model.model)}", model.revision, command)
     if stale:
         return stale
-    versions = dict(model.versions)
+    versions = _without_passed(model.versions, command.who, command.at_ms)
     if model.live:
         versions[model.live] = replace(versions[model.live], state="retired", who=command.who, at_ms=command.at_ms)
     versions[version.version] = replace(version, state="live", who=command.who, at_ms=command.at_ms)
@@ -446,7 +480,7 @@ def _forget(catalog: Catalog, command: ForgetVersion) -> Outcome:
         models[key] = replace(model, versions=kept, revision=revision)
     used = any(other.blob == version.blob for each in models.values() for other in each.versions.values())
     holders = catalog.holders if used else {b: held for b, held in catalog.holders.items() if b != version.blob}
-    text_bytes = catalog.text_bytes - _size(version.manifest)
+    text_bytes = catalog.text_bytes - _size(version.manifest) - _size(version.report)
     return _next(catalog, models=models, holders=holders, text_bytes=text_bytes, removed_revision=revision)
 
 

@@ -18,6 +18,7 @@ Name: TypeAlias = Annotated[str, Meta(min_length=1, max_length=limits.NAME_BYTES
 Text: TypeAlias = Annotated[str, Meta(max_length=limits.NAME_BYTES_MAX)]
 Reason: TypeAlias = Annotated[str, Meta(max_length=limits.REASON_BYTES_MAX)]
 Manifest: TypeAlias = Annotated[str, Meta(max_length=limits.MANIFEST_BYTES_MAX)]
+Report: TypeAlias = Annotated[str, Meta(max_length=limits.REPORT_BYTES_MAX)]
 Sha256: TypeAlias = Annotated[str, Meta(pattern="^[0-9a-f]{64}$")]
 Names: TypeAlias = Annotated[tuple[Name, ...], Meta(max_length=limits.NODES_MAX)]
 Number: TypeAlias = Annotated[int, Meta(ge=0, le=2**63 - 1)]
@@ -76,19 +77,28 @@ class PutTenant(_Command, frozen=True, kw_only=True, tag="tenant"):
 
 
 class PutVersion(_Command, frozen=True, kw_only=True, tag="version"):
-    """A version that passed its trial."""
+    """A version that passed its trial: from now on the tenant's wish, in place of one that waits to go live.
+
+    A version that is known already is put again the same way: one that retired waits to go live once more, and one
+    that is live stays so. Two puts of one model count in the order in which they are agreed.
+    """
 
     tenant: Name
     model: Name
     version: Sha256
     blob: Sha256
     manifest: Manifest
+    report: Report = ""
+    """What the trial found, as its trier wrote it; the catalog keeps it and never looks inside."""
     who: Text = ""
     at_ms: Number = 0
 
 
 class GoLive(_Command, frozen=True, kw_only=True, tag="live"):
-    """Make a version live on all nodes; the one before retires. `holders` must have its bytes already."""
+    """Make a version live on all nodes; the one before retires, and so does one that waits to go live.
+
+    `holders` must have its bytes already.
+    """
 
     tenant: Name
     model: Name
@@ -99,6 +109,8 @@ class GoLive(_Command, frozen=True, kw_only=True, tag="live"):
 
 
 class RetireVersion(_Command, frozen=True, kw_only=True, tag="retire"):
+    """Take a version back. To withdraw a model, retire what waits first, then what is live, then forget all."""
+
     tenant: Name
     model: Name
     version: Sha256

@@ -88,6 +88,18 @@ def takeover_wait_ms(lease_ms: int, settings: PlanSettings) -> float:
     return lease_ms * (1 + settings.clock_drift) / (1 - settings.clock_drift) + settings.margin_ms
 
 
+def living(catalog: Catalog, reports: Reports, now_ms: int, settings: PlanSettings) -> frozenset[str]:
+    """The members that are not known to be silent for a lease; all of them, for a leader that is younger than that."""
+    wait_ms = takeover_wait_ms(catalog.settings.lease_ms, settings)
+    return frozenset(name for name in catalog.nodes if now_ms - _heard_ms(reports, name) < wait_ms)
+
+
+def _heard_ms(reports: Reports, name: str) -> int:
+    """Of whichever incarnation: the present one may have renewed its lease and not yet reported."""
+    report = reports.nodes.get(name)
+    return reports.since_ms if report is None else max(reports.since_ms, report.heard_ms)
+
+
 def caught_up(progress: Progress | None, settings: PlanSettings) -> bool:
     return (
         progress is not None
@@ -117,10 +129,9 @@ class _Planner:
         self.now_ms = now_ms
         self.settings = settings
         self.commands: dict[int, PartitionCommand] = {}
-        wait_ms = takeover_wait_ms(catalog.settings.lease_ms, settings)
         self.heard = {name: report for name, report in reports.nodes.items() if self._is_member(name, report)}
-        self.silent_ms = {name: now_ms - self._heard_ms(name) for name in catalog.nodes}
-        self.dead = {name for name, silent_ms in self.silent_ms.items() if silent_ms >= wait_ms}
+        self.silent_ms = {name: now_ms - _heard_ms(reports, name) for name in catalog.nodes}
+        self.dead = catalog.nodes.keys() - living(catalog, reports, now_ms, settings)
         self.fresh = {name for name in self.heard if name not in self.dead}
         self.moving = sum(held.move is not None for held in catalog.partitions)
 
@@ -128,11 +139,6 @@ class _Planner:
         """A report of an earlier incarnation is of a disk that is gone."""
         node = self.catalog.nodes.get(name)
         return node is not None and node.incarnation == report.incarnation
-
-    def _heard_ms(self, name: str) -> int:
-        """Of whichever incarnation: the present one may have renewed its lease and not yet reported."""
-        report = self.reports.nodes.get(name)
-        return self.reports.since_ms if report is None else max(self.reports.since_ms, report.heard_ms)
 
     def draining(self, name: str) -> bool:
         return name in self.catalog.nodes and self.catalog.nodes[name].draining

@@ -42,20 +42,20 @@ shas = st.sampled_from(SHAS)
 partitions = st.integers(0, 2)
 epochs = st.integers(0, 3)
 standbys = st.lists(nodes, max_size=3).map(tuple)
-VERSION = {"tenant": tenants, "model": st.just("m"), "version": shas}
+VERSION: dict[str, st.SearchStrategy[object]] = {"tenant": tenants, "model": st.just("m"), "version": shas}
 PARTITION = {"partition": partitions, "epoch": epochs}
 
 
 def any_command(revision: int) -> st.SearchStrategy[Command]:
     at = st.integers(max(0, revision - 3), revision)
-    made = {
+    made: dict[type[Command], dict[str, st.SearchStrategy[object]]] = {
         JoinNode: {"name": nodes, "raft_address": st.just("r"), "http_address": st.just("h"), "rack": st.just("")}
         | {"incarnation": st.integers(1, 2), "at_ms": st.integers(0, 9)},
         LeaveNode: {"name": nodes},
         RenewLease: {"name": nodes, "incarnation": st.integers(1, 2), "number": st.integers(0, 4)},
         DrainNode: {"name": nodes, "draining": st.booleans()},
         PutTenant: {"name": tenants, "settings": st.sampled_from(("", "weight = 2"))},
-        PutVersion: {**VERSION, "blob": shas, "manifest": st.just("on = []")},
+        PutVersion: {**VERSION, "blob": shas, "manifest": st.just("on = []"), "report": st.sampled_from(("", "{}"))},
         GoLive: {**VERSION, "holders": st.lists(nodes, min_size=1, max_size=2).map(tuple)},
         RetireVersion: VERSION,
         ForgetVersion: VERSION,
@@ -158,8 +158,13 @@ def check_step(before: Catalog, after: Catalog) -> None:
     for model in after.models.values():
         live = [version.version for version in model.versions.values() if version.state == "live"]
         assert live == ([model.live] if model.live else [])
+        waiting = [version.revision for version in model.versions.values() if version.state == "passed"]
+        assert len(waiting) <= 1
+        assert not live or not waiting or waiting[0] > model.versions[model.live].revision
+        put = [version.revision for version in model.versions.values()]
+        assert len(set(put)) == len(put)
     texts = [t.settings for t in after.tenants.values()]
-    texts += [v.manifest for m in after.models.values() for v in m.versions.values()]
+    texts += [v.manifest + v.report for m in after.models.values() for v in m.versions.values()]
     assert after.text_bytes == sum(map(len, texts))
     assert {v.blob for m in after.models.values() for v in m.versions.values()} == set(after.holders)
     assert all(set(held) <= after.nodes.keys() for held in after.holders.values())
@@ -207,6 +212,24 @@ def test_a_version_goes_live_only_where_the_holders_have_it() -> None:
     model = apply(catalog, live).models["t/m"]
     assert (model.live, model.versions[SHAS[0]].state) == (SHAS[1], "retired")
     assert model.live_revision == catalog.revision + 1
+
+
+def test_a_version_put_again_is_the_newest_wish() -> None:
+    put = [version(WHOLE.revision, SHAS[0]), version(WHOLE.revision, SHAS[1])]
+    assert apply(WHOLE, put[0]) is WHOLE, "it is live already"
+    catalog = apply(WHOLE, put[1])
+    assert "decide anew" in problem(catalog, put[0]), "an old wish repeated late"
+    back = apply(catalog, replace(put[0], revision=catalog.revision, report="{}"))
+    assert states(back) == ["live", "retired"]
+    assert back.models["t/m"].versions[SHAS[0]].report == "{}"
+    again = apply(back, replace(put[1], revision=back.revision))
+    assert states(again) == ["live", "passed"]
+    assert states(apply(again, version(again.revision, SHAS[2]))) == ["live", "retired", "passed"]
+
+
+def states(catalog: Catalog) -> list[str]:
+    versions = catalog.models["t/m"].versions
+    return [versions[sha].state for sha in SHAS if sha in versions]
 
 
 def test_a_lost_disk_no_longer_holds_a_file() -> None:

@@ -1,0 +1,58 @@
+"""(P) Which model versions may go live now, and which old ones may go: what the Raft leader proposes next.
+
+A version that passed its trial goes live once every node that is there has its file, so that all go over to it at one
+place of the log and none has to serve without it. A node that is away does not hold the others up: it learns
+what is live when it comes back, and says until it has the file that it lacks it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterator
+from itertools import islice
+from typing import TypeAlias
+
+from node.kernel.limits import ROLLOUT_COMMANDS_MAX, VERSIONS_RETIRED_MAX
+from replication.catalog import Catalog, Model, Version
+from replication.commands import ForgetVersion, GoLive
+
+RolloutCommand: TypeAlias = GoLive | ForgetVersion
+
+
+def rollout(catalog: Catalog, fresh: Collection[str]) -> list[RolloutCommand]:
+    """The leader's next commands for models: one a model and ROLLOUT_COMMANDS_MAX at most, all valid together.
+
+    `fresh` are the nodes that must have a file: those that `ownership.living` gives, which a leader of a moment ago
+    says of every member. Without any, nothing goes live. The same catalog and nodes give the same answer,
+    so it need be asked only when the catalog's revision or the nodes have changed.
+    """
+    members = tuple(sorted(name for name in fresh if name in catalog.nodes))
+    return list(islice(_commands(catalog, members), ROLLOUT_COMMANDS_MAX))
+
+
+def _commands(catalog: Catalog, members: tuple[str, ...]) -> Iterator[RolloutCommand]:
+    for model in catalog.models.values():
+        passed = next((version for version in model.versions.values() if version.state == "passed"), None)
+        if passed is not None and members and catalog.holders[passed.blob].keys() >= set(members):
+            yield _go_live(catalog, model, passed, members)
+        elif len(model.versions) > VERSIONS_RETIRED_MAX:
+            yield from _forget(catalog, model)
+
+
+def _go_live(catalog: Catalog, model: Model, version: Version, members: tuple[str, ...]) -> GoLive:
+    return GoLive(
+        revision=catalog.revision,
+        tenant=model.tenant,
+        model=model.model,
+        version=version.version,
+        holders=members,
+        who=version.who,
+        at_ms=version.at_ms,
+    )
+
+
+def _forget(catalog: Catalog, model: Model) -> Iterator[ForgetVersion]:
+    """The oldest retired version, when there are too many."""
+    retired = [version for version in model.versions.values() if version.state == "retired"]
+    if len(retired) > VERSIONS_RETIRED_MAX:
+        oldest = min(retired, key=lambda version: version.revision)
+        yield ForgetVersion(revision=catalog.revision, tenant=model.tenant, model=model.model, version=oldest.version)
