@@ -22,8 +22,9 @@ from packaging.utils import canonicalize_name
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGES = ("node", "replication", "tenants")
 KERNEL = "node.kernel"
-WIRING = ("node.app", "node.clustering")
-"""May import from all three packages: `clustering` is the part of a node that is one of several. The command line may import the wiring, inside a function only."""
+WIRING = ("node.app", "node.clustering", "node.cluster_view", "node.cluster_console")
+"""May import from all three packages: the `cluster*` modules are the part of a node that is one of several. The command
+line may import the wiring, inside a function only."""
 COMMAND_LINE = "node.__main__"
 
 FUNCTION_LINES_MAX = 70
@@ -104,7 +105,7 @@ def import_problem(module: str, imported: str, inside: bool) -> str:
         return ""
     if within(module, KERNEL):
         return "" if within(imported, KERNEL) or imported == "node" else "the kernel imports nothing of ours"
-    if module == COMMAND_LINE and within(imported, "node.app"):
+    if module == COMMAND_LINE and any(within(imported, wiring) for wiring in WIRING):
         return "" if inside else "the command line imports the wiring inside a function, so that `check` starts fast"
     if module in WIRING:
         return ""

@@ -11,9 +11,10 @@ import msgspec
 from node.kernel.clock import Clock
 from node.kernel.limits import HTTP_MODELS_MAX
 from node.kernel.types import ModelName
+from node.serving.cluster import ClusterStatus, ClusterView
 from node.serving.metrics import METRICS_TYPE, NodeMetrics
 from node.serving.openapi import openapi_document
-from node.serving.problems import unavailable
+from node.serving.problems import not_found, unavailable
 from node.serving.routes import AtQuery, Call, FeaturesQuery, ModelsQuery, Reply, Route
 from node.serving.view import (
     AsOf,
@@ -43,10 +44,13 @@ class Readiness(Body, frozen=True):
 
 
 class Endpoints:
-    """`http` gives the server's own figures."""
+    """`http` gives the server's own figures; `cluster` is None on a node that is on its own."""
 
-    def __init__(self, view: NodeView, clock: Clock, http: Callable[[], HttpStatus]) -> None:
+    def __init__(
+        self, view: NodeView, clock: Clock, http: Callable[[], HttpStatus], cluster: ClusterView | None = None
+    ) -> None:
         self._view = view
+        self._cluster = cluster
         self._clock = clock
         self._http = http
         self._metrics = NodeMetrics(self.node_status)
@@ -58,6 +62,13 @@ class Endpoints:
             Route("/readyz", "Whether the node does its work; else why not", self._readiness, Readiness),
             Route("/metrics", "Figures for Prometheus", self._metrics_text, None),
             Route("/v1/status", "The node, its partitions and tenants", self._status, NodeStatus),
+            Route(
+                "/v1/cluster",
+                "Members, leader, and each partition's owner, standbys and moves",
+                self._cluster_status,
+                ClusterStatus,
+                statuses=_READS,
+            ),
             Route(
                 "/v1/models", "All versions of all models, with state and reasons", self._models, Models, ModelsQuery
             ),
@@ -105,6 +116,11 @@ class Endpoints:
 
     async def _status(self, call: Call) -> Reply:
         return _reply(self.node_status())
+
+    async def _cluster_status(self, call: Call) -> Reply:
+        if self._cluster is None:
+            raise not_found("not-clustered", "not clustered: this node is on its own; its config has no [cluster]")
+        return _reply(await self._cluster.cluster())
 
     async def _models(self, call: Call) -> Reply:
         query = call.query

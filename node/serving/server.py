@@ -25,6 +25,7 @@ from node.kernel.limits import (
     HTTP_REQUEST_MS_MAX,
     HTTP_REQUESTS_MAX,
 )
+from node.serving.cluster import ClusterView
 from node.serving.endpoints import Endpoints
 from node.serving.problems import PROBLEM_TYPE, Refusal, refusal_of, unavailable
 from node.serving.routes import Reply, Router
@@ -48,12 +49,17 @@ class HttpServer:
     """Serves `view` at the address configured. `request_ms_max` is there for tests."""
 
     def __init__(
-        self, view: NodeView, settings: HttpSection, clock: Clock, request_ms_max: int = HTTP_REQUEST_MS_MAX
+        self,
+        view: NodeView,
+        settings: HttpSection,
+        clock: Clock,
+        request_ms_max: int = HTTP_REQUEST_MS_MAX,
+        cluster: ClusterView | None = None,
     ) -> None:
         self._settings = settings
         self._clock = clock
         self._request_seconds_max = request_ms_max / 1000
-        self._router = Router(Endpoints(view, clock, self.statistics).routes())
+        self._router = Router(Endpoints(view, clock, self.statistics, cluster).routes())
         self._answered: Counter[str] = Counter()
         self._refused: Counter[str] = Counter()
         self._in_progress = 0
