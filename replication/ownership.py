@@ -51,6 +51,12 @@ class NodeReport:
     """When the leader last got its report or applied its `RenewLease`, whichever is later, by the leader's clock."""
     incarnation: int
     partitions: Mapping[int, Progress] = field(default_factory=dict)
+    reported_ms: int | None = None
+    """When the leader got the report that `partitions` are from; None: it has none yet.
+
+    They are believed no longer than a silent node is taken for alive: a node that has crashed, come back and renewed
+    its lease is heard of before it says how little of its partitions it still has.
+    """
 
 
 @dataclass(frozen=True, slots=True)
@@ -133,6 +139,12 @@ class _Planner:
         self.silent_ms = {name: now_ms - _heard_ms(reports, name) for name in catalog.nodes}
         self.dead = catalog.nodes.keys() - living(catalog, reports, now_ms, settings)
         self.fresh = {name for name in self.heard if name not in self.dead}
+        wait_ms = takeover_wait_ms(catalog.settings.lease_ms, settings)
+        self.told = {
+            name
+            for name in self.fresh
+            if (at_ms := self.heard[name].reported_ms) is not None and now_ms - at_ms < wait_ms
+        }
         self.moving = sum(held.move is not None for held in catalog.partitions)
 
     def _is_member(self, name: str, report: NodeReport) -> bool:
@@ -144,8 +156,8 @@ class _Planner:
         return name in self.catalog.nodes and self.catalog.nodes[name].draining
 
     def progress(self, partition: int, name: str) -> Progress | None:
-        """Of a node that is there; None for one that has nothing of the partition, or is not."""
-        return self.heard[name].partitions.get(partition) if name in self.fresh else None
+        """Of a node that said so lately; None for one that did not, or has nothing of the partition."""
+        return self.heard[name].partitions.get(partition) if name in self.told else None
 
     def ready(self, partition: int, name: str) -> bool:
         return caught_up(self.progress(partition, name), self.settings)

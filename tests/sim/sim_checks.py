@@ -16,10 +16,9 @@ from replication.commands import PartitionCommand, StartMove
 if TYPE_CHECKING:
     from sim_world import World
 
-LOSS_MS = 4500
-"""A report from before a disk was lost may be late by the longest delay of a message, and is believed for a while."""
-STALE_MS = 3000
-"""A leader's view may be so old: reports, the time until they count as silence, and a command on its way."""
+STALE_MS = 4500
+"""A leader's view may be so old: a report is late by the longest delay of a message, believed until its node counts as
+silent, and a command is on its way as long again as a message."""
 
 
 class InvariantBroken(AssertionError):
@@ -133,7 +132,7 @@ class Checks:
 
     def cut_is_safe(self, partition: int, before: int) -> None:
         holders = [n.name for n in self.world.nodes.values() if n.disk.restores_from(partition) >= before]
-        calm = self.world.now_ms - self.world.loss_ms > LOSS_MS
+        calm = self.world.now_ms - self.world.loss_ms > STALE_MS
         wanted = self.world.settings.snapshot_holders_min if calm else 1
         if len(holders) < wanted:
             self.fail("(g) the changelog is cut where too few can restore", partition, before, holders)

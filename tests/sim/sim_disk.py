@@ -31,6 +31,12 @@ class Disk:
     snapshots: dict[int, Snapshot] = field(default_factory=dict)
     """Partition -> the newest snapshot that was verified; an older one is dropped only then."""
 
+    def keep(self, partition: int, snapshot: Snapshot) -> None:
+        """A node that has just come back may make one that is older than what it has; that is not kept."""
+        held = self.snapshots.get(partition)
+        if held is None or snapshot.offset > held.offset:
+            self.snapshots[partition] = snapshot
+
     def restores_from(self, partition: int) -> int:
         """The furthest offset that this disk can go on from; -1: it has nothing, so it needs the whole changelog."""
         found = [self.flushed[partition].changelog_offset()] if partition in self.flushed else []

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from sim_disk import Disk
@@ -17,6 +18,17 @@ if TYPE_CHECKING:
     from sim_world import World
 
 RENEW_MS, REPORT_MS, PLAN_MS, CUT_MS, FLUSH_MS, SNAPSHOT_MS, DROP_MS = 300, 200, 300, 1000, 900, 1700, 5000
+
+
+@dataclass(frozen=True, slots=True)
+class Told:
+    """A report, as the leader keeps it."""
+
+    incarnation: int
+    number: int
+    partitions: Mapping[int, Progress]
+    verified: Mapping[int, int]
+    at_ms: float = 0.0
 
 
 class SimNode:
@@ -41,6 +53,7 @@ class SimNode:
         self.alive = True
         self.boots += 1
         self.renewals = 0
+        self.reported = 0
         self.pending: dict[int, float] = {}
         self.last_quorum_ms: float | None = None
         self.replicas: dict[int, Replica] = {}
@@ -108,7 +121,9 @@ class SimNode:
         for partition, held in enumerate(self.catalog.partitions):
             self._attend(partition, held)
         if self.is_due("report", REPORT_MS):
-            self.world.report(self, self._report(), self._verified())
+            self.reported += 1
+            number = (self.boots << 20) + self.reported
+            self.world.report(self, Told(self.disk.incarnation, number, self._report(), self._verified()))
         if self.world.raft.leader == self.name:
             self._lead()
 
@@ -213,18 +228,20 @@ class SimNode:
     def became_leader(self, since_ms: float) -> None:
         self.since_ms = since_ms
         self.heard: dict[str, float] = {}
-        self.told: dict[str, tuple[int, Mapping[int, Progress], Mapping[int, int]]] = {}
+        self.told: dict[str, Told] = {}
 
-    def hear(self, name: str, incarnation: int, report: Mapping[int, Progress], verified: Mapping[int, int]) -> None:
-        member = self.catalog.nodes.get(name)
-        if member is None or member.incarnation != incarnation:
+    def hear(self, name: str, told: Told) -> None:
+        member, before = self.catalog.nodes.get(name), self.told.get(name)
+        if member is None or member.incarnation != told.incarnation:
+            return
+        if before is not None and before.incarnation == told.incarnation and before.number >= told.number:
             return
         self.heard[name] = self.local_ms()
-        self.told[name] = (incarnation, report, verified)
+        self.told[name] = replace(told, at_ms=self.local_ms())
 
     def _reports(self) -> Reports:
         nodes = {
-            name: NodeReport(int(self.heard[name]), told[0], told[1])
+            name: NodeReport(int(self.heard[name]), told.incarnation, told.partitions, int(told.at_ms))
             for name, told in self.told.items()
             if name in self.heard
         }
@@ -243,16 +260,17 @@ class SimNode:
             self._cut()
 
     def _cut(self) -> None:
-        near = {name: told for name, told in self.told.items() if self.local_ms() - self.heard[name] < 1200}
+        near = {name: told for name, told in self.told.items() if self.local_ms() - told.at_ms < 1200}
         near = {
             name: told
             for name, told in near.items()
-            if name in self.catalog.nodes and self.catalog.nodes[name].incarnation == told[0]
+            if name in self.catalog.nodes and self.catalog.nodes[name].incarnation == told.incarnation
         }
         for partition, held in enumerate(self.catalog.partitions):
             replicas = {held.owner, *held.standbys}
-            verified = {n: told[2][partition] for n, told in near.items() if n in replicas and partition in told[2]}
-            needed = [told[1][partition].offset for n, told in near.items() if n in replicas and partition in told[1]]
+            heard = [(name, told) for name, told in near.items() if name in replicas]
+            verified = {name: told.verified[partition] for name, told in heard if partition in told.verified}
+            needed = [told.partitions[partition].offset for _, told in heard if partition in told.partitions]
             start = self.world.logs[partition].start
             before = cut_offset(
                 verified, [offset for offset in needed if offset >= start], self.catalog.settings.snapshot_holders_min

@@ -81,7 +81,7 @@ class Replica:
     def restore(self, snapshot: Snapshot) -> None:
         if snapshot.offset > self.store.changelog_offset():
             self.store = clone(snapshot.store)
-            self.node.disk.flushed.pop(self.partition, None)
+            self.flush()
             self.world.note("restore", self.node.name, self.partition, snapshot.offset)
         self.pinned = None
 
@@ -89,7 +89,7 @@ class Replica:
         self.node.disk.flushed[self.partition] = clone(self.store)
 
     def snapshot(self) -> None:
-        self.node.disk.snapshots[self.partition] = Snapshot(self.store.changelog_offset(), clone(self.store))
+        self.node.disk.keep(self.partition, Snapshot(self.store.changelog_offset(), clone(self.store)))
 
     # the owner
 

@@ -6,13 +6,13 @@ import heapq
 import itertools
 import random
 from collections import deque
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
 from sim_broker import PartitionLog
-from sim_checks import Checks, InvariantBroken
-from sim_node import SimNode
+from sim_checks import STALE_MS, Checks, InvariantBroken
+from sim_node import SimNode, Told
 from sim_session import Replica
 
 from replication.catalog import Settings
@@ -25,7 +25,7 @@ from replication.commands import (
     decode_command,
     encode_command,
 )
-from replication.ownership import PlanSettings, Progress
+from replication.ownership import PlanSettings
 
 STEP_MS = 100
 TRACE_EVENTS = 60
@@ -164,13 +164,11 @@ class World:
             if not self._lost():
                 self._send(at_leader)
 
-    def report(self, node: SimNode, report: Mapping[int, Progress], verified: Mapping[int, int]) -> None:
-        incarnation = node.disk.incarnation
-
+    def report(self, node: SimNode, told: Told) -> None:
         def at_leader() -> None:
             leader = self._leader(node)
             if leader is not None:
-                leader.hear(node.name, incarnation, report, verified)
+                leader.hear(node.name, told)
 
         if not self._lost():
             self._send(at_leader)
@@ -289,7 +287,13 @@ class World:
             self.checks.can_be_restored()
 
     def _survives_without(self, node: SimNode) -> bool:
-        """The fault model: never the last disk that restores a partition."""
+        """The fault model: never the last disk that restores a partition.
+
+        Nor a second one while cuts that were decided before the first loss may still be on their way: a
+        changelog is cut behind `snapshot_holders_min` disks, two here, so that one may be lost.
+        """
+        if self.now_ms - self.loss_ms < STALE_MS:
+            return False
         others = [other for other in self.nodes.values() if other is not node]
         return all(
             not log.start or any(other.disk.restores_from(partition) >= log.start for other in others)

@@ -76,7 +76,7 @@ class Cluster:
         for name in self.catalog.nodes:
             held = {p: self.progress(p, name) for p in range(len(self.catalog.partitions)) if self.replica(p, name)}
             heard_ms = NOW_MS - self.dead.get(name, 0)
-            nodes[name] = NodeReport(heard_ms, self.catalog.nodes[name].incarnation, held)
+            nodes[name] = NodeReport(heard_ms, self.catalog.nodes[name].incarnation, held, heard_ms)
         return Reports(0, nodes)
 
     def replica(self, partition: int, name: str) -> bool:
@@ -230,10 +230,23 @@ def test_without_a_standby_any_live_node_takes_over() -> None:
 
 def test_a_report_from_before_the_disk_was_lost_is_not_believed() -> None:
     catalog = make(dict.fromkeys("ab", ""), 1)
-    lost = NodeReport(NOW_MS, 2, {0: Progress(999, 0, 0)})
+    lost = NodeReport(NOW_MS, 2, {0: Progress(999, 0, 0)}, NOW_MS)
     (command,) = plan(catalog, Reports(0, {"a": lost, "b": NodeReport(NOW_MS, 1)}), NOW_MS, PLAN)
     assert isinstance(command, TakeOver)
     assert command.to == "b"
+
+
+def test_a_report_from_before_a_crash_is_not_believed_of_a_node_that_is_back() -> None:
+    cluster = Cluster(make(dict.fromkeys("abc", ""), 1))
+    cluster.settle()
+    (held,) = cluster.catalog.partitions
+    cluster.catalog = drain(cluster.catalog, held.owner)
+    reports = cluster.reports()
+    assert StartMove in [type(command) for command in plan(cluster.catalog, reports, NOW_MS, PLAN)]
+    standby = held.standbys[0]
+    old_ms = int(NOW_MS - takeover_wait_ms(cluster.catalog.settings.lease_ms, PLAN) - 1)
+    back = {**reports.nodes, standby: replace(reports.nodes[standby], reported_ms=old_ms)}
+    assert StartMove not in [type(command) for command in plan(cluster.catalog, Reports(0, back), NOW_MS, PLAN)]
 
 
 def test_a_node_that_rejoined_is_not_silent_before_its_first_report() -> None:
@@ -256,7 +269,7 @@ def test_moves_end_or_are_given_up() -> None:
     nodes = {name: replace(report, partitions={}) for name, report in cluster.reports().nodes.items()}
     assert plan(cluster.catalog, Reports(0, nodes), NOW_MS, PLAN) == []
     late_ms = NOW_MS + PLAN.move_ms_max + 1
-    nodes = {name: replace(report, heard_ms=late_ms) for name, report in nodes.items()}
+    nodes = {name: replace(report, heard_ms=late_ms, reported_ms=late_ms) for name, report in nodes.items()}
     assert [type(c) for c in plan(cluster.catalog, Reports(0, nodes), late_ms, PLAN)] == [CancelMove]
     drained = drain(cluster.catalog, held.standbys[0])
     assert CancelMove in [type(command) for command in plan(drained, cluster.reports(), NOW_MS, PLAN)]
