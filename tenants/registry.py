@@ -18,22 +18,11 @@ import msgspec
 from node.kernel import limits
 from node.kernel.errors import ManifestError
 from node.kernel.types import EventSchema, ModelName, ModelVersion, StoredOutput
+from tenants.agreement import TrialReport
 from tenants.expression import expression_name
 from tenants.manifest import Manifest, TenantSettings, parse_manifest
 
 NewestState: TypeAlias = Literal["candidate", "waiting", "refused"]
-
-
-@dataclass(frozen=True, slots=True)
-class TrialReport:
-    """What a trial found; CPU seconds, bytes the model takes in a worker."""
-
-    seconds_per_call: float
-    seconds_per_row: float
-    memory_bytes: int
-    class_name: str
-    labels: tuple[str, ...] = ()
-    notes: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

@@ -12,7 +12,8 @@ from node.kernel.clock import Clock
 from node.kernel.errors import StoreUnavailable
 from node.kernel.ports import FeaturePlan
 from node.kernel.supervise import Supervisor
-from node.kernel.types import EventSchema, ModelName, ModelVersion
+from node.kernel.types import AgreedModels, EventSchema, ModelName, ModelVersion
+from tenants.agreement import ModelPublisher
 from tenants.features import compile_plan
 from tenants.manifest import TenantSettings
 from tenants.pool import ModelPool, PoolStatistics
@@ -46,8 +47,16 @@ class TenantService:
     """Raises ConfigError when the operator's profile in `schema` is wrong."""
 
     def __init__(
-        self, settings: ServiceSettings, schema: EventSchema, blobs: Blobs, clock: Clock, supervisor: Supervisor
+        self,
+        settings: ServiceSettings,
+        schema: EventSchema,
+        blobs: Blobs,
+        clock: Clock,
+        supervisor: Supervisor,
+        publish: ModelPublisher | None = None,
     ) -> None:
+        self._publish = publish
+        self._agreed = AgreedModels(0)
         self._settings = settings
         self._schema = schema
         self._blobs = blobs
@@ -111,6 +120,14 @@ class TenantService:
                 " look whether the watched directory can be read"
             )
         return known
+
+    def agreed(self, models: AgreedModels) -> None:
+        """What the cluster's catalog says now: from here on it alone is live. Called on the loop, after each change.
+
+        Must have been called once before a partition is opened; an older revision than before is ignored.
+        """
+        if models.revision >= self._agreed.revision:
+            self._agreed = models
 
     def settings(self, tenant: str) -> TenantSettings:
         return self.watcher.snapshot.tenants.get(tenant) or TenantSettings(tenant)

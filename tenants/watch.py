@@ -31,10 +31,11 @@ from node.kernel.ports import FeaturePlan
 from node.kernel.supervise import Supervisor
 from node.kernel.types import EventSchema, ModelName, ModelVersion
 from tenants import folder, registry
+from tenants.agreement import TrialReport
 from tenants.features import compile_plan
 from tenants.folder import MANIFEST, MODEL, TENANT_FILE, Scan, Signature
 from tenants.manifest import TenantCaps, TenantSettings, parse_tenant
-from tenants.registry import Action, Event, Snapshot, StartTrial, TrialFailed, TrialPassed, TrialReport, WriteStatus
+from tenants.registry import Action, Event, Snapshot, StartTrial, TrialFailed, TrialPassed, WriteStatus
 from tenants.workers import LoadReport, WarmServer
 
 log = structlog.get_logger(__name__)

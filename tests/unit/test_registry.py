@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 from node.kernel import limits
 from node.kernel.errors import ManifestError
 from node.kernel.types import EventSchema, ModelName
+from tenants.agreement import TrialReport
 from tenants.manifest import TenantSettings
 from tenants.registry import (
     Action,
@@ -26,7 +27,6 @@ from tenants.registry import (
     TenantSeen,
     TrialFailed,
     TrialPassed,
-    TrialReport,
     VersionFailing,
     WriteStatus,
     apply,
