@@ -170,9 +170,13 @@ class Broker:
 
 
 @contextlib.contextmanager
-def broker(folder: Path, heap: str = "1g") -> Iterator[Broker]:
-    """A Kafka of this benchmark's own on `folder`, stopped at the end; the data stays with the folder."""
-    environment = {**os.environ, "HEADRACE_KAFKA_HEAP": heap}
+def broker(folder: Path, heap: str = "1g", options: Mapping[str, object] | None = None) -> Iterator[Broker]:
+    """A Kafka of this benchmark's own on `folder`, stopped at the end; the data stays with the folder.
+
+    `options` are settings of the broker, beside those of scripts/kafka.
+    """
+    given = ",".join(f"{name}={value}" for name, value in (options or {}).items())
+    environment = {**os.environ, "HEADRACE_KAFKA_HEAP": heap, **({"HEADRACE_KAFKA_OPTIONS": given} if given else {})}
     command = [sys.executable, str(KAFKA), "start", "--dir", str(folder)]
     done = subprocess.run(
         command,

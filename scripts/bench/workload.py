@@ -11,7 +11,7 @@ from __future__ import annotations
 import asyncio
 import json
 import zlib
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, TypeAlias
@@ -107,14 +107,16 @@ def formatted(random: np.random.Generator, customers: NDArray[np.int64], times_m
     return Events(values.tolist(), customers, types, times_ms)
 
 
-async def create_topic(bootstrap: str, topic: str, partitions: int = PARTITIONS) -> None:
+async def create_topic(
+    bootstrap: str, topic: str, partitions: int = PARTITIONS, settings: Mapping[str, str] | None = None
+) -> None:
     from aiokafka.admin import AIOKafkaAdminClient, NewTopic
 
     admin = AIOKafkaAdminClient(bootstrap_servers=bootstrap)
     async with asyncio.timeout(BROKER_S_MAX):
         await admin.start()
         try:
-            answer = await admin.create_topics([NewTopic(topic, partitions, 1)])
+            answer = await admin.create_topics([NewTopic(topic, partitions, 1, topic_configs=dict(settings or {}))])
         finally:
             await admin.close()
     for name, code, message in answer.topic_errors:
