@@ -79,15 +79,17 @@ def check(config: ConfigPath) -> None:
 def status(url: Url = NODE_URL, as_json: AsJson = False) -> None:
     """Show the state of a running node.
 
-    Its partitions and its tenants, with the reason for whatever does not run.
+    Its partitions and its tenants, with the reason for whatever does not run. Of a cluster also the nodes, who has
+    each partition, and what moves and why; as JSON that is under "cluster".
     """
     from node import console
 
     try:
+        answer, cluster = console.fetch_object(url, "/v1/status"), console.fetch_cluster(url)
         if as_json:
-            typer.echo(console.fetch(url, "/v1/status"))
+            typer.echo(console.as_json({**answer, "cluster": cluster}))
         else:
-            console.show(*console.status_view(console.fetch_object(url, "/v1/status")))
+            console.show(*console.status_view(answer), *(console.cluster_view(cluster) if cluster else ()))
     except HeadraceError as error:
         _fail(str(error))
 

@@ -10,6 +10,7 @@ import http.client
 import urllib.error
 import urllib.request
 from collections.abc import Iterable, Mapping
+from http import HTTPStatus
 from typing import Any
 
 import msgspec
@@ -25,8 +26,15 @@ PIPE_COLUMNS = 200
 """Width where there is no terminal to ask."""
 
 
+REFUSALS_SHOWN = 3
+
+
 class NodeUnreachable(HeadraceError):
     """The node did not answer, or not as a node does; the message says at which address and why."""
+
+
+class NothingThere(NodeUnreachable):
+    """The node answered that it has nothing at this path."""
 
 
 def fetch(url: str, path: str) -> bytes:
@@ -39,7 +47,8 @@ def fetch(url: str, path: str) -> bytes:
         with opener.open(address, timeout=ANSWER_SECONDS_MAX) as answer:
             body: bytes = answer.read(ANSWER_BYTES_MAX)
     except urllib.error.HTTPError as error:
-        raise NodeUnreachable(f"{address} answered {error.code}: {_problem_detail(error)}") from error
+        kind = NothingThere if error.code == HTTPStatus.NOT_FOUND else NodeUnreachable
+        raise kind(f"{address} answered {error.code}: {_problem_detail(error)}") from error
     except urllib.error.URLError as error:
         raise NodeUnreachable(f"no node answers at {address}: {printable(str(error.reason))}") from error
     except (OSError, ValueError, http.client.HTTPException) as error:
@@ -61,6 +70,18 @@ def fetch_object(url: str, path: str) -> dict[str, Any]:
         return msgspec.json.decode(body, type=dict[str, Any])
     except ValueError as error:
         raise NodeUnreachable(f"{url} answered with something else than a node's JSON: {error}") from error
+
+
+def fetch_cluster(url: str) -> dict[str, Any] | None:
+    """What /v1/cluster answers; None for a node that is on its own. Raises NodeUnreachable."""
+    try:
+        return fetch_object(url, "/v1/cluster")
+    except NothingThere:
+        return None
+
+
+def as_json(answer: Mapping[str, Any]) -> bytes:
+    return msgspec.json.encode(answer)
 
 
 def show(*parts: RenderableType) -> None:
@@ -104,6 +125,63 @@ def status_view(status: Mapping[str, Any]) -> list[RenderableType]:
             *(_count(tenant.get("calls")), _count(tenant.get("rows_queued")), _count(tenant.get("restarts"))),
         )
     return [head, *reasons, partitions, tenants]
+
+
+def cluster_view(cluster: Mapping[str, Any]) -> list[RenderableType]:
+    leader = _text(cluster.get("leader"))
+    head = Text.assemble("cluster  ", f"led by {leader}" if leader else ("no leader", "red"))
+    if not cluster.get("complete"):
+        head.append(f"  as {_text(cluster.get('node'))} knows it: the leader was not reached, so no lags", "yellow")
+    nodes = _table("node", "state", "rack", "owns", "stands by", "heard ms ago", "lease", "address", right=(3, 4, 5, 6))
+    for member in cluster.get("members", ()):
+        _add(
+            nodes,
+            *(member.get("name"), _member_state(member), member.get("rack")),
+            *(_count(member.get("owns")), _count(member.get("stands_by")), _count(member.get("heard_ms"))),
+            *(_count(member.get("lease")), member.get("peer_address")),
+        )
+    partitions = _table("partition", "owner", "epoch", "standbys", "snapshots", "why", right=(2,))
+    for partition in cluster.get("partitions", ()):
+        replicas = partition.get("replicas", ())
+        copies = [_replica(replica) for replica in replicas if replica.get("role") != "owner"]
+        snapshots = [f"{_text(one.get('node'))} {_count(one.get('snapshot_offset'))}" for one in replicas]
+        _add(
+            partitions,
+            *(partition.get("number"), partition.get("owner"), _count(partition.get("epoch")), ", ".join(copies)),
+            ", ".join(text for text in snapshots if not text.endswith(" ")),
+            _why(partition),
+        )
+    waiting = [Text(_waiting(model), style="yellow") for model in cluster.get("models", ())]
+    refused = [
+        Text(f"refused: {_text(one.get('command'))}: {_text(one.get('reason'))}", style="yellow")
+        for one in list(cluster.get("refusals", ()))[-REFUSALS_SHOWN:]
+    ]
+    return [head, nodes, partitions, *waiting, *refused]
+
+
+def _member_state(member: Mapping[str, Any]) -> str:
+    states = [("leads", member.get("leader")), ("draining", member.get("draining"))]
+    states.append(("silent", member.get("fresh") is False))
+    return ", ".join(word for word, applies in states if applies) or "member"
+
+
+def _replica(replica: Mapping[str, Any]) -> str:
+    frames, behind_ms = replica.get("frames_behind"), replica.get("ms_behind")
+    left = " (not to have it)" if replica.get("role") == "left" else ""
+    lag = "" if frames is None else f" {_count(frames)} frames, {_count(behind_ms)} ms behind"
+    return f"{_text(replica.get('node'))}{lag}{left}"
+
+
+def _waiting(model: Mapping[str, Any]) -> str:
+    name = f"{_text(model.get('tenant'))}/{_text(model.get('model'))} {_text(model.get('version'))}"
+    return f"{name} waits for its file on {', '.join(map(_text, model.get('waits_for', ())))}"
+
+
+def _why(partition: Mapping[str, Any]) -> str:
+    move, reason = partition.get("move"), _text(partition.get("reason"))
+    if not move:
+        return reason
+    return f"{reason}; since {_count(move.get('since_ms'))} ms, waits for {_text(move.get('waits_for'))}"
 
 
 def models_view(answer: Mapping[str, Any]) -> list[RenderableType]:

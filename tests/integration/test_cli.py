@@ -17,6 +17,16 @@ from node.config import HttpSection
 from node.kernel.clock import ManualClock
 from node.kernel.errors import NotFound
 from node.kernel.types import ModelName
+from node.serving.cluster import (
+    ClusterAgreement,
+    ClusterMember,
+    ClusterModel,
+    ClusterMove,
+    ClusterPartition,
+    ClusterRefusal,
+    ClusterReplica,
+    ClusterStatus,
+)
 from node.serving.server import HttpServer
 from node.serving.view import (
     AsOf,
@@ -96,9 +106,55 @@ class OneNode:
         raise NotFound(customer)
 
 
+class ThreeNodes:
+    """A cluster to look at: partition 1 moves, n3 is silent."""
+
+    complete = True
+
+    async def cluster(self) -> ClusterStatus:
+        move = ClusterMove(source="n2", to="n1", why="n2 is draining", since_ms=1_500, waits_for="n1 to take over")
+        return ClusterStatus(
+            node="n1",
+            leader="n1" if self.complete else None,
+            complete=self.complete,
+            ready=True,
+            revision=7,
+            now_ms=0,
+            settings=ClusterAgreement(standbys=1, lease_ms=1000, moves_max=2, builds_max=4, snapshot_holders_min=2),
+            members=[
+                ClusterMember(name="n1", raft_address="n1:1", peer_address="n1:2", leader=True, heard_ms=12, owns=1),
+                ClusterMember(name="n2", raft_address="n2:1", peer_address="n2:2", draining=True, fresh=True, rack="b"),
+                ClusterMember(name="n3", raft_address="n3:1", peer_address="n3:2", fresh=False, heard_ms=86_000),
+            ],
+            partitions=[
+                ClusterPartition(
+                    number=0,
+                    owner="n1",
+                    epoch=3,
+                    replicas=[
+                        ClusterReplica(node="n1", role="owner", offset=5, serving=True, snapshot_offset=4),
+                        ClusterReplica(node="n2", role="standby", offset=3, frames_behind=2, ms_behind=1_040),
+                        ClusterReplica(node="n3", role="left", snapshot_offset=1_000),
+                    ],
+                ),
+                ClusterPartition(number=1, owner="n2", epoch=1, replicas=[], move=move, reason="moves to n1: drain"),
+            ],
+            models=[ClusterModel(tenant="shop", model="bid", version="ab12", state="passed", waits_for=["n3"])],
+            refusals=[ClusterRefusal(command="live", reason="no file [red]", revision=3)],
+        )
+
+
 @pytest.fixture
 async def url() -> AsyncIterator[str]:
     server = HttpServer(OneNode(), HttpSection(port=0), ManualClock())
+    await server.start()
+    yield f"http://{server.address}"
+    await server.stop()
+
+
+@pytest.fixture
+async def cluster_url() -> AsyncIterator[str]:
+    server = HttpServer(OneNode(), HttpSection(port=0), ManualClock(), cluster=ThreeNodes())
     await server.start()
     yield f"http://{server.address}"
     await server.stop()
@@ -160,10 +216,31 @@ async def test_models_as_tables(url: str) -> None:
 async def test_answers_as_json(url: str) -> None:
     ran = await headrace("status", "--json", "--url", url)
     assert msgspec.json.decode(ran.out, type=NodeStatus).partitions == OneNode().status().partitions
+    assert msgspec.json.decode(ran.out)["cluster"] is None
     ran = await headrace("models", "--json", "--url", f"{url}/")
     answered = msgspec.json.decode(ran.out, type=Models).models
     assert {model.model: model for model in answered} == {model.model: model for model in OneNode().models()}
     assert len(answered) == len(OneNode().models())
+
+
+async def test_status_of_a_cluster(cluster_url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    ran = await headrace("status", "--url", cluster_url)
+    assert (ran.code, ran.err) == (0, "")
+    assert row(ran.out, "cluster") == "cluster led by n1"
+    assert row(ran.out, "n1 ") == "n1 leads 1 0 12 0 n1:2"
+    assert row(ran.out, "n2 ") == "n2 draining b 0 0 0 n2:2"
+    assert row(ran.out, "n3 ") == "n3 silent 0 0 86,000 0 n3:2"
+    zero, one = (" ".join(line.split()) for line in ran.out.splitlines() if " n1 " in line or " n2 " in line)
+    assert zero == "0 n1 3 n2 2 frames, 1,040 ms behind, n3 (not to have it) n1 4, n3 1,000"
+    assert one == "1 n2 1 moves to n1: drain; since 1,500 ms, waits for n1 to take over"
+    assert "shop/bid ab12 waits for its file on n3" in ran.out
+    assert "refused: live: no file [red]" in ran.out
+    ran = await headrace("status", "--json", "--url", cluster_url)
+    cluster = msgspec.json.decode(ran.out)["cluster"]
+    assert msgspec.convert(cluster, ClusterStatus) == await ThreeNodes().cluster()
+    monkeypatch.setattr(ThreeNodes, "complete", False)
+    ran = await headrace("status", "--url", cluster_url)
+    assert row(ran.out, "cluster").startswith("cluster no leader as n1 knows it")
 
 
 @pytest.mark.parametrize("command", ["status", "models"])
