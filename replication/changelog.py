@@ -11,14 +11,16 @@ from aiokafka import AIOKafkaConsumer, TopicPartition
 
 from node.kernel.broker import ClientOptions, broker_call, close_quietly
 from node.kernel.clock import Clock
-from node.kernel.errors import BrokerUnavailable, ProgressLost
+from node.kernel.errors import BrokerUnavailable, ChangelogCut, ProgressLost
 from node.kernel.limits import BROKER_CALL_MS_MAX, MIB
 from node.kernel.ports import StateStore
 from replication.frame import FrameAssembler
 
 log = structlog.get_logger(__name__)
 
-_POLL_MS = 100
+_POLL_MS = 10
+"""A poll that finds only markers of transactions waits it out, and every fold ends with some."""
+_RETRY_MS = 10
 _RECORDS_PER_POLL = 64
 
 
@@ -40,27 +42,40 @@ class Changelog:
         self._options = options
         self._at = TopicPartition(topic, partition)
         self._clock = clock
+        self._consumer: AIOKafkaConsumer | None = None
+
+    async def connect(self) -> AIOKafkaConsumer:
+        """Connect without reading yet, so that a fold need not wait for it. Raises BrokerUnavailable, TopicMissing."""
+        if self._consumer is None:
+            self._consumer = AIOKafkaConsumer(
+                **self._options,
+                enable_auto_commit=False,
+                isolation_level="read_committed",
+                auto_offset_reset="none",
+                retry_backoff_ms=_RETRY_MS,
+                fetch_max_bytes=32 * MIB,
+                max_partition_fetch_bytes=8 * MIB,
+            )
+            await broker_call(f"open changelog {self._name}", self._consumer.start())
+            await self._bounds(self._consumer)
+        return self._consumer
+
+    async def close(self) -> None:
+        if self._consumer is not None:
+            consumer, self._consumer = self._consumer, None
+            await close_quietly(f"changelog {self._name}", consumer.stop())
 
     async def fold_into(self, store: StateStore) -> FoldReport:
-        """Apply every committed frame from the store's offset to the end, in order.
+        """Apply every committed frame from the store's offset to the end, in order; the reader is closed then.
 
-        To be called after the partition's producer has started (that ends a transaction left open, so the
-        end is final) or on a standby. Raises ProgressLost when the changelog no longer reaches back to the
-        store's offset, FrameCorrupt, BrokerUnavailable.
+        To be called after the partition's producer has started: that ends a transaction left open, so the end is
+        final. Raises ChangelogCut when the changelog no longer reaches back to the store's offset, ProgressLost when
+        it ends before it, FrameCorrupt, BrokerUnavailable, TopicMissing.
         """
-        consumer = AIOKafkaConsumer(
-            **self._options,
-            enable_auto_commit=False,
-            isolation_level="read_committed",
-            auto_offset_reset="none",
-            fetch_max_bytes=32 * MIB,
-            max_partition_fetch_bytes=8 * MIB,
-        )
         try:
-            await broker_call(f"open changelog {self._name}", consumer.start())
-            return await self._fold(consumer, store)
+            return await self._fold(await self.connect(), store)
         finally:
-            await close_quietly(f"changelog {self._name}", consumer.stop())
+            await self.close()
 
     @property
     def _name(self) -> str:
@@ -69,7 +84,10 @@ class Changelog:
     async def _fold(self, consumer: AIOKafkaConsumer, store: StateStore) -> FoldReport:
         started = self._clock.monotonic()
         position = store.changelog_offset()
-        end = await self._check_bounds(consumer, position)
+        start, end = await self._bounds(consumer)
+        lost = progress_lost(self._at, position, start, end)
+        if lost is not None:
+            raise lost
         consumer.assign([self._at])
         consumer.seek(self._at, position)
         assembler = FrameAssembler()
@@ -94,18 +112,26 @@ class Changelog:
                 raise BrokerUnavailable(f"{what}: nothing came for {BROKER_CALL_MS_MAX} ms, {end - position} to go")
         return FoldReport(frames, rows, size, self._clock.monotonic() - started)
 
-    async def _check_bounds(self, consumer: AIOKafkaConsumer, position: int) -> int:
-        what = f"bounds of changelog {self._name}"
-        start = (await broker_call(what, consumer.beginning_offsets([self._at])))[self._at]
-        end = (await broker_call(what, consumer.end_offsets([self._at])))[self._at]
-        if position < start:
-            raise ProgressLost(
-                f"changelog {self._name} starts at {start}, the store needs {position}: restore a snapshot, or "
-                "delete the partition's folder if the changelog is whole"
-            )
-        if position > end:
-            raise ProgressLost(
-                f"changelog {self._name} ends at {end}, the store has {position}: the topic was cut or made "
-                "again; delete the partition's folder to take the changelog as the truth"
-            )
-        return int(end)
+    async def _bounds(self, consumer: AIOKafkaConsumer) -> tuple[int, int]:
+        """The first offset that is kept, and the end of what is committed."""
+        what, at = f"bounds of changelog {self._name}", [self._at]
+        start, end = await asyncio.gather(
+            broker_call(what, consumer.beginning_offsets(at)), broker_call(what, consumer.end_offsets(at))
+        )
+        return start[self._at], end[self._at]
+
+
+def progress_lost(at: TopicPartition, position: int, start: int, end: int) -> ProgressLost | None:
+    """Why a store that has folded up to `position` can't go on from a changelog of these bounds; None if it can."""
+    name = f"{at.topic}[{at.partition}]"
+    if position < start:
+        return ChangelogCut(
+            f"changelog {name} starts at {start}, the store needs {position}: restore a snapshot, or "
+            "delete the partition's folder if the changelog is whole"
+        )
+    if position > end:
+        return ProgressLost(
+            f"changelog {name} ends at {end}, the store has {position}: the topic was cut or made "
+            "again; delete the partition's folder to take the changelog as the truth"
+        )
+    return None

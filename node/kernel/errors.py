@@ -76,6 +76,10 @@ class ProgressLost(HeadraceError):
     """The source no longer holds the next offset (retention, or the topic was made again)."""
 
 
+class ChangelogCut(ProgressLost):
+    """The changelog starts behind what the store has folded: a snapshot has to be restored first."""
+
+
 class Fenced(HeadraceError):
     """Another producer took this partition over; this node must not commit for it any more."""
 

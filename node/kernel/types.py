@@ -260,4 +260,21 @@ class AgreedModels:
     """Tenant -> its settings, as the node that read its tenant.toml wrote them."""
 
 
+@dataclass(frozen=True, slots=True)
+class ReplicaProgress:
+    """What a node says of one partition it holds on disk, as owner or standby.
+
+    `offset` is where the changelog goes on after what was folded. The lag is against the changelog's end, 0 for an
+    owner that serves; `frames_behind` is never too low, `ms_behind` is the time since the end was last seen reached.
+    """
+
+    offset: int
+    frames_behind: int
+    ms_behind: int
+    serving: bool = False
+    """The owner has it open."""
+    released_revision: int = 0
+    """The owner has closed it for the move that it saw in the assignment of this revision."""
+
+
 Statistics: TypeAlias = Mapping[str, Any]

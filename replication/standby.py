@@ -1,0 +1,297 @@
+"""The standbys of one node: one reader of the changelog folds the committed frames of all their partitions."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import structlog
+from aiokafka import AIOKafkaConsumer, TopicPartition
+from aiokafka.errors import OffsetOutOfRangeError
+
+from node.kernel.broker import ClientOptions, broker_call, close_quietly
+from node.kernel.clock import Clock
+from node.kernel.errors import BrokerUnavailable, HeadraceError, ProgressLost, TopicMissing
+from node.kernel.limits import (
+    BROKER_RETRY_MS_MAX,
+    BROKER_RETRY_MS_MIN,
+    MIB,
+    STANDBY_POLL_MS,
+    STANDBY_PROOF_MS_MAX,
+    STANDBY_SILENT_MS_MAX,
+    STANDBY_UNKNOWN_FRAMES,
+)
+from node.kernel.ports import StateStore
+from node.kernel.types import ReplicaProgress
+from replication.changelog import progress_lost
+from replication.frame import FrameAssembler
+
+log = structlog.get_logger(__name__)
+
+_RECORDS_PER_POLL = 64
+_RETRY_MS = 20
+_OFFSETS_PER_FRAME = 2
+"""A record at least and the marker of its transaction."""
+Failed = Callable[[HeadraceError], None]
+
+
+@dataclass(slots=True, eq=False)
+class _Fold:
+    """One partition being folded; never used again once it was removed."""
+
+    store: StateStore
+    failed: Failed
+    flushed: float
+    ended: float
+    """When its end was last seen to be reached; at first, when it was added."""
+    flushed_offset: int
+    assembler: FrameAssembler = field(default_factory=FrameAssembler)
+    assigned: bool = False
+    gap: int | None = None
+    """Offsets between the reader and the last stable one, as of the last poll."""
+    stamp: int | None = None
+    heard: float = 0.0
+    hold: int | None = None
+    """Frames that end behind this offset have to wait."""
+    flushing: asyncio.Future[None] | None = None
+
+    @property
+    def held(self) -> bool:
+        return self.hold is not None and self.store.changelog_offset() >= self.hold
+
+
+class StandbyFolder:
+    """Keeps the stores of a node's standbys up to date. A partition that can't go on is dropped and reported; it never
+    stops the others. A broker that is gone is waited for, and the lag in time grows meanwhile."""
+
+    def __init__(self, options: ClientOptions, topic: str, clock: Clock, flush_interval_seconds: float = 30.0) -> None:
+        self._options = options
+        self._topic = topic
+        self._clock = clock
+        self._flush_interval = flush_interval_seconds
+        self._folds: dict[int, _Fold] = {}
+        self._added = asyncio.Event()
+        self._stale = False
+        """The consumer's assignment is not what it should be."""
+        self._polling: asyncio.Future[Any] | None = None
+        self.frames = 0
+        self.reason = ""
+        """Why nothing can be read at present; '' while the broker is there."""
+
+    # what is folded
+
+    def add(self, partition: int, store: StateStore, failed: Failed) -> None:
+        """Fold into `store` from its changelog offset on; nobody else may write to it until `remove` has returned.
+
+        `failed` is called, once and on the loop, when the partition can't go on and was dropped: with ChangelogCut,
+        ProgressLost, FrameCorrupt, TopicMissing, or what the store raised.
+        """
+        now = self._clock.monotonic()
+        self._folds[partition] = _Fold(store, failed, now, now, store.changelog_offset())
+        self._added.set()
+        self._reassign()
+
+    async def remove(self, partition: int) -> None:
+        """Stop to fold; the store stays open and is as of the end of a frame. A partition not folded is no mistake."""
+        fold = self._folds.pop(partition, None)
+        self._reassign()
+        if fold is not None and fold.flushing is not None:
+            await asyncio.wait({fold.flushing})
+
+    def hold(self, partition: int, offset: int) -> int:
+        """Fold no frame that ends behind `offset` until `resume`, so that the store can be compared as of then; gives
+        the store's offset, which is higher if the frames are folded already. Raises KeyError if it is not folded."""
+        fold = self._folds[partition]
+        fold.hold = offset
+        self._reassign()
+        return fold.store.changelog_offset()
+
+    def resume(self, partition: int) -> None:
+        fold = self._folds.get(partition)
+        if fold is not None and fold.hold is not None:
+            fold.hold = None
+            self._reassign()
+
+    def progress(self, partition: int) -> ReplicaProgress | None:
+        """How far the store is, and how far behind; None if the partition is not folded."""
+        fold = self._folds.get(partition)
+        if fold is None:
+            return None
+        silent_ms = (self._clock.monotonic() - fold.ended) * 1000
+        if fold.gap is None:
+            return ReplicaProgress(fold.store.changelog_offset(), STANDBY_UNKNOWN_FRAMES, int(silent_ms))
+        frames = -(-fold.gap // _OFFSETS_PER_FRAME)
+        near = fold.gap == 0 and silent_ms <= STANDBY_PROOF_MS_MAX
+        return ReplicaProgress(fold.store.changelog_offset(), frames, 0 if near else int(silent_ms))
+
+    def _reassign(self) -> None:
+        self._stale = True
+        if self._polling is not None:
+            self._polling.cancel()
+
+    def _drop(self, partition: int, fold: _Fold, failure: HeadraceError) -> None:
+        if self._folds.get(partition) is fold:
+            del self._folds[partition]
+            self._reassign()
+            fold.failed(failure)
+
+    # the reader
+
+    async def run(self) -> None:
+        """Fold until cancelled."""
+        wait_ms = BROKER_RETRY_MS_MIN
+        while True:
+            await self._added.wait()
+            try:
+                await self._read()
+                wait_ms = BROKER_RETRY_MS_MIN
+            except (BrokerUnavailable, TopicMissing, ProgressLost) as failure:
+                wait_ms = BROKER_RETRY_MS_MIN if not self.reason else min(wait_ms * 2, BROKER_RETRY_MS_MAX)
+                reason = f"{type(failure).__name__}: {failure}"
+                if reason != self.reason:
+                    log.warning("standbys wait", reason=reason)
+                self.reason = reason
+                await asyncio.sleep(wait_ms / 1000)
+
+    async def _read(self) -> None:
+        """Fold with one consumer until it fails or nothing is left to fold."""
+        consumer = AIOKafkaConsumer(
+            **self._options,
+            enable_auto_commit=False,
+            isolation_level="read_committed",
+            auto_offset_reset="none",
+            retry_backoff_ms=_RETRY_MS,
+            fetch_max_wait_ms=STANDBY_POLL_MS,
+            fetch_max_bytes=32 * MIB,
+            max_partition_fetch_bytes=4 * MIB,
+        )
+        try:
+            await broker_call("open changelogs", consumer.start())
+            # The client asks for a topic that is gone thousands of times a second, so it must not.
+            if self._topic not in await broker_call("look up changelogs", consumer.topics()):
+                raise TopicMissing(f"changelog topic {self._topic} does not exist: create it, standbys go on")
+            self._stale, started = True, self._clock.monotonic()
+            for fold in self._folds.values():
+                fold.heard = started
+            while self._folds:
+                if self._stale:
+                    self._assign(consumer)
+                await self._fold(await self._poll(consumer), consumer)
+                await self._flush()
+            self._added.clear()
+        finally:
+            for fold in self._folds.values():
+                fold.assigned = False
+            await close_quietly("changelogs", consumer.stop())
+
+    def _assign(self, consumer: AIOKafkaConsumer) -> None:
+        """Every partition starts again behind the last frame that its store has, so half a frame is no loss."""
+        self._stale = False
+        wanted = {TopicPartition(self._topic, number): fold for number, fold in self._folds.items() if not fold.held}
+        consumer.assign(list(wanted))
+        now = self._clock.monotonic()
+        for place, fold in wanted.items():
+            consumer.seek(place, fold.store.changelog_offset())
+            fold.assembler, fold.assigned, fold.stamp, fold.heard = FrameAssembler(), True, None, now
+
+    async def _poll(self, consumer: AIOKafkaConsumer) -> Mapping[TopicPartition, Sequence[Any]]:
+        """What has come. Nothing when the assignment is to be changed."""
+        call = consumer.getmany(timeout_ms=STANDBY_POLL_MS, max_records=_RECORDS_PER_POLL)
+        self._polling = asyncio.ensure_future(broker_call("read changelogs", call))
+        try:
+            await asyncio.wait({self._polling})
+            return {} if self._polling.cancelled() else self._polling.result()
+        except ProgressLost as lost:
+            places = lost.__cause__.args[0] if isinstance(lost.__cause__, OffsetOutOfRangeError) else {}
+            if not places:
+                raise
+            await self._tell_lost(consumer, list(places))
+            return {}
+        finally:
+            self._polling.cancel()
+            self._polling = None
+
+    async def _tell_lost(self, consumer: AIOKafkaConsumer, places: Sequence[TopicPartition]) -> None:
+        starts = await broker_call("start offsets of changelogs", consumer.beginning_offsets(places))
+        ends = await broker_call("end offsets of changelogs", consumer.end_offsets(places))
+        for place in places:
+            fold = self._folds.get(place.partition)
+            if fold is not None and fold.assigned:
+                lost = progress_lost(place, fold.store.changelog_offset(), starts[place], ends[place])
+                self._drop(place.partition, fold, lost or ProgressLost(f"{place.topic}[{place.partition}] was cut"))
+
+    async def _fold(self, polled: Mapping[TopicPartition, Sequence[Any]], consumer: AIOKafkaConsumer) -> None:
+        gaps = await self._gaps(consumer)
+        now = self._clock.monotonic()
+        for place, records in polled.items():
+            fold = self._folds.get(place.partition)
+            if fold is None or not fold.assigned:
+                continue
+            try:
+                await self._apply(place.partition, fold, records)
+            except HeadraceError as failure:
+                self._drop(place.partition, fold, failure)
+        for fold, gap in gaps.items():
+            fold.gap = gap
+            if gap == 0:
+                fold.ended = now
+
+    async def _apply(self, partition: int, fold: _Fold, records: Sequence[Any]) -> None:
+        for record in records:
+            frame = fold.assembler.add(record.value)
+            if frame is None:
+                continue
+            if fold.hold is not None and record.offset + 1 > fold.hold:
+                fold.hold = fold.store.changelog_offset()
+                self._reassign()
+                return
+            fold.store.apply(frame, record.offset + 1)
+            self.frames += 1
+            await asyncio.sleep(0)
+            if self._folds.get(partition) is not fold:
+                return
+
+    async def _gaps(self, consumer: AIOKafkaConsumer) -> dict[_Fold, int]:
+        """Offsets to go for each partition that the broker has answered for since the last look. Raises TopicMissing,
+        and BrokerUnavailable when it has been silent for too long: the client's polls say nothing of that."""
+        now, gaps = self._clock.monotonic(), {}
+        known = consumer.partitions_for_topic(self._topic)
+        for place in consumer.assignment():
+            fold = self._folds.get(place.partition)
+            if fold is None or not fold.assigned:
+                continue
+            if known is not None and place.partition not in known:
+                missing = f"changelog {self._topic} has no partition {place.partition}: add partitions, it goes on"
+                self._drop(place.partition, fold, TopicMissing(missing))
+                continue
+            stamp = consumer.last_poll_timestamp(place)
+            if stamp is None or stamp == fold.stamp:
+                if now - fold.heard > STANDBY_SILENT_MS_MAX / 1000:
+                    raise BrokerUnavailable(f"the broker has not answered for changelog {self._topic}: reconnecting")
+                continue
+            fold.stamp, fold.heard, self.reason = stamp, now, ""
+            stable = consumer.last_stable_offset(place)
+            end = stable if stable is not None and stable >= 0 else consumer.highwater(place)
+            gaps[fold] = max(0, end - await consumer.position(place))
+        return gaps
+
+    async def _flush(self) -> None:
+        """One store that is due, in a thread; the others wait for that short time."""
+        now = self._clock.monotonic()
+        for partition, fold in self._folds.items():
+            offset = fold.store.changelog_offset()
+            if now - fold.flushed < self._flush_interval or fold.flushed_offset == offset:
+                continue
+            fold.flushed, fold.flushed_offset = now, offset
+            fold.flushing = asyncio.ensure_future(asyncio.to_thread(fold.store.flush))
+            try:
+                await asyncio.shield(fold.flushing)
+            except HeadraceError as failure:
+                self._drop(partition, fold, failure)
+            fold.flushing = None
+            return
+
+    def statistics(self) -> Mapping[str, object]:
+        return {"partitions": sorted(self._folds), "frames": self.frames, "reason": self.reason}
