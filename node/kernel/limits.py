@@ -107,6 +107,21 @@ HTTP_MODELS_MAX = 1000
 METRIC_SERIES_MAX = 1000
 """Of one metric; what is beyond is added up under the label `_other`."""
 
+STANDBY_POLL_MS = 500
+"""How long a standby's fetch waits at the broker for something new; its lag in time is known to two of these."""
+STANDBY_PROOF_MS_MAX = 3 * STANDBY_POLL_MS
+"""A standby that was at the end this long ago counts as being there: an idle changelog proves it once a fetch."""
+STANDBY_SILENT_MS_MAX = 10_000
+"""A broker that has answered no fetch for so long is connected to anew."""
+STANDBY_UNKNOWN_FRAMES = 1_000_000
+"""The lag of a replica that does not know it yet."""
+LEASE_LOOK_MS = 50
+"""How often owners look whether their lease holds, and former ones whether it is back."""
+RELEASE_MS_MAX = 5_000
+"""A partition that moves and has not finished its cycle by then is closed all the same; the cycle is done again."""
+UNUSED_MS_MAX = 600_000
+"""State of a partition that this node is neither owner nor standby of is deleted after this."""
+
 NODES_MAX = 32
 PARTITIONS_MAX = 4096
 STANDBYS_MAX = 8
