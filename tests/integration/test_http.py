@@ -70,6 +70,11 @@ async def test_inferences_are_given_by_output(client: aiohttp.ClientSession, ser
     assert inference["expires_ms"] is None
 
 
+async def test_a_node_on_its_own_has_no_cluster(client: aiohttp.ClientSession, server: HttpServer) -> None:
+    problem = assert_problem(await ask(client, server, "/v1/cluster"), 404, "not-clustered", "/v1/cluster")
+    assert "not clustered" in problem["detail"]
+
+
 async def test_models_and_status(client: aiohttp.ClientSession, server: HttpServer, view: MemoryView) -> None:
     refused = ModelInfo(tenant="ads", model="bid", version="", sha256="", state="refused", reasons=["no such field"])
     view.models_known.append(refused)
