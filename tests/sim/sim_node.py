@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from sim_disk import Disk
@@ -38,6 +38,7 @@ class SimNode:
         self.rack = rack
         self.rate = rate
         self.offset_ms = offset_ms
+        self.tick()
         self.disk = Disk()
         self.catalog = Catalog()
         self.applied = 0
@@ -66,16 +67,18 @@ class SimNode:
         self.disk = Disk(self.disk.incarnation + 1)
         self.catalog, self.applied = Catalog(), 0
 
-    def local_ms(self) -> float:
-        return self.world.now_ms * self.rate + self.offset_ms
+    def tick(self) -> None:
+        """The world's time has gone on, and with it this node's clock."""
+        self.local_ms = self.world.now_ms * self.rate + self.offset_ms
 
     def running(self) -> bool:
         return self.alive and self.world.now_ms >= self.paused_until_ms
 
     def is_due(self, what: str, every_ms: float) -> bool:
-        if self.local_ms() < self.due.get(what, -1e18):
+        now_ms = self.local_ms
+        if now_ms < self.due.get(what, -1e18):
             return False
-        self.due[what] = self.local_ms() + every_ms
+        self.due[what] = now_ms + every_ms
         return True
 
     # the agreed log
@@ -89,7 +92,7 @@ class SimNode:
                 self._renewed(command)
 
     def _renewed(self, command: RenewLease) -> None:
-        self.heard[command.name] = self.local_ms()
+        self.heard[command.name] = self.local_ms
         sent_ms = self.pending.get(command.number)
         if command.name == self.name and sent_ms is not None and self.catalog.leases.get(self.name) == command.number:
             self.last_quorum_ms = sent_ms
@@ -102,7 +105,7 @@ class SimNode:
     # the lease, and what may be done under it
 
     def has_lease(self) -> bool:
-        return may_own(self.local_ms(), self.last_quorum_ms, self.catalog.settings.lease_ms)
+        return may_own(self.local_ms, self.last_quorum_ms, self.catalog.settings.lease_ms)
 
     def may_own(self, partition: int, epoch: int) -> bool:
         if partition >= len(self.catalog.partitions):
@@ -119,7 +122,10 @@ class SimNode:
         if self.is_due("renew", RENEW_MS):
             self._renew()
         for partition, held in enumerate(self.catalog.partitions):
-            self._attend(partition, held)
+            if held.owner == self.name or self.name in held.standbys:
+                self._attend(partition, held)
+            else:
+                self._clean(partition)
         if self.is_due("report", REPORT_MS):
             self.reported += 1
             number = (self.boots << 20) + self.reported
@@ -144,7 +150,7 @@ class SimNode:
     def _renew(self) -> None:
         self.renewals += 1
         number = (self.boots << 20) + self.renewals
-        self.pending[number] = self.local_ms()
+        self.pending[number] = self.local_ms
         if len(self.pending) > 20:
             del self.pending[min(self.pending)]
         self.propose(
@@ -153,13 +159,8 @@ class SimNode:
 
     def _attend(self, partition: int, held: Assignment) -> None:
         replica = self.replicas.get(partition)
-        if held.owner != self.name and self.name not in held.standbys:
-            if replica is not None:
-                del self.replicas[partition]
-            self._clean(partition)
-            return
-        self.unused_since.pop(partition, None)
         if replica is None:
+            self.unused_since.pop(partition, None)
             replica = self.replicas[partition] = Replica(self.world, self, partition)
         if self.world.kafka_cut(self):
             if not self.has_lease():
@@ -193,14 +194,19 @@ class SimNode:
             )
 
     def _keep(self, replica: Replica) -> None:
-        if self.is_due(f"flush {replica.partition}", FLUSH_MS):
+        now_ms = self.local_ms
+        if now_ms >= replica.flush_at_ms:
+            replica.flush_at_ms = now_ms + FLUSH_MS
             replica.flush()
-        if self.is_due(f"snapshot {replica.partition}", SNAPSHOT_MS * (0.5 + self.world.random.random())):
+        if now_ms >= replica.snapshot_at_ms:
+            replica.snapshot_at_ms = now_ms + SNAPSHOT_MS * (0.5 + self.world.random.random())
             replica.snapshot()
 
     def _clean(self, partition: int) -> None:
-        since_ms = self.unused_since.setdefault(partition, self.local_ms())
-        if self.local_ms() - since_ms > DROP_MS and self.disk.restores_from(partition) >= 0:
+        """Of what is no longer here: closed at once, and after a while off the disk."""
+        self.replicas.pop(partition, None)
+        since_ms = self.unused_since.setdefault(partition, self.local_ms)
+        if self.local_ms - since_ms > DROP_MS and self.disk.restores_from(partition) >= 0:
             self.disk.flushed.pop(partition, None)
             self.disk.snapshots.pop(partition, None)
             self.world.checks.can_be_restored()
@@ -216,7 +222,7 @@ class SimNode:
             found[partition] = Progress(
                 offset if replica.pinned is None else replica.pinned,
                 1_000_000 if offset < self.world.logs[partition].start else behind,
-                0 if serving else int(self.local_ms() - replica.at_end_ms),
+                0 if serving else int(self.local_ms - replica.at_end_ms),
                 serving,
                 replica.released_revision,
             )
@@ -236,8 +242,8 @@ class SimNode:
             return
         if before is not None and before.incarnation == told.incarnation and before.number >= told.number:
             return
-        self.heard[name] = self.local_ms()
-        self.told[name] = replace(told, at_ms=self.local_ms())
+        self.heard[name] = self.local_ms
+        self.told[name] = Told(told.incarnation, told.number, told.partitions, told.verified, self.local_ms)
 
     def _reports(self) -> Reports:
         nodes = {
@@ -252,7 +258,7 @@ class SimNode:
 
     def _lead(self) -> None:
         if self.is_due("plan", PLAN_MS):
-            commands = plan(self.catalog, self._reports(), int(self.local_ms()), self.world.plan_settings)
+            commands = plan(self.catalog, self._reports(), int(self.local_ms), self.world.plan_settings)
             self.world.checks.plan_is_right(self.catalog, commands)
             for command in commands:
                 self.world.propose(self, command)
@@ -260,7 +266,7 @@ class SimNode:
             self._cut()
 
     def _cut(self) -> None:
-        near = {name: told for name, told in self.told.items() if self.local_ms() - told.at_ms < 1200}
+        near = {name: told for name, told in self.told.items() if self.local_ms - told.at_ms < 1200}
         near = {
             name: told
             for name, told in near.items()

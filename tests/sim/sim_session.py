@@ -47,6 +47,7 @@ class Replica:
         self.pinned: int | None = None
         self.at_end_ms = -1e9
         self.fetch_ms = -1e9
+        self.flush_at_ms = self.snapshot_at_ms = node.local_ms
 
     @property
     def log(self) -> PartitionLog:
@@ -67,15 +68,15 @@ class Replica:
                 self.world.checks.store_is_right(self.node.name, self.partition, self.store)
         at_end = self.log.frames_after(self.store.changelog_offset()) == 0
         if at_end:
-            self.at_end_ms = self.node.local_ms()
+            self.at_end_ms = self.node.local_ms
         return at_end
 
     def _ask_snapshot(self) -> None:
         own = self.node.disk.snapshots.get(self.partition)
         if own is not None and own.offset >= self.log.start:
             self.restore(own)
-        elif self.node.local_ms() - self.fetch_ms > 1000:
-            self.fetch_ms = self.node.local_ms()
+        elif self.node.local_ms - self.fetch_ms > 1000:
+            self.fetch_ms = self.node.local_ms
             self.world.ask_snapshot(self)
 
     def restore(self, snapshot: Snapshot) -> None:
@@ -113,11 +114,11 @@ class Replica:
             self._cycle(session)
 
     def _waited(self, session: Session) -> bool:
-        return session.asked_ms is not None and self.node.local_ms() - session.asked_ms > ANSWER_MS_MAX
+        return session.asked_ms is not None and self.node.local_ms - session.asked_ms > ANSWER_MS_MAX
 
     def _start(self, session: Session) -> None:
         if session.asked_ms is None:
-            session.asked_ms = self.node.local_ms()
+            session.asked_ms = self.node.local_ms
             self.world.call_broker(self.node, self._init, self._inited, session)
         elif self._waited(session):
             self.close()
@@ -133,7 +134,7 @@ class Replica:
 
     def _cycle(self, session: Session) -> None:
         position = self.store.progress().get("events", 0)
-        count = min(self.log.source_end - position, 1 + self.world.random.randrange(6))
+        count = min(self.log.source_end - position, 1 + self.world.random.randrange(6 if self.world.faulty else 30))
         if count <= 0:
             return
         frame = self._computed(position, count)
@@ -141,7 +142,7 @@ class Replica:
         records = tuple(encode_frame(frame, record_bytes_max))
         events = tuple(range(position, position + count))
         transaction = Transaction(records, events, position, position + count, session.number, session.epoch)
-        session.step, session.asked_ms, session.pending = "commit", self.node.local_ms(), frame
+        session.step, session.asked_ms, session.pending = "commit", self.node.local_ms, frame
         self.world.call_broker(self.node, lambda asked: self._send(asked, transaction), self._sent, session)
 
     def _computed(self, position: int, count: int) -> Frame:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import heapq
 import itertools
 import random
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -88,6 +88,8 @@ class World:
         self.fault_ms = dict.fromkeys(self.nodes, -1e9)
         self.loss_ms = -1e9
         self.group = dict.fromkeys(self.nodes, 0)
+        self.running_in: Counter[int] = Counter()
+        """Side of the network -> nodes there that run in this step."""
         self.without_kafka: set[str] = set()
         self.logs = [PartitionLog() for _ in range(self.random.choice((2, 3, 4)))]
         for _ in self.logs:
@@ -204,8 +206,7 @@ class World:
     # Raft
 
     def _majority(self, group: int) -> bool:
-        running = sum(node.running() and self.group[node.name] == group for node in self.nodes.values())
-        return running * 2 > len(self.nodes)
+        return self.running_in[group] * 2 > len(self.nodes)
 
     def _elect(self) -> None:
         leader = self.raft.leader
@@ -220,17 +221,17 @@ class World:
             chosen = self.random.choice(able)
             self.raft.leader = chosen.name
             chosen.catch_up(len(self.raft.log))
-            chosen.became_leader(chosen.local_ms())
+            chosen.became_leader(chosen.local_ms)
             self.note("leader", chosen.name)
 
     def _replicate(self, node: SimNode) -> None:
-        leader = self._leader(node)
+        behind = len(self.raft.log) - node.applied
+        leader = self._leader(node) if behind else None
         if leader is None or (self.faulty and self.random.random() < 0.15):
             return
-        behind = len(self.raft.log) - node.applied
         if behind > 60 and leader.applied > node.applied:
             node.install(leader)
-        elif behind:
+        else:
             node.catch_up(behind if self.random.random() < 0.7 else self.random.randint(1, behind))
 
     # faults
@@ -314,6 +315,8 @@ class World:
 
     def step(self) -> None:
         self.now_ms += STEP_MS
+        for node in self.nodes.values():
+            node.tick()
         if self.faulty:
             self._inject()
             for log in self.logs:
@@ -323,6 +326,7 @@ class World:
             if not node.alive and self.now_ms >= node.start_at_ms:
                 node.boot()
                 self.note("start", node.name)
+        self.running_in = Counter(self.group[name] for name, node in self.nodes.items() if node.running())
         self._elect()
         while self.messages and self.messages[0][0] <= self.now_ms:
             heapq.heappop(self.messages)[2]()
