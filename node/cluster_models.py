@@ -1,0 +1,122 @@
+"""Models between the tenants' side and the cluster's catalog: what is put there, and what it says.
+
+A command that the catalog refuses because it changed meanwhile is decided anew, a few times; see `replication.catalog`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Iterator
+from typing import Protocol
+
+from node.kernel.clock import Clock
+from node.kernel.errors import PeerRefused
+from node.kernel.types import AgreedModels, AgreedVersion, ModelName
+from replication.catalog import Catalog, Model, model_key
+from replication.commands import Command, ForgetVersion, PutTenant, PutVersion, RetireVersion
+
+_DECISIONS_MAX = 8
+"""Two nodes that put the same thing at once refuse each other once; more often, somebody else is at fault."""
+
+
+class Proposer(Protocol):
+    """What is needed of `replication.cluster.Cluster`."""
+
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def catalog(self) -> Catalog: ...
+
+    async def propose(self, command: Command) -> None: ...
+
+
+class CatalogModels:
+    """Puts this node's findings into the catalog: `tenants.agreement.ModelPublisher`."""
+
+    def __init__(self, cluster: Proposer, clock: Clock) -> None:
+        self._cluster = cluster
+        self._clock = clock
+
+    async def put(self, name: ModelName, version: str, blob: str, manifest: str, report: str) -> None:
+        await self._insist(
+            lambda catalog: PutVersion(
+                revision=catalog.revision,
+                tenant=name.tenant,
+                model=name.model,
+                version=version,
+                blob=blob,
+                manifest=manifest,
+                report=report,
+                who=self._cluster.name,
+                at_ms=self._clock.now_ms(),
+            )
+        )
+
+    async def withdraw(self, name: ModelName) -> None:
+        while (model := self._cluster.catalog.models.get(model_key(name.tenant, name.model))) is not None:
+            await self._insist(lambda catalog, model=model: self._withdrawal(catalog, model))  # type: ignore[misc]
+
+    def _withdrawal(self, catalog: Catalog, seen: Model) -> Command | None:
+        """The next step: a version retires before it is forgotten."""
+        model = catalog.models.get(model_key(seen.tenant, seen.model))
+        if model is None:
+            return None
+        version = next(iter(model.versions.values()))
+        if version.state == "retired":
+            return ForgetVersion(
+                revision=catalog.revision, tenant=model.tenant, model=model.model, version=version.version
+            )
+        return RetireVersion(
+            revision=catalog.revision,
+            tenant=model.tenant,
+            model=model.model,
+            version=version.version,
+            who=self._cluster.name,
+            at_ms=self._clock.now_ms(),
+        )
+
+    async def tenant(self, name: str, settings: str) -> None:
+        await self._insist(
+            lambda catalog: PutTenant(
+                revision=catalog.revision,
+                name=name,
+                settings=settings,
+                who=self._cluster.name,
+                at_ms=self._clock.now_ms(),
+            )
+        )
+
+    async def _insist(self, decide: Callable[[Catalog], Command | None]) -> None:
+        """Propose what `decide` makes of the present catalog. Raises PeerRefused, ClusterUnavailable."""
+        for left in reversed(range(_DECISIONS_MAX)):
+            catalog = self._cluster.catalog
+            command = decide(catalog)
+            if command is None:
+                return
+            try:
+                await self._cluster.propose(command)
+            except PeerRefused:
+                if not left or self._cluster.catalog.revision == catalog.revision:
+                    raise
+            else:
+                return
+
+
+def agreed_models(catalog: Catalog, here: Collection[str]) -> AgreedModels:
+    """What the catalog says of models; `here` are the model files that this node has."""
+    tenants = {name: tenant.settings for name, tenant in catalog.tenants.items()}
+    return AgreedModels(catalog.revision, tuple(_versions(catalog, here)), tenants)
+
+
+def _versions(catalog: Catalog, here: Collection[str]) -> Iterator[AgreedVersion]:
+    for _, model in sorted(catalog.models.items()):
+        for version in sorted(model.versions.values(), key=lambda version: version.revision):
+            yield AgreedVersion(
+                ModelName(model.tenant, model.model),
+                version.version,
+                version.blob,
+                version.manifest,
+                version.report,
+                version.state,
+                version.blob in here,
+            )
