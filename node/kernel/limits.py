@@ -167,3 +167,73 @@ CLUSTER_STRANGER_MS_MAX = 3_000
 CLUSTER_STRANGER_BYTES_MAX = 4 * KIB
 CLUSTER_TICKS_FAILED_MAX = 100
 """In a row; then the node stops loudly."""
+
+PEER_CLOCK_SKEW_MS_MAX = 30_000
+"""How far two nodes' clocks may differ; a call between nodes is good for that long, and once."""
+PEER_NONCES_MAX = 262_144
+"""Calls remembered so that none is taken twice; some 4,000 a second."""
+PEER_CONNECTIONS_MAX = 256
+"""To the peer port; one more is closed."""
+PEER_REQUESTS_MAX = 128
+"""In progress, files being sent left aside; one more is answered 503."""
+PEER_REQUEST_MS_MAX = 30_000
+PEER_BODY_BYTES_MAX = 4 * MIB
+PEER_REPLY_BYTES_MAX = 16 * MIB
+"""Of a reply that is no file."""
+PEER_ASKS_MAX = 256
+"""Calls of one node to others in progress; one more is refused here."""
+PEER_ASK_MS_MAX = 5_000
+"""How long a caller waits unless it says otherwise."""
+PEER_CONNECT_MS_MAX = 2_000
+PEER_FILES_MAX = 32
+"""Files being sent to peers at once, each by a thread; one more is answered 503."""
+PEER_FETCHES_MAX = 8
+"""Files being fetched at once, each by a thread; others wait."""
+PEER_FETCHES_WAITING_MAX = 4096
+PEER_FETCH_ATTEMPTS_MAX = 5
+"""In a row, of one call, as long as each brought bytes."""
+PEER_FILE_BYTES_MAX = 64 * 1024 * MIB
+PEER_STALL_MS_MAX = 10_000
+"""Without a byte, a transfer is cut; it can be resumed."""
+PEER_BYTES_PER_SECOND_MIN = MIB
+"""A transfer that is slower over all is cut too; it can be resumed."""
+CLUSTER_RENEWALS_MAX = 32
+"""Renewals of a node's own lease that have not come back; of more, the oldest is forgotten."""
+CLUSTER_REPORT_BYTES_MAX = 1 * MIB
+"""Of what a node tells the leader of its partitions."""
+CLUSTER_REPORT_MS_MAX = 2_000
+CLUSTER_PLAN_COMMANDS_MAX = 64
+"""Of one plan, proposed at once; the next plan goes on."""
+
+SNAPSHOTS_KEPT = 2
+"""Of a partition on a node; one that a peer is fetching stays a little longer."""
+SNAPSHOT_FILES_MAX = 20_000
+SNAPSHOT_FILE_BYTES_MAX = PEER_FILE_BYTES_MAX
+SNAPSHOT_MANIFEST_BYTES_MAX = 8 * MIB
+SNAPSHOT_CHECKED_MS_MAX = 6 * 3600 * 1000
+"""A file that was read and found right is not read again for that long while newer snapshots have it too."""
+SNAPSHOT_FETCHES_MAX = 4
+"""Files of one snapshot on their way at once."""
+SNAPSHOT_THREADS_MAX = 4
+SNAPSHOT_PIN_MS_MAX = 120_000
+"""A snapshot whose manifest or file a peer asked for within it is not removed."""
+SNAPSHOT_TAKE_MS_MAX = 3600 * 1000
+SNAPSHOT_ATTEMPTS_MAX = 3
+"""Snapshots tried in one restore: one may be removed, or its node go, while it is being fetched."""
+SNAPSHOT_UPLOAD_MS_MAX = 30 * 60 * 1000
+"""Of one snapshot, then it is given up and tried again; what was uploaded meanwhile is found there."""
+SNAPSHOT_STORE_KEPT_MS_MIN = 2 * SNAPSHOT_UPLOAD_MS_MAX
+"""Manifests in the store stay so long, whatever comes after them."""
+SNAPSHOT_INSPECT_MS_MAX = 30 * 60 * 1000
+"""Of the process that goes through a copy of a store."""
+CUT_INTERVAL_MS = 10_000
+CUT_DELAY_MS = 600_000
+"""A changelog is cut where it could have been cut this long ago: who is restoring a snapshot then still finds the rest."""
+DIGEST_BUCKETS = 4096
+DIGEST_BUCKET_ENTRIES_MAX = 65_536
+DIGEST_DIFFERENCES_MAX = 10
+"""Customers named of stores that differ."""
+VERIFY_HOLD_MS_MAX = 60_000
+"""A standby that is held for a comparison goes on after this, whatever became of it."""
+VERIFIES_KEPT_MAX = 64
+"""Outcomes of comparisons remembered."""
