@@ -4,12 +4,15 @@ Three Headrace nodes with one standby, and three Kafka Streams instances with on
 broker, one side at a time, in rounds. A kill's time is that of the worst of the partitions the victim owned, taken at
 a read_committed reader; medians are over all kills. A side is killed again only when every partition has its owner and
 a caught-up standby. Kafka Streams is measured at its default time-outs (its members expire after 45 s), and tuned; of
-several ways to tune it the fastest median counts.
+several ways to tune it the fastest median counts. `tuned_with_broker` gives a member up after a second, as Headrace's
+default lease does. Ten kills each take 25 minutes, ten of them for the time-outs of Kafka Streams.
 """
 
 from __future__ import annotations
 
 import asyncio
+import functools
+import itertools
 import statistics
 import sys
 import tempfile
@@ -18,8 +21,9 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
+import cluster
 import harness
 import kafka_streams
 import traffic
@@ -29,18 +33,29 @@ AIMS = {"median_s": "<= 3", "ratio_to_kafka_streams_default": ">= 5", "ratio_to_
 RATE_PER_S = 5_000
 INSTANCES = 3
 TOPIC = "events"
-WARM_S, WARM_S_QUICK = 10.0, 3.0
+KILLS = {"headrace": 10, "tuned": 10, "tuned_with_broker": 10, "tuned_streams_protocol": 10, "default": 10}
+KILLS_QUICK = {"headrace": 2, "tuned_with_broker": 1, "default": 1}
+ROUNDS = 2
+WARM_S, WARM_S_QUICK = 10.0, 2.0
 PAUSE_S = 2.0
 """Between settled and the next kill, so that kills do not come at the same moment of every period."""
 OUTPUT_S_MAX = 150.0
 SETTLE_S_MAX = 180.0
 LAG_RECORDS_MAX = 5_000
 """Of all stores of an instance together: a second of changelog."""
+FRAMES_BEHIND_MAX = 10
+"""A second of changelog too: a frame a commit."""
 BROKER_OPTIONS = {
     # Lets a member ask for a session shorter than the 6 s that brokers allow by default.
     "group.min.session.timeout.ms": 1000,
     # Streams waits for the killed owner's transaction to be aborted: looked after every 10 s by default.
     "transaction.abort.timed.out.transaction.cleanup.interval.ms": 200,
+    # Groups of the new "streams" protocol have these from the broker, and none of their own.
+    "group.streams.min.session.timeout.ms": 1000,
+    "group.streams.session.timeout.ms": 1000,
+    "group.streams.min.heartbeat.interval.ms": 250,
+    "group.streams.heartbeat.interval.ms": 250,
+    "group.streams.num.standby.replicas": 1,
 }
 
 
@@ -87,6 +102,7 @@ STREAMS_SETTINGS: Mapping[str, Mapping[str, object]] = {
         "producer.transaction.timeout.ms": 1000,
         "acceptable.recovery.lag": 1_000_000,
     },
+    "tuned_streams_protocol": {"group.protocol": "streams", "producer.transaction.timeout.ms": 1000},
 }
 
 
@@ -127,6 +143,39 @@ def streams_side(
     finally:
         for instance in instances:
             instance.kill()
+
+
+# --- Headrace -------------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class HeadraceSide:
+    nodes: cluster.Cluster
+    output: str
+
+    def settle(self) -> None:
+        self.nodes.wait_until_settled(workload.PARTITIONS, 1, FRAMES_BEHIND_MAX, SETTLE_S_MAX)
+
+    def owned_with(self, partition: int) -> tuple[int, frozenset[int]]:
+        owners = cluster.owners(self.nodes.status())
+        owner = owners[partition]
+        return list(self.nodes.nodes).index(owner), frozenset(p for p, name in owners.items() if name == owner)
+
+    def kill(self, instance: int) -> None:
+        list(self.nodes.nodes.values())[instance].kill()
+
+    def revive(self, instance: int) -> None:
+        list(self.nodes.nodes.values())[instance].start()
+
+
+@contextmanager
+def headrace_side(folder: Path, address: str, application: str) -> Iterator[HeadraceSide]:
+    output = f"{application}.inferences"
+    asyncio.run(workload.create_topic(address, output, settings={"message.timestamp.type": "LogAppendTime"}))
+    names = [f"node-{number}" for number in range(INSTANCES)]
+    settings = {"cycle": {"start_from": "latest", "commit_interval_ms": 100}}
+    with cluster.running(folder, names, address, TOPIC, application, settings) as nodes:
+        yield HeadraceSide(nodes, output)
 
 
 # --- the run --------------------------------------------------------------------------------------------------------
@@ -196,4 +245,43 @@ def compared(times_s: Mapping[str, Sequence[float]]) -> dict[str, float]:
 def rounds_of(kills: int, rounds: int) -> list[range]:
     """The numbers of all kills, cut into rounds as evenly as can be."""
     bounds = [kills * number // rounds for number in range(rounds + 1)]
-    return [range(start, stop) for start, stop in zip(bounds, bounds[1:], strict=False)]
+    return [range(start, stop) for start, stop in itertools.pairwise(bounds)]
+
+
+def contenders(
+    folder: Path, program: kafka_streams.Program, address: str, kills: Mapping[str, int]
+) -> dict[str, Contender]:
+    streams = functools.partial(streams_side, folder, program, address)
+
+    def of_streams(name: str) -> Callable[[int], AbstractContextManager[Side]]:
+        return lambda number: streams(f"{name}-{number}", STREAMS_SETTINGS[name])
+
+    starts: dict[str, Callable[[int], AbstractContextManager[Side]]] = {
+        "headrace": lambda number: headrace_side(folder / f"headrace-{number}", address, f"headrace-{number}")
+    }
+    starts |= {name: of_streams(name) for name in STREAMS_SETTINGS}
+    return {name: Contender(starts[name], count) for name, count in kills.items()}
+
+
+def main(quick: bool) -> harness.Result:
+    kills, rounds, warm_s = (KILLS_QUICK, 1, WARM_S_QUICK) if quick else (KILLS, ROUNDS, WARM_S)
+    with tempfile.TemporaryDirectory(prefix="headrace-bench-") as name:
+        folder = Path(name)
+        program = kafka_streams.compiled(folder / "program")
+        with harness.broker(folder / "kafka", options=BROKER_OPTIONS) as broker:
+            asyncio.run(workload.create_topic(broker.address, TOPIC))
+            found = contenders(folder, program, broker.address, kills)
+            for number in range(rounds):
+                for name, contender in found.items():
+                    part = rounds_of(contender.kills, rounds)[number]
+                    run_round(contender, name, number, part, broker.address, warm_s)
+    detail: dict[str, Any] = {
+        name: {
+            **figures(contender.times_s),
+            "settings": STREAMS_SETTINGS.get(name, {}),
+            "events_per_s": round(statistics.fmean(contender.rates_per_s)),
+        }
+        for name, contender in found.items()
+    }
+    detail |= {"broker": BROKER_OPTIONS, "rounds": rounds, "standbys": 1, "instances": INSTANCES}
+    return harness.Result(compared({name: contender.times_s for name, contender in found.items()}), detail)

@@ -228,6 +228,11 @@ class Node:
                 raise RuntimeError(f"the node did not get ready; the end of its log:\n{self.log_tail()}")
             time.sleep(POLL_S)
 
+    @property
+    def ended(self) -> bool:
+        """Whether it was started and is gone."""
+        return self._process is not None and self._process.poll() is not None
+
     def ready(self) -> bool:
         try:
             with urllib.request.urlopen(f"{self.url}/readyz", timeout=2) as answer:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
 import subprocess
 import sys
 import time
@@ -55,8 +54,6 @@ def compiled(folder: Path) -> Program:
     if done.returncode:
         raise RuntimeError("the jars of Kafka Streams could not be fetched; scripts/kafka says why above")
     jars = done.stdout.strip().rpartition("\n")[2]
-    if shutil.which("javac") is None:
-        raise RuntimeError("needs a JDK for javac; install openjdk-17-jdk-headless and try again")
     classes = folder / "classes"
     classes.mkdir(parents=True)
     sources = [str(path) for path in sorted(SOURCES.glob("*.java"))]

@@ -1,0 +1,163 @@
+"""Headrace nodes that are one cluster, as subprocesses on one broker, each ended by its pid."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, TypeVar
+
+import harness
+import workload
+
+READY_S_MAX = 120.0
+POLL_S = 0.05
+REQUEST_S_MAX = 10.0
+Found = TypeVar("Found")
+Settings = Mapping[str, Mapping[str, object]]
+
+
+class Cluster:
+    """Nodes by name, in folders of their own below `folder`; the first one's watched directory is `tenants`."""
+
+    def __init__(
+        self,
+        folder: Path,
+        names: Sequence[str],
+        bootstrap: str,
+        topic: str,
+        application: str,
+        settings: Settings | None = None,
+    ) -> None:
+        self.nodes: dict[str, harness.Node] = {}
+        raft = {name: f"127.0.0.1:{harness.free_port()}" for name in names}
+        for name in names:
+            port = harness.free_port()
+            cluster = {"listen": raft[name], "peer_listen": f"127.0.0.1:{harness.free_port()}"}
+            given = settings or {}
+            own: dict[str, dict[str, object]] = {
+                **{section: dict(fields) for section, fields in given.items()},
+                "node": {"name": name, "data_dir": "data", **given.get("node", {})},
+                "tenants": {"directory": "tenants", **given.get("tenants", {})},
+                "cluster": {**cluster, **given.get("cluster", {})},
+                # A table of its own: what config() writes as JSON is no TOML for tables.
+                "cluster.peers": dict(raft),
+            }
+            (folder / name / "tenants").mkdir(parents=True, exist_ok=True)
+            config = workload.config(folder / name / "node.toml", bootstrap, topic, port, application, own)
+            self.nodes[name] = harness.Node(config, port)
+
+    def tenants(self, name: str) -> Path:
+        """The directory that this node watches for models."""
+        return self.nodes[name].config.with_name("tenants")
+
+    def start(self, names: Sequence[str] | None = None, wait_s_max: float = READY_S_MAX) -> None:
+        """Start these nodes together (a quorum makes them ready) and wait until each is."""
+        chosen = [self.nodes[name] for name in names or self.nodes]
+        for node in chosen:
+            node.start(wait_s_max=0)
+        if wait_s_max:
+            self.wait(lambda: all(node.ready() or node.ended for node in chosen), "ready nodes", wait_s_max)
+        for node in chosen:
+            if node.ended:
+                raise RuntimeError(f"a node ended while it started; its log:\n{node.log_tail()}")
+
+    def stop(self) -> None:
+        """SIGTERM to all, one after the other."""
+        for node in self.nodes.values():
+            node.stop()
+
+    def kill(self) -> None:
+        for node in self.nodes.values():
+            node.kill()
+
+    def ask(self, path: str, body: Mapping[str, object] | None = None, node: str = "") -> Any:
+        """The JSON that this node, or the first that answers, gives for a GET, or a POST where there is a body."""
+        failure: OSError | None = None
+        for name in [node] if node else list(self.nodes):
+            request = urllib.request.Request(
+                f"{self.nodes[name].url}{path}",
+                data=None if body is None else json.dumps(body).encode(),
+                headers={"Content-Type": "application/json"},
+            )
+            try:
+                with urllib.request.urlopen(request, timeout=REQUEST_S_MAX) as answer:
+                    return json.loads(answer.read() or b"null")
+            except (urllib.error.URLError, OSError) as error:
+                failure = error
+        raise RuntimeError(f"no node answers {path}: {failure}")
+
+    def status(self) -> dict[str, Any]:
+        """The body of /v1/cluster."""
+        return dict(self.ask("/v1/cluster"))
+
+    def wait(self, condition: Callable[[], Found], what: str, wait_s_max: float = READY_S_MAX) -> Found:
+        """What the condition gives once that is true; a node that can't be asked yet counts as not true.
+
+        Raises RuntimeError with the ends of the nodes' logs after `wait_s_max`.
+        """
+        deadline = time.monotonic() + wait_s_max
+        while True:
+            with contextlib.suppress(RuntimeError):
+                if found := condition():
+                    return found
+            if time.monotonic() > deadline:
+                logs = "\n".join(f"--- {name}:\n{node.log_tail(15)}" for name, node in self.nodes.items())
+                raise RuntimeError(f"{what}: not within {wait_s_max} s\n{logs}")
+            time.sleep(POLL_S)
+
+    def wait_until_settled(
+        self, partitions: int, standbys: int, frames_behind_max: int, wait_s_max: float = READY_S_MAX
+    ) -> None:
+        self.wait(
+            lambda: settled(self.status(), partitions, standbys, frames_behind_max),
+            f"{partitions} partitions with an owner and {standbys} standbys",
+            wait_s_max,
+        )
+
+
+def settled(status: Mapping[str, Any], partitions: int, standbys: int, frames_behind_max: int) -> bool:
+    """Whether every partition is served by an owner, stood by for, within the lag, and not about to move."""
+    held = [
+        found
+        for found in status["partitions"]
+        if not found["move"]
+        and any(copy["role"] == "owner" and copy["serving"] for copy in found["replicas"])
+        and sum(_caught_up(copy, frames_behind_max) for copy in found["replicas"]) >= standbys
+    ]
+    return bool(status["complete"]) and len(held) == partitions
+
+
+def _caught_up(copy: Mapping[str, Any], frames_behind_max: int) -> bool:
+    behind = copy["frames_behind"]
+    return copy["role"] == "standby" and behind is not None and behind <= frames_behind_max
+
+
+def owners(status: Mapping[str, Any]) -> dict[int, str]:
+    """Partition -> name of the node that owns it; '' for nobody."""
+    return {found["number"]: found["owner"] for found in status["partitions"]}
+
+
+@contextlib.contextmanager
+def running(
+    folder: Path,
+    names: Sequence[str],
+    bootstrap: str,
+    topic: str,
+    application: str,
+    settings: Settings | None = None,
+    models: bool = True,
+) -> Iterator[Cluster]:
+    """A ready cluster, with the standard models dropped at its first node; killed at the end."""
+    cluster = Cluster(folder, names, bootstrap, topic, application, settings)
+    if models:
+        workload.models(cluster.tenants(names[0]))
+    try:
+        cluster.start()
+        yield cluster
+    finally:
+        cluster.kill()
