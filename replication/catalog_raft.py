@@ -2,8 +2,8 @@
 
 pysyncobj runs on a thread of its own, so that a busy event loop does not cost the node its place in the cluster. The
 state machine is called on that thread only. What other threads read of it must be one immutable value that `apply` and
-`restore` put in place by one assignment; it is in place before `propose` or `read_barrier` return its index and
-before `changed` is called.
+`restore` put in place by one assignment; it is in place before `propose` or `read_barrier` return and before `changed`
+is called.
 
 Raft here decides who and what. A command may be applied twice when its outcome was unknown and it was proposed again,
 so commands are idempotent. On a port without a secret whoever reaches it runs code as this process (the wire format is
@@ -32,7 +32,6 @@ from pysyncobj.transport import TCPTransport
 from node.kernel import limits
 from node.kernel.clock import Clock, SystemClock
 from node.kernel.errors import BoundExceeded, CatalogCorrupt, ClusterUnavailable, ConfigError, HeadraceError
-from replication.quorum import QuorumContact
 from replication.raft_journal import Dump, Journal, RaftFolder, write_dump
 from replication.raft_types import (
     CommandRate,
@@ -80,7 +79,6 @@ class _Replica(SyncObj):  # type: ignore[misc]
         self.folder = folder
         self.clock = clock
         self.machine = machine
-        self.contact = QuorumContact()
         self.compactions = 0
         self.compactions_failed = 0
         self.dump_failed_s = float("-inf")
@@ -117,19 +115,15 @@ class _Replica(SyncObj):  # type: ignore[misc]
             deserializer=self._load,
         )
 
-    def now_ms(self) -> float:
-        return self.clock.monotonic() * 1000
-
     @replicated  # type: ignore[untyped-decorator]
-    def run(self, command: bytes | None) -> int:
-        """Apply one command, None for a read barrier, and give its index. pysyncobj would repeat a raise for ever."""
-        index: int = self.raftLastApplied + 1
+    def run(self, command: bytes | None) -> str:
+        """Apply one command, None for a read barrier, and give its answer. pysyncobj would repeat a raise for ever."""
         if command is not None and self.failure is None:
             try:
-                self.machine.apply(index, command)
+                return self.machine.apply(command)
             except Exception as error:
                 self.failure = error
-        return index
+        return ""
 
     def _dump(self, path: str, log_state: tuple[Any, Any, Any]) -> None:
         last, before, members = log_state
@@ -203,10 +197,10 @@ def name_of(node: Any) -> str:
 
 
 class _Transport(TCPTransport):  # type: ignore[misc]
-    """pysyncobj's transport with stamped heartbeats, answers bound to their term, and rules for strangers and voters.
+    """pysyncobj's transport with answers bound to their term, and rules for strangers and voters.
 
-    Stamps: see `replication.quorum`. Terms: an answer counts only in the term it was given in, which pysyncobj does not
-    check. Voters: see `RaftFolder.trusted`.
+    Terms: an answer counts only in the term it was given in, which pysyncobj does not check. Voters: see
+    `RaftFolder.trusted`.
     """
 
     def __init__(self, replica: _Replica, own: Any, others: Any) -> None:
@@ -220,24 +214,19 @@ class _Transport(TCPTransport):  # type: ignore[misc]
         if replica.failure is not None:
             return False
         replica.folder.journal.sync()
-        kind, contact, now_ms = message["type"], replica.contact, replica.now_ms()
-        if kind == "append_entries":
-            message |= {"stamp": now_ms, "echo": contact.stamp_from(node.id), "age": contact.quorum_age_ms(now_ms)}
-        elif kind == "next_node_idx":
-            message |= {"stamp": now_ms, "echo": contact.stamp_from(node.id), "term": replica.raftCurrentTerm}
+        kind = message["type"]
+        if kind == "next_node_idx":
+            message["term"] = replica.raftCurrentTerm
         elif kind == "request_vote" and not replica.folder.trusted and not replica.log_is_empty():
             message |= _REFUSED
         return bool(super().send(node, message))
 
     def _onMessageReceived(self, node: Any, message: Any) -> None:  # noqa: N802
         replica = self._replica
-        kind, contact = message["type"], replica.contact
-        if kind == "append_entries" and message["term"] >= replica.raftCurrentTerm:
-            contact.follower_heard(node.id, message["stamp"], message["echo"], message["age"])
-        elif kind == "next_node_idx":
+        kind = message["type"]
+        if kind == "next_node_idx":
             if message["term"] != replica.raftCurrentTerm or not replica._isLeader():
                 return
-            contact.leader_heard(node.id, message["term"], message["stamp"], message["echo"], replica.now_ms())
         elif kind == "request_vote" and not replica.folder.trusted:
             self._judge(message)
         elif kind == "response_vote" and replica.log_is_empty():
@@ -391,25 +380,8 @@ class CatalogRaft:
     def index(self) -> int:
         return self._status.index
 
-    @property
-    def last_quorum_ms(self) -> float:
-        """Monotonic time, in ms, as of which contact with a quorum is proven; -inf before the first proof."""
-        return float("-inf") if self._replica is None else self._replica.contact.last_quorum_ms
-
-    def heard_ms(self, name: str) -> float | None:
-        """At the leader: monotonic ms when the named member last answered in this term; None if it has not."""
-        address = self._status.members.get(name)
-        if self._replica is None or address is None:
-            return None
-        return (
-            self._clock.monotonic() * 1000
-            if name == self.settings.name
-            else (self._replica.contact.heard_ms.get(address))
-        )
-
     def statistics(self) -> RaftStatistics:
         status, replica = self._status, self._replica
-        proof_ms = self.last_quorum_ms
         return RaftStatistics(
             name=self.settings.name,
             leader=status.leader,
@@ -418,7 +390,6 @@ class CatalogRaft:
             term=status.term,
             index=status.index,
             commit_index=status.commit_index,
-            quorum_age_ms=None if proof_ms == float("-inf") else self._clock.monotonic() * 1000 - proof_ms,
             log_entries=0 if replica is None else len(replica.log()),
             log_bytes=0 if replica is None else replica.folder.journal.bytes,
             compactions=0 if replica is None else replica.compactions,
@@ -432,8 +403,8 @@ class CatalogRaft:
 
     # --- commands
 
-    async def propose(self, command: bytes, wait_seconds_max: float) -> int:
-        """Replicate an idempotent command; the index at which it was applied here.
+    async def propose(self, command: bytes, wait_seconds_max: float) -> str:
+        """Replicate an idempotent command; what the state machine here answered to it.
 
         Asks again while the outcome is unknown. Raises ClusterUnavailable when the time is up (the command may still be
         applied), BoundExceeded for one too large, too many at once or too many a second.
@@ -444,20 +415,30 @@ class CatalogRaft:
             )
         return await self._replicate(command, wait_seconds_max)
 
-    async def read_barrier(self, wait_seconds_max: float = 5.0) -> int:
-        """An index that includes all that was committed anywhere before this call: replicates a no-op.
+    def offer(self, command: bytes) -> None:
+        """Replicate a command if there is a leader, and wait for nothing: it may be lost, or applied late.
+
+        Raises ClusterUnavailable before the start and after the end, BoundExceeded.
+        """
+        replica = self._running()
+        self._rate.take(self._clock.monotonic())
+        with contextlib.suppress(BlockingIOError):
+            replica.run(command)
+
+    async def read_barrier(self, wait_seconds_max: float = 5.0) -> None:
+        """Return once all that was committed anywhere before this call is applied here: replicates a no-op.
 
         Raises ClusterUnavailable, BoundExceeded.
         """
-        return await self._replicate(None, wait_seconds_max)
+        await self._replicate(None, wait_seconds_max)
 
-    async def _replicate(self, command: bytes | None, wait_seconds_max: float) -> int:
+    async def _replicate(self, command: bytes | None, wait_seconds_max: float) -> str:
         replica = self._running()
         self._admit()
         self._waiting += 1
         self._proposals += 1
         try:
-            return int(await self._insist(functools.partial(replica.run, command), wait_seconds_max))
+            return str(await self._insist(functools.partial(replica.run, command), wait_seconds_max))
         finally:
             self._waiting -= 1
 
@@ -640,9 +621,6 @@ class CatalogRaft:
         ) from replica.failure
 
     def _publish(self, replica: _Replica) -> None:
-        if replica._isLeader():
-            replica.contact.begin(replica.raftCurrentTerm)
-            replica.contact.settle([node.id for node in replica.otherNodes], replica.now_ms())
         status = replica.read_status()
         if status.ready:
             replica.folder.trust()

@@ -76,7 +76,7 @@ def _corrupt(path: Path, what: str) -> CatalogCorrupt:
 
 
 @contextlib.contextmanager
-def _disk(path: Path, doing: str) -> Iterator[None]:
+def disk_errors(path: Path, doing: str) -> Iterator[None]:
     try:
         yield
     except OSError as error:
@@ -93,10 +93,10 @@ def _sync_folder(folder: Path) -> None:
         os.close(handle)
 
 
-def _replace(path: Path, content: bytes) -> None:
+def replace_file(path: Path, content: bytes) -> None:
     """Write a file whole or not at all, and durably."""
     temporary = path.with_name(f"{path.name}.new")
-    with _disk(path, "written"):
+    with disk_errors(path, "written"):
         with temporary.open("wb") as file:
             file.write(content)
             file.flush()
@@ -107,12 +107,12 @@ def _replace(path: Path, content: bytes) -> None:
 
 def write_dump(path: Path, dump: Dump) -> None:
     body = msgspec.msgpack.encode(dump)
-    _replace(path, _DUMP_MAGIC + hashlib.sha256(body).digest() + body)
+    replace_file(path, _DUMP_MAGIC + hashlib.sha256(body).digest() + body)
 
 
 def read_dump(path: Path) -> Dump:
     """Raises CatalogCorrupt when its checksum or form is wrong."""
-    with _disk(path, "read"):
+    with disk_errors(path, "read"):
         content = path.read_bytes()
     start = len(_DUMP_MAGIC) + 32
     body = content[start:]
@@ -136,8 +136,8 @@ class Journal:
         self._offsets: list[int] = []
         existed = self._path.exists()
         if not existed:
-            _replace(self._path, _JOURNAL_MAGIC)
-        with _disk(self._path, "opened"):
+            replace_file(self._path, _JOURNAL_MAGIC)
+        with disk_errors(self._path, "opened"):
             self._file: BinaryIO = self._path.open("r+b", buffering=0)
         self._end = self._read()
         self._vote = self._read_vote(existed)
@@ -147,7 +147,7 @@ class Journal:
 
     def _read(self) -> int:
         """Fill the entries; cut a torn last record off, which nobody has been told of; where the next one goes."""
-        with _disk(self._path, "read"):
+        with disk_errors(self._path, "read"):
             content = self._file.read()
         offset = len(_JOURNAL_MAGIC)
         if not content.startswith(_JOURNAL_MAGIC):
@@ -182,7 +182,7 @@ class Journal:
             if needed and self._entries and self._entries[-1].term > 0:
                 raise _corrupt(self._vote_path, "is missing")
             return Vote()
-        with _disk(self._vote_path, "read"):
+        with disk_errors(self._vote_path, "read"):
             content = self._vote_path.read_bytes()
         try:
             return msgspec.json.decode(content, type=Vote)
@@ -193,7 +193,7 @@ class Journal:
 
     def add(self, command: bytes, index: int, term: int) -> None:
         record = self._record(command, index, term)
-        with _disk(self._path, "written"):
+        with disk_errors(self._path, "written"):
             os.pwrite(self._file.fileno(), record, self._end)
         self._entries.append(Entry(command, index, term))
         self._offsets.append(self._end)
@@ -208,7 +208,7 @@ class Journal:
     def sync(self) -> None:
         """Called before anything is sent that another node may rely on, so a batch costs one sync."""
         if self._dirty and self._sync:
-            with _disk(self._path, "synced"):
+            with disk_errors(self._path, "synced"):
                 os.fdatasync(self._file.fileno())
         self._dirty = False
 
@@ -218,7 +218,7 @@ class Journal:
         self._cut(self._end)
 
     def _cut(self, size: int) -> None:
-        with _disk(self._path, "cut"):
+        with disk_errors(self._path, "cut"):
             os.ftruncate(self._file.fileno(), size)
         self._dirty = True
 
@@ -237,8 +237,8 @@ class Journal:
             self._offsets.append(len(content))
             content += self._record(*entry)
         self._end = len(content)
-        _replace(self._path, bytes(content))
-        with _disk(self._path, "opened"):
+        replace_file(self._path, bytes(content))
+        with disk_errors(self._path, "opened"):
             self._file.close()
             self._file = self._path.open("r+b", buffering=0)
         self._dirty = False
@@ -260,7 +260,7 @@ class Journal:
     # --- term, vote and commit index
 
     def _keep(self, vote: Vote) -> None:
-        _replace(self._vote_path, msgspec.json.encode(vote))
+        replace_file(self._vote_path, msgspec.json.encode(vote))
         self._vote, self._vote_saved = vote, True
 
     def setCurrentTerm(self, term: int, voted_for: str | None) -> None:  # noqa: N802
@@ -359,7 +359,7 @@ class RaftFolder:
     def __init__(self, path: Path, name: str, address: str, sync: bool) -> None:
         self.path = path
         self.dump_path = path / "dump"
-        with _disk(path, "opened"):
+        with disk_errors(path, "opened"):
             path.mkdir(mode=0o700, parents=True, exist_ok=True)
             self._lock = (path / "lock").open("ab")
         try:
@@ -389,9 +389,9 @@ class RaftFolder:
         path = self.path / "node"
         if not path.exists():
             identity = Identity(name, address)
-            _replace(path, msgspec.json.encode(identity))
+            replace_file(path, msgspec.json.encode(identity))
             return identity
-        with _disk(path, "read"):
+        with disk_errors(path, "read"):
             content = path.read_bytes()
         try:
             identity = msgspec.json.decode(content, type=Identity)
@@ -420,7 +420,7 @@ class RaftFolder:
     def trust(self) -> None:
         if not self._identity.trusted:
             self._identity = msgspec.structs.replace(self._identity, trusted=True)
-            _replace(self.path / "node", msgspec.json.encode(self._identity))
+            replace_file(self.path / "node", msgspec.json.encode(self._identity))
 
     def members(self, configured: dict[str, str]) -> dict[str, str]:
         """Address -> name: those the dump and the journal name, and only for a new folder those configured."""
@@ -438,7 +438,7 @@ class RaftFolder:
 
 def wipe(folder: Path) -> None:
     """Forget a stopped node's copy of the catalog, so that it comes back empty and fetches it from the leader."""
-    with _disk(folder, "wiped"):
+    with disk_errors(folder, "wiped"):
         for name in _FILES:
             (folder / name).unlink(missing_ok=True)
         if folder.exists():
@@ -451,6 +451,6 @@ def accept_loss(folder: Path) -> None:
     The last resort when so many disks are lost that no quorum of trusted nodes is left.
     """
     path = folder / "node"
-    with _disk(path, "read"):
+    with disk_errors(path, "read"):
         identity = msgspec.json.decode(path.read_bytes(), type=Identity)
-    _replace(path, msgspec.json.encode(msgspec.structs.replace(identity, trusted=True)))
+    replace_file(path, msgspec.json.encode(msgspec.structs.replace(identity, trusted=True)))

@@ -15,8 +15,8 @@ from node.kernel.errors import BoundExceeded, ConfigError
 class StateMachine(Protocol):
     """What is replicated. Called on the Raft thread only; deterministic; `apply` never raises."""
 
-    def apply(self, index: int, command: bytes) -> None:
-        """Apply one committed command. Indexes grow and may skip numbers."""
+    def apply(self, command: bytes) -> str:
+        """Apply one committed command; what its proposer is told."""
         ...
 
     def dump(self) -> bytes:
@@ -143,7 +143,6 @@ class RaftStatistics:
     term: int
     index: int
     commit_index: int
-    quorum_age_ms: float | None
     log_entries: int
     log_bytes: int
     compactions: int

@@ -228,7 +228,7 @@ SNAPSHOT_INSPECT_MS_MAX = 30 * 60 * 1000
 """Of the process that goes through a copy of a store."""
 CUT_INTERVAL_MS = 10_000
 CUT_DELAY_MS = 600_000
-"""A changelog is cut where it could have been cut this long ago: who is restoring a snapshot then still finds the rest."""
+"""A changelog is cut where it could have been cut this long ago: who restores a snapshot still finds what follows it."""
 DIGEST_BUCKETS = 4096
 DIGEST_BUCKET_ENTRIES_MAX = 65_536
 DIGEST_DIFFERENCES_MAX = 10
@@ -237,3 +237,7 @@ VERIFY_HOLD_MS_MAX = 60_000
 """A standby that is held for a comparison goes on after this, whatever became of it."""
 VERIFIES_KEPT_MAX = 64
 """Outcomes of comparisons remembered."""
+OPERATOR_JOBS_MAX = 8
+"""Snapshots and checks that operators have started on a node and that run; one more is refused."""
+OPERATOR_JOBS_KEPT_MAX = 1024
+"""Ended ones are told of until there are so many."""

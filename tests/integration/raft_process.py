@@ -28,22 +28,25 @@ class KeyValues:
         self.state: tuple[int, dict[str, Any], frozenset[str]] = (0, {}, frozenset())
         self.duplicates = 0
 
-    def apply(self, index: int, command: bytes) -> None:
+    def apply(self, command: bytes) -> str:
+        """The number of the command."""
         order = json.loads(command)
-        _, values, seen = self.state
+        number, values, seen = self.state
         if order["id"] in seen:
             self.duplicates += 1
-            return
-        values[order["key"]] = order["value"]
-        self.state = (index, values, seen | {order["id"]} if not order.get("bulk") else seen)
+        else:
+            values[order["key"]] = order["value"]
+            seen = seen if order.get("bulk") else seen | {order["id"]}
+        self.state = (number + 1, values, seen)
+        return str(number + 1)
 
     def dump(self) -> bytes:
-        index, values, seen = self.state
-        return json.dumps([index, values, sorted(seen)]).encode()
+        number, values, seen = self.state
+        return json.dumps([number, values, sorted(seen)]).encode()
 
     def restore(self, data: bytes) -> None:
-        index, values, seen = json.loads(data)
-        self.state = (index, values, frozenset(seen))
+        number, values, seen = json.loads(data)
+        self.state = (number, values, frozenset(seen))
 
 
 def settings_of(text: str) -> RaftSettings:
@@ -62,7 +65,7 @@ class Process:
         self.changes += 1
 
     async def propose(self, order: dict[str, Any]) -> Any:
-        return await self.raft.propose(json.dumps(order["command"], ensure_ascii=False).encode(), order["wait_s"])
+        return int(await self.raft.propose(json.dumps(order["command"], ensure_ascii=False).encode(), order["wait_s"]))
 
     async def bulk(self, order: dict[str, Any]) -> Any:
         """Many keys, sixteen at a time; the number done."""
@@ -110,9 +113,6 @@ class Process:
         return {
             **{name: getattr(statistics, name) for name in statistics.__slots__},
             "is_leader": self.raft.is_leader,
-            "last_quorum_ms": self.raft.last_quorum_ms,
-            "now_ms": time.monotonic() * 1000,
-            "heard_ms": {name: self.raft.heard_ms(name) for name in self.raft.members},
             "duplicates": self.machine.duplicates,
             "changes": self.changes,
             "cpu_s": time.process_time(),

@@ -229,27 +229,16 @@ async def test_all_killed_at_once_lose_nothing_through_compactions(cluster: Clus
         assert (await node.status())["log_entries"] < 1000
 
 
-async def test_a_minority_cannot_commit_and_its_proof_of_a_quorum_ages(cluster: Cluster) -> None:
+async def test_a_minority_cannot_commit(cluster: Cluster) -> None:
     nodes = await cluster.start()
     leader, others = await split(cluster, nodes)
-
-    async def proven() -> bool:
-        ages_ms = [status["now_ms"] - status["last_quorum_ms"] for status in [await node.status() for node in nodes]]
-        return max(ages_ms) < 1000
-
-    await until("every node's proof of a quorum", proven)
-    assert all(heard is not None for heard in (await leader.status())["heard_ms"].values())
-
     for node in others:
         node.signal(signal.SIGSTOP)
-    paused_ms = time.monotonic() * 1000
     with pytest.raises(Failed) as refused:
         await leader.put("cut off", 1, wait_s=1.5)
     assert refused.value.name == "ClusterUnavailable"
     assert "may or may not" in str(refused.value)
-    stuck = await leader.status()
-    assert stuck["last_quorum_ms"] <= paused_ms
-    assert stuck["leader"] is None
+    assert (await leader.status())["leader"] is None
     with pytest.raises(Failed, match=r"ClusterUnavailable.*no leader"):
         await leader.ask("barrier", wait_s=0.2)
 
@@ -257,23 +246,15 @@ async def test_a_minority_cannot_commit_and_its_proof_of_a_quorum_ages(cluster: 
         node.signal(signal.SIGCONT)
     assert await leader.put("mended", 2)
     assert [await node.get("mended") for node in nodes] == [2, 2, 2]
-    assert (await leader.status())["last_quorum_ms"] > paused_ms
 
 
-async def test_a_paused_leader_learns_nothing_from_old_answers(cluster: Cluster) -> None:
+async def test_a_paused_leader_learns_that_it_was_replaced(cluster: Cluster) -> None:
     nodes = await cluster.start()
     leader, others = await split(cluster, nodes)
     leader.signal(signal.SIGSTOP)
-    paused_ms = time.monotonic() * 1000
     successor = await cluster.leader(others)
     await successor.put("new", 1)
-    for node in others:
-        node.signal(signal.SIGSTOP)
     leader.signal(signal.SIGCONT)
-    woken = await leader.status()
-    assert woken["last_quorum_ms"] <= paused_ms
-    for node in others:
-        node.signal(signal.SIGCONT)
     assert await leader.get("new") == 1
 
 
@@ -399,9 +380,10 @@ async def test_a_flood_from_a_stranger_is_cut_off(cluster: Cluster) -> None:
 
 
 class Nothing:
-    def apply(self, index: int, command: bytes) -> None:
+    def apply(self, command: bytes) -> str:
         if command == b"bad":
             raise ValueError("a fault of the program")
+        return command.decode()
 
     def dump(self) -> bytes:
         return b""
@@ -439,7 +421,7 @@ async def test_one_node_is_a_cluster_with_bounds_and_stops_loudly_on_a_fault(tmp
 
 async def proposes(raft: CatalogRaft, command: bytes) -> bool:
     try:
-        return await raft.propose(command, 5) > 0
+        return await raft.propose(command, 5) == command.decode()
     except BoundExceeded:
         return False
     except CatalogCorrupt:
@@ -511,14 +493,16 @@ async def test_a_torn_last_record_is_cut_off(tmp_path: Path) -> None:
     raft = CatalogRaft(settings, Nothing())
     await raft.start()
     await raft.wait_ready(WAIT_S)
-    index = await raft.propose(b"kept", 5)
+    await raft.propose(b"kept", 5)
+    index = raft.index
     await raft.stop()
     journal = tmp_path / "journal"
     journal.write_bytes(journal.read_bytes() + b"\x50\x00\x00\x00torn")
     again = CatalogRaft(settings, Nothing())
     await again.start()
     await again.wait_ready(WAIT_S)
-    assert await again.read_barrier() > index
+    await again.read_barrier()
+    assert again.index > index
     await again.stop()
 
 

@@ -1,0 +1,105 @@
+"""(P) What nodes tell the leader of their partitions, and what the leader keeps of it.
+
+The newest report of a node replaces the one before. It counts only if it is of the incarnation that the catalog names
+and newer than the last, and no more once the node has renewed its lease as another process. A node that has nothing
+new to say repeats itself once in REPORT_QUIET_S; in between, renewals of its lease say that it is there.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Collection, Mapping
+from typing import Final
+
+import msgspec
+
+from node.kernel.errors import PeerRefused
+from node.kernel.limits import CLUSTER_REPORT_BYTES_MAX
+from replication.catalog_machine import Agreed
+from replication.commands import Name
+from replication.lease import same_process
+from replication.ownership import NodeReport, Progress, Reports
+
+REPORT_QUIET_S: Final = 2.0
+
+
+class PeerReport(msgspec.Struct, frozen=True):
+    node: Name
+    incarnation: int
+    number: int
+    partitions: dict[int, Progress]
+    verified: dict[int, int]
+    """Partition -> changelog offset of the newest snapshot that the node has and has verified."""
+
+    def turning_points(self) -> dict[int, tuple[bool, int]]:
+        """What a plan may be waiting for."""
+        return {number: (held.serving, held.released_revision) for number, held in self.partitions.items()}
+
+
+_decoder = msgspec.msgpack.Decoder(PeerReport)
+
+
+def encode_report(report: PeerReport) -> bytes:
+    return msgspec.msgpack.encode(report)
+
+
+def decode_report(body: bytes) -> PeerReport:
+    """Raises PeerRefused."""
+    if len(body) > CLUSTER_REPORT_BYTES_MAX:
+        raise PeerRefused(f"a report of {len(body)} bytes is over CLUSTER_REPORT_BYTES_MAX; the node has a fault")
+    try:
+        return _decoder.decode(body)
+    except (msgspec.MsgspecError, UnicodeDecodeError) as failure:
+        raise PeerRefused(f"a report can't be read ({failure}); run the same release on every node") from None
+
+
+class ReportBook:
+    """The leader's, of its present term. Times are seconds of its monotonic clock."""
+
+    def __init__(self) -> None:
+        self.changes = 0
+        """Rises when a report says something else than the one before."""
+        self.taken = 0
+        self.dropped = 0
+        self.begin(0.0)
+
+    def begin(self, now_s: float) -> None:
+        """This node has become leader: what was said to an earlier one may be old."""
+        self.since_s = now_s
+        self._told: dict[str, tuple[float, PeerReport]] = {}
+        self.changes += 1
+
+    def take(self, report: PeerReport, agreed: Agreed, now_s: float) -> bool:
+        """Whether a plan may have waited for what the report says."""
+        member = agreed.catalog.nodes.get(report.node)
+        _, before = self._told.get(report.node, (0.0, None))
+        late = before is not None and before.incarnation == report.incarnation and before.number >= report.number
+        if member is None or member.incarnation != report.incarnation or late:
+            self.dropped += 1
+            return False
+        self.taken += 1
+        self._told[report.node] = (now_s, report)
+        if before is None or (before.partitions, before.verified) != (report.partitions, report.verified):
+            self.changes += 1
+        return before is None or before.turning_points() != report.turning_points()
+
+    def reports(self, agreed: Agreed, origin_ms: float) -> Reports:
+        """For `ownership`; `origin_ms` is what the planner's milliseconds are at 0 s of the monotonic clock."""
+        nodes = {
+            name: self._node_report(name, member.incarnation, agreed, origin_ms)
+            for name, member in agreed.catalog.nodes.items()
+            if name in self._told or name in agreed.renewed_s
+        }
+        return Reports(math.ceil(origin_ms + self.since_s * 1000), nodes)
+
+    def _node_report(self, name: str, incarnation: int, agreed: Agreed, origin_ms: float) -> NodeReport:
+        told_s, report = self._told.get(name, (-math.inf, None))
+        heard_s = max(told_s, agreed.renewed_s.get(name, -math.inf))
+        heard_ms = math.ceil(origin_ms + heard_s * 1000)
+        if report is None or not same_process(report.number, agreed.catalog.leases.get(name, 0)):
+            return NodeReport(heard_ms, incarnation)
+        reported_s = min(heard_s, told_s + REPORT_QUIET_S)
+        return NodeReport(heard_ms, report.incarnation, report.partitions, math.floor(origin_ms + reported_s * 1000))
+
+    def verified(self, names: Collection[str]) -> dict[str, Mapping[int, int]]:
+        return {name: report.verified for name, (_, report) in self._told.items() if name in names}
