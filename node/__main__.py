@@ -1,12 +1,13 @@
-"""The command line: `headrace run | check | status | models`.
+"""The command line: `headrace run | check | status | models`, and what operators do to a cluster.
 
 Imports are inside the commands, so that each starts as quickly as what it does allows.
 """
 
 from __future__ import annotations
 
+from collections.abc import Coroutine
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, NoReturn
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import typer
 
@@ -20,6 +21,11 @@ app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_
 ConfigPath = Annotated[Path, typer.Option("--config", help="The node's TOML file.")]
 Url = Annotated[str, typer.Option("--url", help="Address of the node's HTTP interface.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print the node's answer as it is.")]
+NodeName = Annotated[str, typer.Argument(metavar="NODE", help="Name of a node, as its [node] name.")]
+RaftAddress = Annotated[str, typer.Argument(metavar="RAFT_ADDRESS", help="HOST:PORT of the new node for Raft.")]
+Wait = Annotated[bool, typer.Option("--wait", help="End only once it is done.")]
+WaitSeconds = Annotated[float, typer.Option("--wait-s", min=1.0, help="Give up waiting after so many seconds.")]
+WAIT_S = 600.0
 NODE_URL = "http://127.0.0.1:8080"
 
 
@@ -109,6 +115,68 @@ def models(url: Url = NODE_URL, as_json: AsJson = False) -> None:
             console.show(*console.models_view(console.fetch_object(url, "/v1/models")))
     except HeadraceError as error:
         _fail(str(error))
+
+
+@app.command()
+def drain(node: NodeName, config: ConfigPath, wait: Wait = False, wait_s: WaitSeconds = WAIT_S) -> None:
+    """Move all that a node owns to others.
+
+    Each partition moves once another node has caught up, and pauses for well under a second. The node goes on as a
+    standby; with --wait the command ends when it owns nothing and can be stopped.
+    """
+    from node import cluster_console
+
+    _operate(cluster_console.drain(_loaded(config), node, wait_s if wait else 0, typer.echo))
+
+
+@app.command()
+def undrain(node: NodeName, config: ConfigPath) -> None:
+    """Let a drained node own partitions again."""
+    from node import cluster_console
+
+    _operate(cluster_console.undrain(_loaded(config), node, typer.echo))
+
+
+@app.command()
+def join(
+    node: NodeName, raft_address: RaftAddress, config: ConfigPath, wait: Wait = False, wait_s: WaitSeconds = WAIT_S
+) -> None:
+    """Let a new node join the cluster: say this first, then start it.
+
+    --config is the file of a node that is a member. With --wait the command ends when the new one has joined.
+    """
+    from node import cluster_console
+
+    _operate(cluster_console.join(_loaded(config), node, raft_address, wait_s if wait else 0, typer.echo))
+
+
+@app.command()
+def leave(
+    node: NodeName,
+    config: ConfigPath,
+    dead: Annotated[bool, typer.Option("--dead", help="The node is gone for good: do not drain it first.")] = False,
+    wait_s: WaitSeconds = WAIT_S,
+) -> None:
+    """Remove a node from the cluster, for good.
+
+    It is drained first. To replace a dead one: `headrace leave NAME --dead`, then `headrace join` the new one.
+    """
+    from node import cluster_console
+
+    _operate(cluster_console.leave(_loaded(config), node, dead, wait_s, typer.echo))
+
+
+def _operate(command: Coroutine[Any, Any, None]) -> None:
+    import asyncio
+
+    try:
+        asyncio.run(command)
+    except ConfigError as error:
+        _fail(*error.problems)
+    except HeadraceError as error:
+        _fail(str(error))
+    except KeyboardInterrupt:
+        _fail("stopped waiting; what was asked for goes on, `headrace status` shows how far")
 
 
 def _loaded(path: Path) -> Config:

@@ -25,7 +25,7 @@ from node.serving.cluster import (
     Role,
 )
 from replication.catalog import Assignment, Catalog
-from replication.ownership import NodeReport, PlanSettings, Progress, Reports, caught_up, takeover_wait_ms
+from replication.ownership import NodeReport, PlanSettings, Progress, Reports, caught_up, living
 
 LEADER_PATH = "/peer/cluster"
 LEADER_MS_MAX = 2_000
@@ -107,7 +107,7 @@ class _Board:
         self._verified = verified
         self._now_ms = now_ms
         self._plan = plan
-        self._wait_ms = takeover_wait_ms(catalog.settings.lease_ms, plan)
+        self._living = None if reports is None else living(catalog, reports, now_ms, plan)
 
     def status(self, node: str, leader: str | None, ready: bool) -> ClusterStatus:
         settings = self._catalog.settings
@@ -170,11 +170,7 @@ class _Board:
 
     def _fresh(self, name: str) -> bool | None:
         """As the plan sees it: a new leader gives every node as long as a lease to be heard."""
-        if self._reports is None:
-            return None
-        report = self._reports.nodes.get(name)
-        heard_ms = self._reports.since_ms if report is None else max(self._reports.since_ms, report.heard_ms)
-        return self._now_ms - heard_ms < self._wait_ms
+        return None if self._living is None else name in self._living
 
     # partitions
 

@@ -1,0 +1,219 @@
+"""Operators' commands on a cluster: what the command line asks of a running node, at its peer port.
+
+Address and secret come from the node's own config file. Each function here is one command; `say` is called with a
+line for the operator whenever there is something new.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Callable, Iterable, Mapping, Sequence
+from contextlib import asynccontextmanager
+from typing import Any, Final, TypeAlias
+
+import msgspec
+
+from node.config_sections import Config
+from node.kernel.clock import SystemClock
+from node.kernel.errors import ConfigError, HeadraceError, NotFound, PeerUnavailable
+from node.serving.cluster import ClusterMember, ClusterPartition, ClusterStatus
+from replication.operators import OPERATORS_PATH, STATUS_PATH, Job, JoinBody, NodeBody, PartitionBody
+from replication.peers import PeerClient
+from replication.raft_types import address_problems
+
+OPERATOR: Final = "operator"
+"""The name that operators' calls are signed with."""
+ASK_MS_MAX: Final = 20_000
+LOOK_S: Final = 0.2
+LOST_S_MAX: Final = 30.0
+"""How long nobody may answer while a command waits for something."""
+
+Say: TypeAlias = Callable[[str], None]
+
+
+class CommandFailed(HeadraceError):
+    """The command could not be carried out; the message says why and what to do."""
+
+
+class Operator:
+    """Talks to the config's own node, and by its answers to the others."""
+
+    def __init__(self, address: str, client: PeerClient) -> None:
+        self.address = address
+        self._client = client
+
+    async def post(self, address: str, what: str, body: msgspec.Struct) -> bytes:
+        path = f"{OPERATORS_PATH}/{what}"
+        return await self._client.ask(address, "POST", path, msgspec.json.encode(body), ASK_MS_MAX)
+
+    async def status(self) -> ClusterStatus:
+        """What the leader knows; where it can't be asked, what the config's own node knows."""
+        status = await self._status_at(self.address)
+        leader = next((member for member in status.members if member.leader), None)
+        if status.complete or leader is None:
+            return status
+        try:
+            return await self._status_at(leader.peer_address)
+        except PeerUnavailable:
+            return status
+
+    async def _status_at(self, address: str) -> ClusterStatus:
+        answer = await self._client.ask(address, "GET", STATUS_PATH)
+        try:
+            return msgspec.json.decode(answer, type=ClusterStatus)
+        except (msgspec.MsgspecError, UnicodeDecodeError) as failure:
+            raise CommandFailed(f"{address} is of another release: {failure}; use that node's command line") from None
+
+    async def member(self, name: str) -> ClusterMember:
+        """Raises CommandFailed when there is no such member."""
+        members = {member.name: member for member in (await self.status()).members}
+        if name not in members:
+            raise CommandFailed(f"there is no node {name} in the cluster; its nodes are {', '.join(members) or 'none'}")
+        return members[name]
+
+    async def job(self, address: str, what: str, partition: int) -> Mapping[str, Any]:
+        """Have a node snapshot or verify a partition, and wait; what came of it. Raises CommandFailed."""
+        job = msgspec.json.decode(await self.post(address, what, PartitionBody(partition)), type=Job)
+        while job.state == "running":
+            await asyncio.sleep(LOOK_S)
+            answer = await self._client.ask(address, "GET", f"{OPERATORS_PATH}/jobs/{job.job}")
+            job = msgspec.json.decode(answer, type=Job)
+        if job.state == "failed":
+            raise CommandFailed(job.reason)
+        return job.detail
+
+
+@asynccontextmanager
+async def operating(config: Config) -> AsyncIterator[Operator]:
+    """Raises ConfigError when the config is of a node on its own."""
+    cluster = config.cluster
+    if cluster is None:
+        raise ConfigError(["[cluster] is missing: this node is on its own, and there is no cluster to change"])
+    client = PeerClient(OPERATOR, cluster.secret(), SystemClock())
+    await client.start()
+    try:
+        yield Operator(cluster.peer_address or cluster.peer_listen, client)
+    finally:
+        await client.stop()
+
+
+async def watch(operator: Operator, say: Say, left: Callable[[ClusterStatus], Sequence[str]], seconds: float) -> None:
+    """Wait until `left` finds nothing more to wait for, saying what it finds. Raises CommandFailed."""
+    loop = asyncio.get_running_loop()
+    deadline, heard, said = loop.time() + seconds, loop.time(), ""
+    while True:
+        try:
+            status = await operator.status()
+            heard = loop.time()
+        except PeerUnavailable:
+            if loop.time() - heard > LOST_S_MAX:
+                raise
+            status = None
+        waiting = left(status) if status is not None else [said]
+        if not waiting:
+            return
+        text = "; ".join(waiting)
+        if text != said:
+            say(f"waiting: {text}")
+            said = text
+        if loop.time() > deadline:
+            raise CommandFailed(f"not done within {seconds:g} s: {said}; it goes on, `headrace status` shows how far")
+        await asyncio.sleep(LOOK_S)
+
+
+# --- members --------------------------------------------------------------------------------------------------------
+
+
+async def join(config: Config, name: str, raft_address: str, wait_s: float, say: Say) -> None:
+    problems = address_problems(raft_address)
+    if problems:
+        raise CommandFailed("; ".join(problems))
+    async with operating(config) as operator:
+        await operator.post(operator.address, "join", JoinBody(name, raft_address))
+        say(f"{name} may join; start it with this node's [cluster] peers, and {name} at {raft_address}, in its config")
+        if wait_s:
+            await watch(operator, say, lambda status: _not_heard(status, name), wait_s)
+            say(f"{name} has joined")
+
+
+def _not_heard(status: ClusterStatus, name: str) -> Sequence[str]:
+    known = {member.name: member for member in status.members}
+    return [] if name in known and known[name].fresh else [f"{name} to start and join"]
+
+
+async def drain(config: Config, name: str, wait_s: float, say: Say) -> None:
+    async with operating(config) as operator:
+        await _drain(operator, name, wait_s, say)
+
+
+async def _drain(operator: Operator, name: str, wait_s: float, say: Say) -> None:
+    await operator.member(name)
+    await operator.post(operator.address, "drain", NodeBody(name))
+    say(f"{name} is draining: others take over what it owns, as soon as they have caught up")
+    if wait_s:
+        await watch(operator, say, lambda status: _owned_by(status, name), wait_s)
+        say(f"{name} owns nothing and can be stopped")
+
+
+def _owned_by(status: ClusterStatus, name: str) -> Sequence[str]:
+    """A line for each partition that the node owns or takes, the first ones in words."""
+    shown = 4
+    owned = [one for one in status.partitions if one.owner == name or (one.move is not None and one.move.to == name)]
+    lines = [_owned_line(partition) for partition in owned[:shown]]
+    return [*lines, f"{len(owned) - shown} more partitions"] if len(owned) > shown else lines
+
+
+def _owned_line(partition: ClusterPartition) -> str:
+    return f"partition {partition.number}" + (f" ({partition.reason})" if partition.reason else "")
+
+
+async def undrain(config: Config, name: str, say: Say) -> None:
+    async with operating(config) as operator:
+        await operator.member(name)
+        await operator.post(operator.address, "undrain", NodeBody(name))
+        say(f"{name} takes part again; partitions move to it one after the other")
+
+
+async def leave(config: Config, name: str, dead: bool, wait_s: float, say: Say) -> None:
+    """Drain a node and remove it; with `dead`, remove one that is gone, once others own what it had."""
+    async with operating(config) as operator:
+        member = await operator.member(name)
+        if dead:
+            if member.fresh is not False:
+                heard = "" if member.heard_ms is None else f", it was heard of {member.heard_ms} ms ago"
+                raise CommandFailed(f"{name} is not known to be dead{heard}; stop it first, or leave out --dead")
+            await watch(operator, say, lambda status: _owned_by(status, name), wait_s)
+        else:
+            await _drain(operator, name, wait_s, say)
+        await operator.post(await _another(operator, name), "leave", NodeBody(name))
+        say(f"{name} is no member any more; stop it, and delete its data_dir before it ever joins again")
+
+
+async def _another(operator: Operator, name: str) -> str:
+    """The address of a node that is there and is not `name`: none can remove itself."""
+    status = await operator.status()
+    others = [member for member in status.members if member.name != name and member.fresh is not False]
+    if not others:
+        raise CommandFailed(f"{name} is the last node there is; stop it and delete its data_dir instead")
+    addresses = [member.peer_address for member in others]
+    return operator.address if operator.address in addresses else addresses[0]
+
+
+# --- partitions -----------------------------------------------------------------------------------------------------
+
+
+def chosen(status: ClusterStatus, numbers: Iterable[int]) -> list[ClusterPartition]:
+    """The partitions named, or all. Raises CommandFailed for one that is not there or has no owner."""
+    wanted = sorted(set(numbers)) or range(len(status.partitions))
+    unknown = [number for number in wanted if not 0 <= number < len(status.partitions)]
+    if unknown or not status.partitions:
+        raise CommandFailed(f"there is no partition {unknown[0] if unknown else 0}; there are {len(status.partitions)}")
+    return [status.partitions[number] for number in wanted]
+
+
+def address_of(status: ClusterStatus, name: str) -> str:
+    """Raises NotFound."""
+    for member in status.members:
+        if member.name == name:
+            return member.peer_address
+    raise NotFound(f"there is no node {name or 'that owns it'} now; look at `headrace status` and try again")

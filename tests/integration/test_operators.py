@@ -1,0 +1,293 @@
+"""What operators ask of a cluster over its peer port, by the command line as they run it."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections.abc import AsyncIterator, Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import pytest
+from msgspec.structs import replace
+from test_cli import GOOD, headrace
+
+from node.kernel.clock import SystemClock
+from node.kernel.errors import ConfigError, HeadraceError, NotFound, PeerRefused
+from node.kernel.limits import OPERATOR_JOBS_MAX
+from node.serving.cluster import ClusterAgreement, ClusterMember, ClusterPartition, ClusterStatus
+from replication.catalog import Assignment, Catalog, Node, apply, problem
+from replication.commands import Command
+from replication.operators import OPERATORS_PATH, Job, Operators, PartitionBody
+from replication.peers import PeerClient, PeerServer
+
+SECRET = b"sixteen bytes or more"
+
+
+@dataclass
+class Cluster:
+    """A catalog that takes commands at once, and moves what a draining node owns as soon as it is looked at."""
+
+    catalog: Catalog = field(
+        default_factory=lambda: Catalog(
+            nodes={name: Node(name, f"{name}:1", "", "", 1.0, 1, 0) for name in ("n1", "n2", "n3")},
+            partitions=(Assignment("n1", 1, ("n2",)), Assignment("n2", 1, ("n1",)), Assignment("n1", 1, ("n2",))),
+            revision=3,
+        )
+    )
+    silent: set[str] = field(default_factory=set)
+    stale: int = 0
+    """So many commands to come are refused as decided on an old catalog."""
+    joined: dict[str, str] = field(default_factory=dict)
+    left: list[str] = field(default_factory=list)
+
+    async def agreed(self) -> Catalog:
+        return self.catalog
+
+    async def propose(self, command: Command) -> None:
+        if self.stale:
+            self.stale -= 1
+            raise PeerRefused("node n1 changed at revision 9, after 3; read the catalog and decide anew")
+        reason = problem(self.catalog, command)
+        if reason:
+            raise PeerRefused(reason)
+        self.catalog = apply(self.catalog, command)
+
+    async def join(self, name: str, raft_address: str) -> None:
+        if name in self.catalog.nodes:
+            raise ConfigError([f"the name {name} belongs to another member; remove that one first"])
+        self.joined[name] = raft_address
+        added = Node(name, raft_address, "", "", 1.0, 1, 0)
+        self.catalog = replace(self.catalog, nodes={**self.catalog.nodes, name: added})
+
+    async def leave(self, name: str) -> None:
+        self.left.append(name)
+
+    def move_one(self) -> None:
+        gone = {name for name, node in self.catalog.nodes.items() if node.draining} | self.silent
+        for number, held in enumerate(self.catalog.partitions):
+            if held.owner in gone:
+                moved = replace(held, owner=next(name for name in held.standbys if name not in gone))
+                partitions = (*self.catalog.partitions[:number], moved, *self.catalog.partitions[number + 1 :])
+                self.catalog = replace(self.catalog, partitions=partitions)
+                return
+
+    def status(self, address: str) -> bytes:
+        """As the leader n2 gives it; every node is at one address here."""
+        catalog = self.catalog
+        self.move_one()
+        members = [
+            ClusterMember(
+                name=name, raft_address=node.raft_address, peer_address=address, draining=node.draining,
+                leader=name == "n2", fresh=name not in self.silent, heard_ms=5,
+            )
+            for name, node in catalog.nodes.items()
+        ]  # fmt: skip
+        partitions = [
+            ClusterPartition(number=number, owner=held.owner, epoch=1, replicas=[], reason="it stays")
+            for number, held in enumerate(catalog.partitions)
+        ]
+        agreement = ClusterAgreement(standbys=1, lease_ms=1, moves_max=1, builds_max=1, snapshot_holders_min=1)
+        return msgspec.json.encode(
+            ClusterStatus(
+                node="n2", leader="n2", complete=True, ready=True, revision=1, now_ms=0, settings=agreement,
+                members=members, partitions=partitions, models=[], refusals=[],
+            )
+        )  # fmt: skip
+
+
+@pytest.fixture
+def cluster() -> Cluster:
+    return Cluster()
+
+
+class Jobs:
+    """What a node does with its partitions: held until `go` is set."""
+
+    def __init__(self) -> None:
+        self.go = asyncio.Event()
+
+    async def snapshot(self, partition: int) -> Mapping[str, Any]:
+        await self.go.wait()
+        return {"partition": partition, "offset": 40}
+
+    async def verify(self, partition: int) -> Mapping[str, Any]:
+        if partition == 1:
+            raise NotFound("partition 1 is not held here")
+        raise ZeroDivisionError
+
+
+@pytest.fixture
+async def jobs() -> Jobs:
+    return Jobs()
+
+
+@pytest.fixture
+async def address(cluster: Cluster, jobs: Jobs) -> AsyncIterator[str]:
+    told: list[str] = []
+    operators = Operators(cluster, lambda: cluster.status(told[0]), jobs.snapshot, jobs.verify)
+    server = PeerServer("127.0.0.1:0", "n1", SECRET, SystemClock(), operators.routes())
+    await server.start()
+    told.append(server.address)
+    yield server.address
+    await operators.stop()
+    await server.stop()
+
+
+@pytest.fixture
+def config(tmp_path: Path, address: str) -> Callable[..., str]:
+    """A config of node n1 whose peers' port is the server's."""
+
+    def write(secret: bytes = SECRET, table: bool = True, peer_listen: str = "") -> str:
+        (tmp_path / "secret").write_bytes(secret)
+        cluster = (
+            f'[node]\nname = "n1"\n[cluster]\nlisten = "127.0.0.1:1"\npeers = {{ n1 = "127.0.0.1:1" }}\n'
+            f'peer_listen = "{peer_listen or address}"\nsecret_file = "secret"\n'
+        )
+        path = tmp_path / "n1.toml"
+        path.write_text(GOOD + (cluster if table else ""))
+        return str(path)
+
+    return write
+
+
+async def test_drain_and_undrain(cluster: Cluster, config: Callable[..., str]) -> None:
+    cluster.stale = 2
+    ran = await headrace("drain", "n1", "--wait", "--config", config())
+    assert (ran.code, ran.err) == (0, "")
+    lines = ran.out.splitlines()
+    assert lines[0].startswith("n1 is draining")
+    assert "waiting: partition 2 (it stays)" in lines
+    assert lines[-1] == "n1 owns nothing and can be stopped"
+    assert {held.owner for held in cluster.catalog.partitions} == {"n2"}
+    ran = await headrace("undrain", "n1", "--config", config())
+    assert (ran.code, ran.err) == (0, "")
+    assert not cluster.catalog.nodes["n1"].draining
+
+
+async def test_drain_gives_up_waiting_in_time(cluster: Cluster, config: Callable[..., str], monkeypatch: Any) -> None:
+    monkeypatch.setattr(Cluster, "move_one", lambda self: None)
+    ran = await headrace("drain", "n1", "--wait", "--wait-s", "1", "--config", config())
+    assert ran.code == 1
+    assert ran.err.startswith("not done within 1 s: partition 0 (it stays); partition 2 (it stays)")
+    assert cluster.catalog.nodes["n1"].draining
+
+
+async def test_join_and_leave(cluster: Cluster, config: Callable[..., str]) -> None:
+    ran = await headrace("join", "n4", "127.0.0.1:7400", "--wait", "--config", config())
+    assert (ran.code, ran.err, ran.out.splitlines()[-1]) == (0, "", "n4 has joined")
+    assert cluster.joined == {"n4": "127.0.0.1:7400"}
+    ran = await headrace("join", "n4", "127.0.0.1:7500", "--config", config())
+    assert (ran.code, ran.out, ran.err) == (1, "", "the name n4 belongs to another member; remove that one first\n")
+    ran = await headrace("join", "n5", "nowhere", "--config", config())
+    assert (ran.code, "HOST:PORT" in ran.err) == (1, True)
+    ran = await headrace("leave", "n2", "--config", config())
+    assert (ran.code, ran.err) == (0, "")
+    assert cluster.left == ["n2"]
+    assert all(held.owner == "n1" for held in cluster.catalog.partitions), "it was drained first"
+
+
+async def test_only_a_dead_node_leaves_as_one(cluster: Cluster, config: Callable[..., str]) -> None:
+    ran = await headrace("leave", "n1", "--dead", "--config", config())
+    assert (ran.code, ran.out) == (1, "")
+    assert ran.err == "n1 is not known to be dead, it was heard of 5 ms ago; stop it first, or leave out --dead\n"
+    cluster.silent = {"n1"}
+    ran = await headrace("leave", "n1", "--dead", "--config", config())
+    assert (ran.code, ran.err) == (0, "")
+    assert cluster.left == ["n1"]
+    assert not cluster.catalog.nodes["n1"].draining
+    assert {held.owner for held in cluster.catalog.partitions} == {"n2"}
+
+
+@pytest.mark.parametrize("command", ["drain", "undrain", "leave"])
+async def test_a_node_that_is_not_there_is_named(config: Callable[..., str], command: str) -> None:
+    ran = await headrace(command, "n9", "--config", config())
+    assert (ran.code, ran.out) == (1, "")
+    assert ran.err == "there is no node n9 in the cluster; its nodes are n1, n2, n3\n"
+
+
+async def test_what_can_not_be_asked_is_one_line(cluster: Cluster, config: Callable[..., str]) -> None:
+    mistakes: tuple[tuple[dict[str, Any], str], ...] = (
+        ({"table": False}, "[cluster] is missing: this node is on its own"),
+        ({"peer_listen": "127.0.0.1:9"}, "127.0.0.1:9 can't be reached"),
+        ({"secret": b"another one of sixteen"}, "give all nodes the same cluster secret"),
+        ({"secret": b"short"}, "holds 5 bytes; allowed: a secret of 16"),
+    )
+    for mistake, words in mistakes:
+        ran = await headrace("drain", "n1", "--config", config(**mistake))
+        assert (ran.code, ran.out, ran.err.count("\n")) == (1, "", 1)
+        assert words in ran.err
+    assert not cluster.catalog.nodes["n1"].draining
+
+
+# --- the routes -----------------------------------------------------------------------------------------------------
+
+
+@contextlib.asynccontextmanager
+async def asking(address: str, secret: bytes | None = SECRET) -> AsyncIterator[Callable[..., Any]]:
+    client = PeerClient("operator", secret, SystemClock())
+    await client.start()
+
+    async def ask(method: str, what: str, body: bytes = b"") -> Any:
+        return await client.ask(address, method, f"{OPERATORS_PATH}/{what}", body)
+
+    try:
+        yield ask
+    finally:
+        await client.stop()
+
+
+@pytest.mark.parametrize("secret", [b"another one of sixteen", None])
+async def test_nobody_without_the_secret_changes_anything(address: str, cluster: Cluster, secret: bytes | None) -> None:
+    async with asking(address, secret) as ask:
+        for what in ("drain", "leave"):
+            with pytest.raises(HeadraceError):
+                await ask("POST", what, b'{"node": "n1"}')
+    assert (cluster.catalog.revision, cluster.left) == (3, [])
+
+
+@pytest.mark.parametrize("body", [b"", b"[]", b'{"node": 5}', b'{"node": ""}', b'{"node": "n1", "x": 1}', b"\xff"])
+async def test_a_body_that_is_none_is_refused(address: str, cluster: Cluster, body: bytes) -> None:
+    async with asking(address) as ask:
+        with pytest.raises(PeerRefused, match="what an operator asked can't be read"):
+            await ask("POST", "drain", body)
+    assert cluster.catalog.revision == 3
+
+
+async def test_the_catalogs_reason_is_told(address: str, cluster: Cluster) -> None:
+    cluster.stale = 3
+    async with asking(address) as ask:
+        with pytest.raises(PeerRefused, match="decide anew"):
+            await ask("POST", "drain", b'{"node": "n1"}')
+        with pytest.raises(PeerRefused, match="there is no node n9"):
+            await ask("POST", "drain", b'{"node": "n9"}')
+
+
+async def test_jobs(address: str, jobs: Jobs) -> None:
+    async with asking(address) as ask:
+
+        async def start(what: str, partition: int) -> Job:
+            return msgspec.json.decode(await ask("POST", what, msgspec.json.encode(PartitionBody(partition))), type=Job)
+
+        async def ended(job: Job) -> Job:
+            async with asyncio.timeout(20):
+                while job.state == "running":
+                    job = msgspec.json.decode(await ask("GET", f"jobs/{job.job}"), type=Job)
+            return job
+
+        running = [await start("snapshot", 7) for _ in range(OPERATOR_JOBS_MAX)]
+        with pytest.raises(PeerRefused, match="OPERATOR_JOBS_MAX"):
+            await start("snapshot", 7)
+        assert msgspec.json.decode(await ask("GET", f"jobs/{running[0].job}"), type=Job).state == "running"
+        jobs.go.set()
+        found = [await ended(job) for job in running]
+        assert {(job.state, job.detail["offset"]) for job in found} == {("done", 40)}
+        failed = await ended(await start("verify", 1))
+        assert (failed.state, failed.reason) == ("failed", "partition 1 is not held here")
+        failed = await ended(await start("verify", 2))
+        assert (failed.state, "ZeroDivisionError" in failed.reason) == ("failed", True)
+        for number in ("0", "99", "x", "9" * 5000):
+            with pytest.raises(HeadraceError):
+                await ask("GET", f"jobs/{number}")
