@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import gc
 import os
-import shutil
 import signal
 import ssl
-from collections.abc import Awaitable, Callable, Iterator, Mapping
+from collections.abc import Awaitable, Iterator, Mapping
 from pathlib import Path
 
 import sdnotify
@@ -26,7 +24,7 @@ from node.kernel.broker import ClientOptions
 from node.kernel.clock import Clock, SystemClock
 from node.kernel.errors import BoundExceeded
 from node.kernel.limits import MIB
-from node.kernel.ports import FeaturePlan, StateStore
+from node.kernel.ports import FeaturePlan
 from node.kernel.supervise import Supervisor
 from node.kernel.types import ModelName
 from node.outbox import BrokerTraits, Outbox, OutputTopics
@@ -35,7 +33,8 @@ from node.partition import Partition
 from node.partitions import Partitions
 from node.serving.server import HttpServer
 from node.serving.view import ModelCost, ModelInfo, TenantStatus
-from node.session import Parts, Recovered, open_session
+from node.session import Parts, open_session
+from node.state.folder import StateFolder, StateFolders
 from node.state.layout import Layout
 from node.state.rocksdb import RocksEnvironment, RocksStore
 from node.steps import StepTimes
@@ -72,6 +71,7 @@ class Node:
         self._options = client_options(config.kafka, config.node.name)
         self._data = Path(config.node.data_dir)
         self._environment = RocksEnvironment.of(config.state.block_cache_mb * MIB, config.state.write_buffer_mb * MIB)
+        self._folders = StateFolders(self._data / "partitions", lambda folder: RocksStore(folder, self._environment))
         self._outputs = OutputTopics(
             config.kafka.inferences_topic, config.kafka.changelog_topic, config.kafka.dead_letters_topic
         )
@@ -131,26 +131,24 @@ class Node:
         return 0
 
     def _partition(self, number: int) -> Partition:
-        folder = self._data / "partitions" / str(number)
+        state = self._folders.of(number)
         steps = StepTimes(self._clock)
         origin = Origin(self._config.node.name, self._config.kafka.topics, number, self._config.schema())
-        parts = self._parts(number, folder)
+        parts = self._parts(number, state)
 
         return Partition(
             number,
             lambda: open_session(parts, self._engine, origin, steps, self._clock),
-            lambda: _set_aside(folder),
+            state,
             self._config.cycle.commit_interval_ms / 1000,
             self._clock,
         )
 
-    def _parts(self, number: int, folder: Path) -> Parts:
+    def _parts(self, number: int, state: StateFolder) -> Parts:
         config, clock = self._config, self._clock
-        changelog = Changelog(self._options, self._outputs.changelog, number, clock)
         traits = BrokerTraits()
-        fold: Callable[[StateStore], Awaitable[Recovered]] = changelog.fold_into
         return Parts(
-            store=lambda: RocksStore(folder, self._environment),
+            state=state,
             outbox=lambda: Outbox(
                 self._options,
                 self._outputs,
@@ -171,7 +169,7 @@ class Node:
                 config.kafka.on_source_reset,
                 clock,
             ),
-            fold_changelog=fold,
+            changelog=lambda: Changelog(self._options, self._outputs.changelog, number, clock),
             versions=self._tenants.version,
             bound=self._bound,
             cache_bytes=config.state.row_cache_mb * MIB,
@@ -305,15 +303,6 @@ def client_options(kafka: KafkaSection, client_id: str) -> ClientOptions:
         options["sasl_plain_username"] = kafka.sasl_username
         options["sasl_plain_password"] = password
     return options
-
-
-def _set_aside(folder: Path) -> None:
-    """Keep the newest damaged store for inspection; the partition is rebuilt from its changelog."""
-    damaged = folder.with_name(f"{folder.name}.damaged")
-    shutil.rmtree(damaged, ignore_errors=True)
-    with contextlib.suppress(FileNotFoundError):
-        folder.rename(damaged)
-    log.error("damaged store set aside, the partition is rebuilt from its changelog", folder=str(damaged))
 
 
 def _settle_garbage_collector() -> None:

@@ -60,7 +60,11 @@ class Outgoing:
 
 
 class Outbox:
-    """The producer of one partition; its transactional id is the partition's, so the newest one fences the rest."""
+    """The producer of one partition; its transactional id is the partition's, so the newest one fences the rest.
+
+    `guard` raises LeaseLost when this node may not own the partition now; it is asked before every step that others
+    can see.
+    """
 
     def __init__(
         self,
@@ -73,6 +77,7 @@ class Outbox:
         encode: Callable[[Frame], list[bytes]],
         clock: Clock,
         traits: BrokerTraits | None = None,
+        guard: Callable[[], None] = lambda: None,
     ) -> None:
         self._options = options
         self._topics = topics
@@ -83,6 +88,7 @@ class Outbox:
         self._encode = encode
         self._clock = clock
         self._traits = traits or BrokerTraits()
+        self._guard = guard
         self._producer: AIOKafkaProducer | None = None
         self._offsets_sent = 0.0
         self.transactional = transactions != "off"
@@ -151,7 +157,7 @@ class Outbox:
         """Make `outgoing` durable, all of it or nothing; gives the changelog offset after its frame.
 
         After any error the outcome is unknown: the caller discards this outbox and reads the changelog.
-        Raises BrokerUnavailable, Fenced, TopicMissing.
+        Raises BrokerUnavailable, Fenced, LeaseLost, TopicMissing.
         """
         what = f"commit of partition {self._partition}"
         if self._producer is None:
@@ -159,6 +165,7 @@ class Outbox:
         return await broker_call(what, self._send(self._producer, outgoing))
 
     async def _send(self, producer: AIOKafkaProducer, outgoing: Outgoing) -> int:
+        self._guard()
         parts: Iterable[Record] = ((_FRAME_KEY, part, []) for part in self._encode(outgoing.frame))
         inferences: Iterable[Record] = ((key, value, []) for key, value in outgoing.inferences)
         sent = await self._enqueue(producer, self._topics.inferences, inferences)
@@ -171,6 +178,7 @@ class Outbox:
         # The client commits a transaction whose batches a broker refused: so all must be there first.
         frame_end = (await _delivered(sent))[-1]
         if self.transactional:
+            self._guard()
             await producer.commit_transaction()
             await producer.begin_transaction()
         return frame_end

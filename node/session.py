@@ -15,12 +15,13 @@ from node.commit import Committer
 from node.cycle import Cycle, Engine, PartitionState
 from node.ingest.source import Source
 from node.kernel.clock import Clock
-from node.kernel.errors import StateCorrupt
+from node.kernel.errors import ChangelogCut, StateCorrupt
 from node.kernel.ports import StateStore
 from node.kernel.types import ModelName, Statistics
 from node.outbox import Outbox
 from node.outgoing import Origin
 from node.state.cache import RowCache
+from node.state.folder import StateFolder
 from node.state.layout import Layout
 from node.steps import StepTimes
 
@@ -33,18 +34,34 @@ class Recovered(Protocol):
     def statistics(self) -> Statistics: ...
 
 
+class ChangelogReader(Protocol):
+    """The reader of one partition's changelog."""
+
+    async def connect(self) -> object: ...
+
+    async def fold_into(self, store: StateStore) -> Recovered:
+        """Apply what the store has not seen, and close. Raises ChangelogCut and others."""
+        ...
+
+    async def close(self) -> None: ...
+
+
 @dataclass(frozen=True, slots=True)
 class Parts:
-    """What a session is made of; everything is made anew for each, so nothing stale outlives a failure."""
+    """What a session is made of; everything is made anew for each, so nothing stale outlives a failure.
 
-    store: Callable[[], StateStore]
+    But for the store where `keep_store` is set: it holds committed frames only, and goes on as a standby's.
+    """
+
+    state: StateFolder
     outbox: Callable[[], Outbox]
     source: Callable[[], Source]
-    fold_changelog: Callable[[StateStore], Awaitable[Recovered]]
+    changelog: Callable[[], ChangelogReader]
     versions: Versions
     bound: Callable[[ModelName], Bound]
     cache_bytes: int
     flush_interval_seconds: float
+    keep_store: bool = False
 
 
 class PartitionSession:
@@ -61,6 +78,7 @@ class PartitionSession:
         steps: StepTimes,
         flush_interval_seconds: float,
         clock: Clock,
+        close_store: Callable[[], None],
     ) -> None:
         self.source = source
         self.outbox = outbox
@@ -71,6 +89,7 @@ class PartitionSession:
         self._committer = committer
         self._clock = clock
         self._flush_interval = flush_interval_seconds
+        self._close_store = close_store
         self._flushed = clock.monotonic()
 
     async def cycle(self) -> bool:
@@ -96,7 +115,7 @@ class PartitionSession:
         self.state.backlog.close()
         await self.source.close()
         await self.outbox.close()
-        self.store.close()
+        self._close_store()
 
 
 async def open_session(
@@ -108,25 +127,50 @@ async def open_session(
     2. The store folds every committed frame it has not seen.
     3. The source goes on where the last frame says.
 
-    Raises what these raise; nothing stays open then.
+    The readers of 2 and 3 connect meanwhile. Raises what these raise; nothing but a kept store stays open then.
     """
-    store = parts.store()
-    outbox, source = parts.outbox(), parts.source()
+    store = await parts.state.open()
+    outbox, source, changelog = parts.outbox(), parts.source(), parts.changelog()
+    close_store = _leave_open if parts.keep_store else parts.state.close
     try:
-        await outbox.open()
-        recovered = await parts.fold_changelog(store)
+        await _together(outbox.open(), changelog.connect(), source.connect())
+        store, recovered = await _folded(parts.state, store, changelog)
         log.info("partition recovered", partition=origin.partition, **recovered.statistics())
         state = _state(store, parts, engine)
         await source.open(store.progress())
     except BaseException:
+        await changelog.close()
         await source.close()
         await outbox.close()
-        store.close()
+        close_store()
         raise
     committer = Committer(outbox, store, state.cache, steps)
     cycle = Cycle(engine, origin, source, committer, state, steps, clock)
     state.backlog.pump()
-    return PartitionSession(cycle, committer, source, outbox, store, state, steps, parts.flush_interval_seconds, clock)
+    interval = parts.flush_interval_seconds
+    return PartitionSession(cycle, committer, source, outbox, store, state, steps, interval, clock, close_store)
+
+
+def _leave_open() -> None:
+    """The store belongs to the replica, which is a standby next."""
+
+
+async def _together(*calls: Awaitable[object]) -> None:
+    """All of them at once. Raises the first one's failure in their order, once all have ended."""
+    for outcome in await asyncio.gather(*calls, return_exceptions=True):
+        if isinstance(outcome, BaseException):
+            raise outcome
+
+
+async def _folded(state: StateFolder, store: StateStore, changelog: ChangelogReader) -> tuple[StateStore, Recovered]:
+    """The store with all that is committed; another one if it had to come from a snapshot."""
+    try:
+        return store, await changelog.fold_into(store)
+    except ChangelogCut:
+        if not await state.restore():
+            raise
+    store = await state.open()
+    return store, await changelog.fold_into(store)
 
 
 def _state(store: StateStore, parts: Parts, engine: Engine) -> PartitionState:

@@ -6,11 +6,10 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol
 
 from node.kernel.clock import Clock
-from node.kernel.ports import FeaturePlan
+from node.kernel.ports import FeaturePlan, StateStore
 from node.kernel.supervise import Supervisor
-from node.kernel.types import Aggregate, EventSchema, ModelName
-from node.partition import Partition
-from node.partitions import Partitions
+from node.kernel.types import Aggregate, EventSchema, ModelName, ReplicaProgress
+from node.partition import Condition, Role
 from node.serving.reads import CustomerReads, OpenPartition
 from node.serving.view import (
     AsOf,
@@ -24,6 +23,35 @@ from node.serving.view import (
     PartitionStatus,
     TenantStatus,
 )
+from node.session import PartitionSession
+from node.state.layout import Layout
+
+
+class PartitionView(Protocol):
+    """What the view needs of one partition, owned or stood by for."""
+
+    number: int
+    condition: Condition
+    epoch: int
+
+    @property
+    def role(self) -> Role: ...
+
+    @property
+    def session(self) -> PartitionSession | None: ...
+
+    def readable(self) -> tuple[StateStore, Layout] | None: ...
+
+    def progress(self) -> ReplicaProgress | None: ...
+
+
+class PartitionsView(Protocol):
+    """All partitions of this node: of one that is alone, or of one of a cluster."""
+
+    @property
+    def running(self) -> Mapping[int, PartitionView]: ...
+
+    def unready(self) -> list[str]: ...
 
 
 class TenantView(Protocol):
@@ -44,7 +72,7 @@ class LocalView:
         node: str,
         schema: EventSchema,
         profile: Mapping[str, Aggregate],
-        partitions: Partitions,
+        partitions: PartitionsView,
         tenants: TenantView,
         supervisor: Supervisor,
         clock: Clock,
@@ -90,19 +118,23 @@ class LocalView:
         return await self._reads.inferences(customer, at)
 
 
-def _open(partition: Partition) -> OpenPartition | None:
-    session = partition.session
-    return None if session is None else OpenPartition(partition.number, session.store, session.state.layout)
+def _open(partition: PartitionView) -> OpenPartition | None:
+    found = partition.readable()
+    return None if found is None else OpenPartition(partition.number, *found)
 
 
-def _status(partition: Partition, now_ms: int) -> PartitionStatus:
-    condition, session = partition.condition, partition.session
+def _status(partition: PartitionView, now_ms: int) -> PartitionStatus:
+    condition, session, progress = partition.condition, partition.session, partition.progress()
     told: Callable[..., PartitionStatus] = PartitionStatus
     common: dict[str, Any] = {
         "number": partition.number,
         "phase": condition.phase,
         "reason": condition.reason or (session.state.refused if session else ""),
         "failures": condition.failures,
+        "role": partition.role,
+        "epoch": partition.epoch,
+        "frames_behind": progress.frames_behind if progress else None,
+        "ms_behind": progress.ms_behind if progress else None,
     }
     if session is None:
         return told(**common)

@@ -63,12 +63,8 @@ class Source:
         self.ends: dict[str, int] = {}
         """Topic -> end offset, as last asked for; for lag."""
 
-    async def open(self, progress: Mapping[str, int]) -> None:
-        """Start reading at `progress` (topic -> next offset); a topic not in it starts as configured.
-
-        Raises ProgressLost when the topic does not reach that offset and the operator has not said how
-        to go on, BrokerUnavailable, TopicMissing.
-        """
+    async def connect(self) -> None:
+        """Connect without reading yet, so that `open` need not wait for it. Raises BrokerUnavailable, TopicMissing."""
         await self.close()
         self._consumer = AIOKafkaConsumer(
             **self._options,
@@ -81,6 +77,16 @@ class Source:
         )
         await broker_call("start source", self._consumer.start())
         self._check_topics(await broker_call("look up source topics", self._consumer.topics()))
+
+    async def open(self, progress: Mapping[str, int]) -> None:
+        """Start reading at `progress` (topic -> next offset); a topic not in it starts as configured.
+
+        Raises ProgressLost when the topic does not reach that offset and the operator has not said how
+        to go on, BrokerUnavailable, TopicMissing.
+        """
+        if self._consumer is None or self.progress:
+            await self.connect()
+        assert self._consumer is not None
         self._consumer.assign(self._places)
         starts = await broker_call("source start offsets", self._consumer.beginning_offsets(self._places))
         ends = await broker_call("source end offsets", self._consumer.end_offsets(self._places))

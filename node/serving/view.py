@@ -161,6 +161,14 @@ class PartitionStatus(Body, frozen=True):
     reason: str = ""
     """Why it waits; empty while it runs."""
     failures: int = 0
+    role: str = "owner"
+    """owner or standby; what is read of a standby is as old as `ms_behind` says."""
+    epoch: int = 0
+    """Of the cluster's assignment; 0 on a node that is alone."""
+    frames_behind: int | None = None
+    """Commits of the owner that are not folded here yet, at most; null while it is closed."""
+    ms_behind: int | None = None
+    """Since everything committed was last seen to be folded here; 0 where that is so now."""
     delivery: Delivery = "exactly_once"
     lag: int | None = None
     """Events between the progress and the end of the source."""

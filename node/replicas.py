@@ -1,0 +1,499 @@
+"""What this node holds of the cluster's partitions: its role in each follows the catalog and the lease.
+
+One task a partition does one duty after another, so no two roles are ever had at once: it owns (and runs sessions),
+stands by (and folds the changelog), hands over, or has no business with it. The store stays open from one duty to
+the next: a promotion fences, folds the tail and goes on.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections.abc import Awaitable, Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Literal, Protocol
+
+import structlog
+
+from node.ingest.topics import Topics, TopicSettings
+from node.kernel.clock import Clock
+from node.kernel.errors import (
+    BrokerUnavailable,
+    ChangelogCut,
+    ClusterUnavailable,
+    HeadraceError,
+    LeaseLost,
+    PeerRefused,
+    PeerUnavailable,
+    StateCorrupt,
+    TopicMissing,
+)
+from node.kernel.limits import (
+    BROKER_RETRY_MS_MAX,
+    BROKER_RETRY_MS_MIN,
+    LEASE_LOOK_MS,
+    RELEASE_MS_MAX,
+    STOP_MS_MAX,
+    UNUSED_MS_MAX,
+)
+from node.kernel.ports import StateStore
+from node.kernel.supervise import Supervisor
+from node.kernel.types import ReplicaProgress
+from node.partition import RECOVERABLE, Condition, Partition, Role
+from node.session import PartitionSession
+from node.state.folder import StateFolder, StateFolders
+from node.state.layout import Layout
+
+log = structlog.get_logger(__name__)
+
+_LOOK_SECONDS = 15.0
+"""How often the leader looks at the source topics for added partitions."""
+_TELL_SECONDS = 0.4
+"""A release that could not be told is told again after this."""
+Guard = Callable[[], None]
+OpenSession = Callable[[int, StateFolder, Guard], Awaitable[PartitionSession]]
+"""Opens a session of a partition on its state; the guard is for its outbox."""
+
+
+@dataclass(frozen=True, slots=True)
+class Held:
+    """What the catalog gives this node of one partition."""
+
+    number: int
+    owner: bool
+    """Else standby."""
+    epoch: int
+    revision: int
+    moving_to: str = ""
+    """Of an owner: release it to that node."""
+
+
+class Ownership(Protocol):
+    """The cluster, as the replicas see it."""
+
+    @property
+    def leads(self) -> bool: ...
+
+    def held(self) -> Mapping[int, Held]:
+        """All that the newest catalog known here gives this node, by partition."""
+        ...
+
+    def may_own(self, partition: int, epoch: int) -> bool:
+        """Whether this node owns it at that epoch and its lease holds now."""
+        ...
+
+    def has_lease(self) -> bool:
+        """Whether the catalog known here is recent."""
+        ...
+
+    async def released(self, partition: int, epoch: int, to: str, revision: int) -> None:
+        """This owner has closed the partition, so the move may complete. Raises ClusterUnavailable, PeerUnavailable,
+        or PeerRefused when the move is no more."""
+        ...
+
+    async def grow(self, count: int) -> None:
+        """The source topics have so many partitions. Raises what `released` raises."""
+        ...
+
+
+class Standbys(Protocol):
+    """What folds changelogs into the stores of standbys."""
+
+    def add(self, partition: int, store: StateStore, failed: Callable[[HeadraceError], None]) -> None: ...
+
+    async def remove(self, partition: int) -> None: ...
+
+    def progress(self, partition: int) -> ReplicaProgress | None: ...
+
+    async def run(self) -> None: ...
+
+
+@dataclass(frozen=True, slots=True)
+class Duty:
+    """What to do with a partition now; a replica starts over when it is another one."""
+
+    role: Literal["own", "release", "stand_by", "none"]
+    epoch: int = 0
+    revision: int = 0
+    to: str = ""
+
+
+NO_DUTY = Duty("none")
+STAND_BY = Duty("stand_by")
+
+
+def duty_of(held: Held | None, may_own: Callable[[int, int], bool]) -> Duty:
+    """An owner without a lease stands by: another may have been made owner, and it folds what that one does."""
+    if held is None:
+        return NO_DUTY
+    if not held.owner:
+        return STAND_BY
+    if held.moving_to:
+        return Duty("release", held.epoch, held.revision, held.moving_to)
+    return Duty("own", held.epoch) if may_own(held.number, held.epoch) else STAND_BY
+
+
+@dataclass(frozen=True, slots=True)
+class Surroundings:
+    """What all replicas of a node share."""
+
+    ownership: Ownership
+    standbys: Standbys
+    open_session: OpenSession
+    commit_interval_seconds: float
+    clock: Clock
+
+
+class Replica:
+    """One partition on this node. `assign` says what to do; `run` does it."""
+
+    def __init__(self, number: int, state: StateFolder, around: Surroundings) -> None:
+        self.number = number
+        self.condition = Condition()
+        self.epoch = 0
+        self.duty = NO_DUTY
+        self.released_revision = 0
+        self._state = state
+        self._around = around
+        self._term: Partition | None = None
+        self._changed = asyncio.Event()
+        self._stopping = False
+        self._layout: tuple[bytes | None, Layout] = (None, Layout.empty())
+        self._opening_since = 0.0
+
+    def assign(self, duty: Duty, epoch: int) -> None:
+        self.epoch = epoch
+        if duty != self.duty:
+            self.duty = duty
+            self._changed.set()
+
+    def stop(self) -> None:
+        """Ask for a clean end: an owner finishes and commits its cycle."""
+        self._stopping = True
+        self._changed.set()
+
+    async def run(self) -> None:
+        try:
+            while not self._stopping:
+                duty = self.duty
+                self._changed.clear()
+                if duty.role == "own":
+                    await self._own(duty)
+                elif duty.role == "none":
+                    await self._idle(duty)
+                else:
+                    await self._stand_by(duty)
+        finally:
+            self._state.close()
+            self.condition.phase = "stopped"
+
+    def _lasts(self, duty: Duty) -> bool:
+        return self.duty == duty and not self._stopping
+
+    async def _pause(self, seconds: float) -> None:
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(seconds):
+                await self._changed.wait()
+        self._changed.clear()
+
+    # the owner
+
+    async def _own(self, duty: Duty) -> None:
+        self.released_revision = 0
+        self._opening_since = self._around.clock.monotonic()
+        self.condition.phase, self.condition.reason = "starting", ""
+        term = self._term = self._new_term(duty.epoch)
+        work = asyncio.ensure_future(term.run())
+        changed = asyncio.ensure_future(self._until_other(duty))
+        try:
+            await asyncio.wait({work, changed}, return_when=asyncio.FIRST_COMPLETED)
+            if term.session is not None and (self._stopping or self.duty.role == "release"):
+                term.stop()
+                await asyncio.wait({work}, timeout=(STOP_MS_MAX if self._stopping else RELEASE_MS_MAX) / 1000)
+        finally:
+            changed.cancel()
+            work.cancel()
+            await asyncio.wait({work})
+            self._term = None
+        if not work.cancelled():
+            work.result()  # what no session recovers from stops the node
+
+    async def _until_other(self, duty: Duty) -> None:
+        while self._lasts(duty):
+            self._changed.clear()
+            await self._changed.wait()
+
+    def _new_term(self, epoch: int) -> Partition:
+        around = self._around
+
+        def guard() -> None:
+            if not around.ownership.may_own(self.number, epoch):
+                raise LeaseLost(
+                    f"partition {self.number}: the lease is over or another node owns it now; this node goes on by "
+                    "itself once it hears from the quorum, see the cluster's status"
+                )
+
+        return Partition(
+            self.number,
+            lambda: around.open_session(self.number, self._state, guard),
+            self._state,
+            around.commit_interval_seconds,
+            around.clock,
+            guard,
+            self.condition,
+            BROKER_RETRY_MS_MIN,
+        )
+
+    # the standby
+
+    async def _stand_by(self, duty: Duty) -> None:
+        """Fold until there is another duty. An owner that releases the partition says so first."""
+        telling = asyncio.ensure_future(self._tell_released(duty)) if duty.role == "release" else None
+        wait_ms: float = BROKER_RETRY_MS_MIN
+        try:
+            while self._lasts(duty):
+                try:
+                    await self._fold(duty)
+                except RECOVERABLE as failure:
+                    if self.condition.phase == "running":
+                        wait_ms = BROKER_RETRY_MS_MIN
+                    self.condition.failed(failure, self.number)
+                    await self._mend(failure)
+                    if self._lasts(duty):
+                        await self._pause(wait_ms / 1000)
+                    wait_ms = min(wait_ms * 2, BROKER_RETRY_MS_MAX)
+        finally:
+            if telling is not None:
+                telling.cancel()
+                await asyncio.wait({telling})
+
+    async def _fold(self, duty: Duty) -> None:
+        """Raises what the store, the changelog or restoring a snapshot raises."""
+        store = await self._state.open()
+        failed: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+
+        def fail(failure: HeadraceError) -> None:
+            if not failed.done():
+                failed.set_exception(failure)
+
+        changed = asyncio.ensure_future(self._until_other(duty))
+        self._around.standbys.add(self.number, store, fail)
+        self.condition.phase, self.condition.reason = "running", ""
+        try:
+            await asyncio.wait({failed, changed}, return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            changed.cancel()
+            await self._around.standbys.remove(self.number)
+        if failed.done():
+            failed.result()
+
+    async def _mend(self, failure: Exception) -> None:
+        """What a failure asks for before the next attempt; whatever it was, the store is opened again."""
+        if isinstance(failure, StateCorrupt):
+            self._state.set_aside()
+            return
+        self._state.close()
+        if isinstance(failure, ChangelogCut):
+            try:
+                restored = await self._state.restore()
+            except RECOVERABLE as refused:
+                self.condition.failed(refused, self.number)
+            else:
+                log.info("changelog cut", partition=self.number, restored=restored)
+
+    async def _tell_released(self, duty: Duty) -> None:
+        self.released_revision = duty.revision
+        while True:
+            try:
+                await self._around.ownership.released(self.number, duty.epoch, duty.to, duty.revision)
+                return
+            except PeerRefused as refused:
+                log.info("move is no more", partition=self.number, to=duty.to, reason=str(refused))
+                return
+            except (ClusterUnavailable, PeerUnavailable) as failure:
+                log.debug("release not told", partition=self.number, reason=str(failure))
+                await asyncio.sleep(_TELL_SECONDS)
+
+    # neither
+
+    async def _idle(self, duty: Duty) -> None:
+        """Keep the state for a while: it may be wanted back, and is deleted on a recent catalog's word only."""
+        self._state.close()
+        since = self._around.clock.monotonic()
+        self.condition.phase, self.condition.reason = "stopped", ""
+        while self._lasts(duty):
+            if self._around.clock.monotonic() - since > UNUSED_MS_MAX / 1000 and self._around.ownership.has_lease():
+                await self._state.delete()
+                await self._until_other(duty)
+                return
+            await self._pause(_LOOK_SECONDS)
+
+    # what others see
+
+    @property
+    def role(self) -> Role:
+        """What this node is, whatever it may do at present."""
+        if self.duty.role in ("own", "release"):
+            return "owner"
+        return "none" if self.duty.role == "none" else "standby"
+
+    @property
+    def session(self) -> PartitionSession | None:
+        return None if self._term is None else self._term.session
+
+    @property
+    def store(self) -> StateStore | None:
+        """While it is open; as of the end of a frame whenever the loop is not in the store itself."""
+        return self._state.store
+
+    def readable(self) -> tuple[StateStore, Layout] | None:
+        """What customers can be read from, None while nothing is open."""
+        found = None if self._term is None else self._term.readable()
+        store = self._state.store
+        if found is not None or store is None:
+            return found
+        encoded = store.layout()
+        if encoded != self._layout[0]:
+            self._layout = (encoded, Layout.empty() if encoded is None else Layout.decode(encoded))
+        return store, self._layout[1]
+
+    def progress(self) -> ReplicaProgress | None:
+        """None while there is nothing on disk that could be told of.
+
+        An owner that has not opened the partition yet lags by the time since it began to.
+        """
+        store, term = self._state.store, self._term
+        if term is not None:
+            opening_ms = int((self._around.clock.monotonic() - self._opening_since) * 1000)
+            return term.progress() or ReplicaProgress(store.changelog_offset() if store else 0, 0, opening_ms)
+        found = self._around.standbys.progress(self.number)
+        if found is None:
+            return None
+        return ReplicaProgress(
+            found.offset, found.frames_behind, found.ms_behind, released_revision=self.released_revision
+        )
+
+
+class Replicas:
+    """All partitions of a clustered node. `update` is to be called when the catalog or the lease has changed."""
+
+    def __init__(
+        self,
+        around: Surroundings,
+        folders: StateFolders,
+        topics: Topics,
+        sources: Sequence[str],
+        outputs: Mapping[str, TopicSettings],
+        supervisor: Supervisor,
+    ) -> None:
+        self._around = around
+        self._folders = folders
+        self._topics = topics
+        self._sources = tuple(sources)
+        self._outputs = outputs
+        self._supervisor = supervisor
+        self._stopping = asyncio.Event()
+        self._look_now = asyncio.Event()
+        self._tasks: list[asyncio.Task[None]] = []
+        self._all: dict[int, Replica] = {}
+        self._led = False
+        self.reason = "source topics have not been looked up yet"
+        """Why partitions could not be looked up, '' if they were or another node leads."""
+
+    @property
+    def running(self) -> Mapping[int, Replica]:
+        """Those this node owns or stands by for."""
+        return {number: replica for number, replica in self._all.items() if replica.role != "none"}
+
+    async def run(self) -> None:
+        """Start, and keep roles in step with the lease, until stopped."""
+        self._supervisor.start("standbys", self._around.standbys.run())
+        self._supervisor.start("partitions looked up", self._look_up())
+        for number in self._folders.found():
+            self._replica(number)
+        while not self._stopping.is_set():
+            self.update()
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(LEASE_LOOK_MS / 1000):
+                    await self._stopping.wait()
+
+    def update(self) -> None:
+        """Give every replica its duty."""
+        if self._stopping.is_set():
+            return
+        ownership = self._around.ownership
+        held = ownership.held()
+        for number in [*held, *(number for number in self._all if number not in held)]:
+            mine = held.get(number)
+            replica = self._replica(number)
+            replica.assign(duty_of(mine, ownership.may_own), mine.epoch if mine else replica.epoch)
+        if ownership.leads and not self._led:
+            self._look_now.set()
+        self._led = ownership.leads
+
+    def _replica(self, number: int) -> Replica:
+        replica = self._all.get(number)
+        if replica is None:
+            replica = self._all[number] = Replica(number, self._folders.of(number), self._around)
+            self._tasks.append(self._supervisor.start(f"partition {number}", replica.run()))
+        return replica
+
+    # partitions of the source topics
+
+    async def _look_up(self) -> None:
+        """While this node leads, it makes the topics and says how many partitions there are."""
+        wait_ms: float = BROKER_RETRY_MS_MIN
+        while not self._stopping.is_set():
+            try:
+                if self._around.ownership.leads:
+                    await self._look()
+                    self.reason = ""
+                wait_ms = BROKER_RETRY_MS_MIN
+                pause = _LOOK_SECONDS
+            except (BrokerUnavailable, TopicMissing, ClusterUnavailable, PeerRefused, PeerUnavailable) as failure:
+                reason = f"{type(failure).__name__}: {failure}"
+                if reason != self.reason:
+                    log.warning("topics not ready", reason=reason)
+                self.reason, pause = reason, wait_ms / 1000
+                wait_ms = min(wait_ms * 2, BROKER_RETRY_MS_MAX)
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(pause):
+                    await self._look_now.wait()
+            self._look_now.clear()
+
+    async def _look(self) -> None:
+        count = await self._topics.source_partitions(self._sources)
+        await self._topics.ensure(count, self._outputs)
+        await self._around.ownership.grow(count)
+
+    # what others see
+
+    def unready(self) -> list[str]:
+        """Why this node can't do all its work now, a line each: its own partitions that do not run."""
+        reasons = [self.reason] if self.reason and self._led else []
+        for number, replica in sorted(self._all.items()):
+            condition = replica.condition
+            if replica.duty.role == "own" and condition.phase != "running":
+                reasons.append(f"partition {number} is {condition.phase}: {condition.reason or 'recovering'}")
+        return reasons
+
+    def progress(self) -> Mapping[int, ReplicaProgress]:
+        """What the leader is to be told."""
+        told = {number: replica.progress() for number, replica in self._all.items()}
+        return {number: progress for number, progress in told.items() if progress is not None}
+
+    def stores(self) -> Mapping[int, StateStore]:
+        """The stores that are open now, for snapshots; each may be closed at any await."""
+        open_now = {number: replica.store for number, replica in self._all.items()}
+        return {number: store for number, store in open_now.items() if store is not None}
+
+    async def stop(self) -> None:
+        """Let every owned partition finish and commit its cycle, for at most STOP_MS_MAX."""
+        self._stopping.set()
+        self._look_now.set()
+        for replica in self._all.values():
+            replica.stop()
+        if self._tasks:
+            _, late = await asyncio.wait(self._tasks, timeout=STOP_MS_MAX / 1000)
+            if late:
+                log.warning("partitions did not stop in time", late=len(late))

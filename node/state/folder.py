@@ -1,0 +1,86 @@
+"""One partition's state on this node: the folder on disk, and the store that is open on it."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import shutil
+from collections.abc import Awaitable, Callable
+from pathlib import Path
+
+import structlog
+
+from node.kernel.ports import StateStore
+
+log = structlog.get_logger(__name__)
+
+Restore = Callable[[int, Path], Awaitable[bool]]
+"""Puts a snapshot of the partition into the folder, in place of what is there; False: there is none to be had."""
+
+
+class StateFolder:
+    def __init__(
+        self, partition: int, path: Path, open_store: Callable[[Path], StateStore], restore: Restore | None = None
+    ) -> None:
+        self._partition = partition
+        self._path = path
+        self._open_store = open_store
+        self._restore = restore
+        self.store: StateStore | None = None
+        """While it is open."""
+
+    async def open(self) -> StateStore:
+        """The store that is open, or else opened now; where there is none yet, a snapshot is asked for first.
+
+        Raises StoreUnavailable, StateCorrupt and what restoring raises.
+        """
+        if self.store is None:
+            if self._restore is not None and not self._path.exists():
+                await self._restore(self._partition, self._path)
+            self.store = self._open_store(self._path)
+        return self.store
+
+    async def restore(self) -> bool:
+        """Take a snapshot in place of what is there, which the changelog no longer reaches back to; the store is
+        closed. False when there is none."""
+        if self._restore is None:
+            return False
+        self.close()
+        return await self._restore(self._partition, self._path)
+
+    def close(self) -> None:
+        if self.store is not None:
+            store, self.store = self.store, None
+            store.close()
+
+    def set_aside(self) -> None:
+        """Keep the newest damaged store for inspection; the partition is rebuilt without it."""
+        self.close()
+        damaged = self._path.with_name(f"{self._path.name}.damaged")
+        shutil.rmtree(damaged, ignore_errors=True)
+        with contextlib.suppress(FileNotFoundError):
+            self._path.rename(damaged)
+        log.error("damaged store set aside, the partition is rebuilt from its changelog", folder=str(damaged))
+
+    async def delete(self) -> None:
+        self.close()
+        if self._path.exists():
+            await asyncio.to_thread(shutil.rmtree, self._path, ignore_errors=True)
+            log.info("unused state deleted", partition=self._partition, folder=str(self._path))
+
+
+class StateFolders:
+    """The state folders of a node, each named by its partition's number."""
+
+    def __init__(self, root: Path, open_store: Callable[[Path], StateStore], restore: Restore | None = None) -> None:
+        self._root = root
+        self._open_store = open_store
+        self._restore = restore
+
+    def of(self, partition: int) -> StateFolder:
+        return StateFolder(partition, self._root / str(partition), self._open_store, self._restore)
+
+    def found(self) -> list[int]:
+        """The partitions that have a folder on disk."""
+        entries = self._root.iterdir() if self._root.exists() else ()
+        return sorted(int(entry.name) for entry in entries if entry.name.isdecimal() and entry.is_dir())
