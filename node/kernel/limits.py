@@ -76,6 +76,9 @@ TENANT_FOLDER_ENTRIES_MAX = 4096
 """Directory entries looked at in one tenant's watched folder."""
 ISOLATION_CALLS_MAX = 256
 """Calls spent on finding the bad rows of one failed batch; rows not cleared by then get its error."""
+PUBLISH_RETRY_MS_MIN = 200
+PUBLISH_RETRY_MS_MAX = 10_000
+"""What a node has found for the cluster's catalog, and the cluster did not take, is tried again after this."""
 STATUS_FILE_BYTES_MAX = 64 * KIB
 WORKER_MESSAGE_BYTES_MAX = MODEL_BYTES_MAX + MIB
 
@@ -197,6 +200,15 @@ PEER_STALL_MS_MAX = 10_000
 """Without a byte, a transfer is cut; it can be resumed."""
 PEER_BYTES_PER_SECOND_MIN = MIB
 """A transfer that is slower over all is cut too; it can be resumed."""
+BLOB_FETCHES_MAX = 4
+"""Model files being fetched at once; one that a worker waits for comes on top."""
+BLOB_RETRY_MS_MIN = 200
+BLOB_RETRY_MS_MAX = 30_000
+"""Between two rounds of asking every holder of a model file."""
+BLOB_LOOK_MS = 30_000
+"""How often the folder of model files is looked at when nothing changed: one may be gone."""
+BLOB_CHECK_MS = 24 * 3600 * 1000
+"""How often each model file is read again and its hash compared."""
 CLUSTER_RENEWALS_MAX = 32
 """Renewals of a node's own lease that have not come back; of more, the oldest is forgotten."""
 CLUSTER_REPORT_BYTES_MAX = 1 * MIB
@@ -228,7 +240,7 @@ SNAPSHOT_INSPECT_MS_MAX = 30 * 60 * 1000
 """Of the process that goes through a copy of a store."""
 CUT_INTERVAL_MS = 10_000
 CUT_DELAY_MS = 600_000
-"""A changelog is cut where it could have been cut this long ago: who restores a snapshot still finds what follows it."""
+"""A changelog is cut where it could have been so long ago: who restores a snapshot still finds what follows it."""
 DIGEST_BUCKETS = 4096
 DIGEST_BUCKET_ENTRIES_MAX = 65_536
 DIGEST_DIFFERENCES_MAX = 10

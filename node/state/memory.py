@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import bisect
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 from node.kernel.chunks import decode_chunk, encode_chunk
 from node.kernel.types import Frame, SequenceChunk
@@ -60,6 +60,11 @@ class MemoryStore:
             self._keys = sorted(self._rows)
         start = 0 if after is None else bisect.bisect_right(self._keys, after)
         return [(key, self._rows[key]) for key in self._keys[start : start + limit]]
+
+    def entries(self) -> Iterator[tuple[str, bytes, bytes]]:
+        """(family, key, value) of all rows and chunks, in key order in each family; for digests."""
+        yield from (("profiles", key, self._rows[key]) for key in sorted(self._rows))
+        yield from (("sequence", key, self._chunks[key]) for key in sorted(self._chunks))
 
     def flush(self) -> None:
         """Nothing is kept on disk."""

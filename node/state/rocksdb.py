@@ -8,6 +8,7 @@ for all families at once (atomic flush), so the families never disagree on disk.
 from __future__ import annotations
 
 import contextlib
+import shutil
 import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -19,6 +20,7 @@ import msgspec
 from rocksdict import (
     BlockBasedOptions,
     Cache,
+    Checkpoint,
     DBCompressionType,
     Options,
     Rdict,
@@ -58,16 +60,19 @@ class RocksEnvironment:
 
     cache: Any
     write_buffers: Any
+    compacting: bool = True
 
     @staticmethod
-    def of(cache_bytes: int = 128 * MIB, write_buffer_bytes: int = 64 * MIB) -> RocksEnvironment:
-        """Larger write buffers mean fewer flushes and a longer fold after a crash. Raises ValueError when they
-        do not fit into the cache they are charged to."""
+    def of(
+        cache_bytes: int = 128 * MIB, write_buffer_bytes: int = 64 * MIB, compacting: bool = True
+    ) -> RocksEnvironment:
+        """Larger write buffers mean fewer flushes and a longer fold after a crash; a store that is opened only to be
+        read need not compact. Raises ValueError when the buffers do not fit into the cache they are charged to."""
         if not 0 < write_buffer_bytes <= cache_bytes:
             raise ValueError(f"write buffers of {write_buffer_bytes} bytes do not fit a cache of {cache_bytes}")
         cache = Cache(cache_bytes)
         manager = WriteBufferManager.new_write_buffer_manager_with_cache(write_buffer_bytes, False, cache)
-        return RocksEnvironment(cache, manager)
+        return RocksEnvironment(cache, manager, compacting)
 
     def options(self) -> Any:
         table = BlockBasedOptions()
@@ -83,6 +88,7 @@ class RocksEnvironment:
         options.set_compression_type(DBCompressionType.lz4())
         options.set_keep_log_file_num(4)
         options.set_max_open_files(256)
+        options.set_disable_auto_compactions(not self.compacting)
         return options
 
 
@@ -90,12 +96,14 @@ class RocksStore:
     """See `node.kernel.ports.StateStore`. Opening raises StateCorrupt for a damaged folder, StoreUnavailable for a
     disk that refuses or a folder that another store has open.
 
-    `apply` and `flush` exclude each other; everything else belongs to the thread of the partition.
+    `apply`, `flush` and `checkpoint` exclude each other and may run in any thread; everything else belongs to the
+    thread of the partition.
     """
 
     def __init__(self, path: Path, environment: RocksEnvironment) -> None:
         self._path = path
         self._writing = threading.Lock()
+        self._open = threading.Lock()
         with self._failures("opened"):
             path.parent.mkdir(parents=True, exist_ok=True)
             self._database = Rdict(
@@ -165,7 +173,7 @@ class RocksStore:
                     f"the state in {self._path} took no write for {WRITE_STALL_MS_MAX} ms (WRITE_STALL_MS_MAX): its "
                     "flushes lag or fail; free or mend the disk, the partition retries by itself"
                 )
-        self._head = head
+            self._head = head
 
     def _written(self, frame: Frame, head: _Head) -> bool:
         """False for a stall. RocksDB would wait it out, for ever on a full disk, and rocksdict with the GIL held."""
@@ -246,9 +254,43 @@ class RocksStore:
             for family in FAMILIES:
                 self._families[family].flush()
 
+    def checkpoint(self, folder: Path) -> int:
+        """A copy of the store as of one frame, in a new `folder` beside its own; the changelog offset it goes on from.
+
+        Tables are linked, not copied. May run in another thread: what is in memtables is first flushed with the GIL
+        released and frames let through, since the checkpoint itself, which flushes the rest of all families
+        together, holds both. `meta` is left to it: its offset must not reach the disk before the rows do.
+        Raises StoreUnavailable; nothing is left of the folder then.
+        """
+        with self._failures("copied"), self._open:
+            if not self._families:
+                raise StoreUnavailable(
+                    f"the state in {self._path} was closed before it was copied; copy it once it is open"
+                )
+            for family in FAMILIES[:-1]:
+                self._families[family].flush()
+            with self._writing:
+                folder.parent.mkdir(parents=True, exist_ok=True)
+                if folder.exists():
+                    raise StoreUnavailable(
+                        f"the state in {self._path} can't be copied to {folder}: that is there already"
+                    )
+                try:
+                    Checkpoint(self._database).create_checkpoint(str(folder))
+                except BaseException:
+                    shutil.rmtree(folder, ignore_errors=True)
+                    raise
+                return self._head.changelog_offset
+
+    def entries(self) -> Iterator[tuple[str, bytes, bytes]]:
+        """(family, key, value) of all rows and chunks, in key order in each family; for digests."""
+        for family in ("profiles", "sequence"):
+            for key, value in self._entries(family, b""):
+                yield family, key, value
+
     def close(self) -> None:
         """The lock on the folder outlives the database while a handle to a family lives, so those go first."""
-        with self._writing:
+        with self._open, self._writing:
             self._families, self._handles = {}, {}
             with contextlib.suppress(Exception):
                 self._database.close()

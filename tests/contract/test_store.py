@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import shutil
 import subprocess
 import sys
+import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -14,12 +16,14 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from node.kernel.digest import bucket_entries, differences, differing_buckets, differing_entries, digest_store
 from node.kernel.errors import StateCorrupt, StoreUnavailable
 from node.kernel.limits import MIB
 from node.kernel.ports import StateStore
 from node.kernel.types import FeatureRows, Frame, ModelName, SequenceChunk, Triggers
 from node.state.memory import MemoryStore
 from node.state.rocksdb import RocksEnvironment, RocksStore
+from replication.frame import FrameAssembler, encode_frame
 
 ENVIRONMENT = RocksEnvironment.of(16 * MIB, 8 * MIB)
 
@@ -139,6 +143,29 @@ def test_scan_pages_in_key_order(store: StateStore) -> None:
     assert store.scan(None, 1) == [(b"a", row(1.0))]
 
 
+def test_what_holds_the_same_has_the_same_digest_and_what_differs_is_named(store: StateStore) -> None:
+    other = MemoryStore()
+    for number in range(3):
+        sent = frame(
+            [b"a", b"b%d" % number], float(number), progress={"e": number}, layout=b"L", counters={"late": 1},
+            appended=[chunk("t/m", number)], cursors={"t/m": 1},
+        )  # fmt: skip
+        (decoded,) = [FrameAssembler().add(record) for record in encode_frame(sent)]
+        store.apply(sent, number)
+        other.apply(decoded, number)
+    assert digest_store(store) == digest_store(other)
+    assert (digest_store(other).rows, digest_store(other).chunks) == (4, 2)
+    store.apply(frame([b"a"], 7.0, progress={"e": 3}), 3)
+    ours, theirs = digest_store(store), digest_store(other)
+    (bucket,) = differing_buckets(ours, theirs)
+    assert [line.split(":")[0] for line in differences(ours, theirs)][:3] == [
+        "changelog_offset",
+        "progress",
+        "counters",
+    ]
+    assert differing_entries(bucket_entries(store, bucket), bucket_entries(other, bucket)) == ["customer a"]
+
+
 operations = st.lists(
     st.tuples(
         st.lists(st.sampled_from([b"a", b"b", b"c", b"d"]), unique=True),
@@ -168,6 +195,12 @@ def test_rocksdb_holds_what_memory_holds_also_after_opening_again(
             rocks.close()
             rocks = RocksStore(tmp_path / "both", ENVIRONMENT)
         assert contents(rocks) == contents(memory)
+    assert digest_store(rocks) == digest_store(memory)
+    shutil.rmtree(tmp_path / "copy", ignore_errors=True)
+    assert rocks.checkpoint(tmp_path / "copy") == memory.changelog_offset()
+    copy = RocksStore(tmp_path / "copy", ENVIRONMENT)
+    assert contents(copy) == contents(memory)
+    copy.close()
     rocks.close()
 
 
@@ -267,6 +300,44 @@ def test_a_crash_between_the_families_of_a_flush_leaves_the_offset_behind(tmp_pa
     assert crashed.load([b"a"]) == [row(2.0)]
     assert crashed.changelog_offset() == 1
     crashed.close()
+
+
+def test_a_copy_taken_while_frames_come_in_is_as_of_one_frame(tmp_path: Path) -> None:
+    store = RocksStore(tmp_path / "state", ENVIRONMENT)
+    done = threading.Event()
+
+    def write() -> None:
+        for number in itertools.count(1):
+            store.apply(frame([b"%03d" % c for c in range(200)], float(number), progress={"e": number}), number)
+            if done.is_set():
+                return
+
+    writer = threading.Thread(target=write)
+    writer.start()
+    offsets = [store.checkpoint(tmp_path / f"copy-{number}") for number in range(5)]
+    done.set()
+    writer.join()
+    store.close()
+    assert offsets == sorted(offsets)
+    assert offsets[-1] > offsets[0]
+    for number, offset in enumerate(offsets):
+        copy = RocksStore(tmp_path / f"copy-{number}", ENVIRONMENT)
+        assert (copy.changelog_offset(), dict(copy.progress())) == (offset, {"e": offset} if offset else {})
+        assert {value for _, value in copy.scan(None, 1000)} == ({row(float(offset))} if offset else set())
+        copy.close()
+
+
+def test_a_copy_of_a_closed_store_and_one_into_a_folder_that_is_there_are_refused(tmp_path: Path) -> None:
+    store = RocksStore(tmp_path / "state", ENVIRONMENT)
+    store.apply(frame([b"a"], 1.0), 1)
+    store.checkpoint(tmp_path / "copy")
+    with pytest.raises(StoreUnavailable):
+        store.checkpoint(tmp_path / "copy")
+    assert (tmp_path / "copy" / "CURRENT").exists()
+    store.close()
+    with pytest.raises(StoreUnavailable, match="closed"):
+        store.checkpoint(tmp_path / "other")
+    assert not (tmp_path / "other").exists()
 
 
 def filled(folder: Path) -> None:

@@ -1,0 +1,116 @@
+"""Looking into a copy of a store in a process of its own: going through millions of rows holds the interpreter.
+
+The copy is not touched: what is opened are links to its tables, in a hidden folder beside it. Going through them is
+as fast as one core reads them, at the lowest priority.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import shutil
+import sys
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import msgspec
+
+from node.kernel.digest import BucketEntry, StoreDigest, bucket_entries, digest_store
+from node.kernel.errors import HeadraceError, StateCorrupt, StoreUnavailable
+from node.kernel.limits import MIB, SNAPSHOT_INSPECT_MS_MAX
+from node.state.rocksdb import RocksEnvironment, RocksStore
+
+_LOWEST_PRIORITY = 19
+_CORRUPT_STATUS = 3
+_FAILED_STATUS = 4
+_CACHE_BYTES = 8 * MIB
+
+
+async def changelog_offset_of(folder: Path) -> int:
+    """Open a copy of a store, which checks that its files are whole and belong together.
+
+    This and the others raise StateCorrupt for a damaged copy, StoreUnavailable when it can't be looked at.
+    """
+    return msgspec.json.decode(await _inspect("offset", folder), type=int)
+
+
+async def digest_of(folder: Path) -> StoreDigest:
+    return msgspec.json.decode(await _inspect("digest", folder), type=StoreDigest)
+
+
+async def bucket_of(folder: Path, bucket: int) -> list[BucketEntry]:
+    return msgspec.json.decode(await _inspect("bucket", folder, str(bucket)), type=list[BucketEntry])
+
+
+async def _inspect(*arguments: str | Path) -> bytes:
+    process = await asyncio.create_subprocess_exec(
+        sys.executable,
+        *("-s", "-m", "node.state.inspection", *map(str, arguments)),
+        stdin=asyncio.subprocess.DEVNULL,
+        stdout=asyncio.subprocess.PIPE,
+        stderr=asyncio.subprocess.PIPE,
+        env={
+            "LANG": "C.UTF-8",
+            "PATH": os.defpath,
+            "PYTHONPATH": os.pathsep.join(path for path in sys.path if path),
+            "OPENBLAS_NUM_THREADS": "1",
+        },
+        start_new_session=True,  # a Ctrl-C at the terminal is the node's to handle
+    )
+    what = f"the copy of a store in {arguments[1]}"
+    try:
+        async with asyncio.timeout(SNAPSHOT_INSPECT_MS_MAX / 1000):
+            output, errors = await process.communicate()
+    except TimeoutError:
+        raise StoreUnavailable(f"{what} took longer than SNAPSHOT_INSPECT_MS_MAX; it is tried again") from None
+    finally:
+        if process.returncode is None:
+            process.kill()
+            await process.wait()
+    if process.returncode == 0:
+        return output
+    reason = errors.decode(errors="replace").strip()[-1000:]
+    if process.returncode == _CORRUPT_STATUS:
+        raise StateCorrupt(f"{what} is damaged: {reason}; it is not used")
+    raise StoreUnavailable(f"{what} could not be looked at: {reason or process.returncode}; it is tried again")
+
+
+def main(arguments: Sequence[str]) -> int:
+    what, folder = arguments[0], Path(arguments[1])
+    os.nice(_LOWEST_PRIORITY)
+    links = folder.with_name(f".look-{folder.name.lstrip('.')}-{os.getpid()}")
+    try:
+        with _opened(folder, links) as store:
+            found: object = store.changelog_offset()
+            if what == "digest":
+                found = digest_store(store)
+            elif what == "bucket":
+                found = bucket_entries(store, int(arguments[2]))
+        sys.stdout.buffer.write(msgspec.json.encode(found))
+    except (HeadraceError, OSError) as failure:
+        sys.stderr.write(str(failure))
+        return _CORRUPT_STATUS if isinstance(failure, StateCorrupt) else _FAILED_STATUS
+    return 0
+
+
+@contextlib.contextmanager
+def _opened(folder: Path, links: Path) -> Iterator[RocksStore]:
+    links.mkdir()
+    try:
+        for path in folder.iterdir():
+            if path.suffix == ".sst":
+                os.link(path, links / path.name)
+            else:
+                shutil.copyfile(path, links / path.name)
+        store = RocksStore(links, RocksEnvironment.of(_CACHE_BYTES, _CACHE_BYTES, compacting=False))
+        try:
+            yield store
+        finally:
+            store.close()
+    finally:
+        shutil.rmtree(links)
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
