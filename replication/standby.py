@@ -198,8 +198,7 @@ class StandbyFolder:
 
     async def _poll(self, consumer: AIOKafkaConsumer) -> Mapping[TopicPartition, Sequence[Any]]:
         """What has come. Nothing when the assignment is to be changed."""
-        call = consumer.getmany(timeout_ms=STANDBY_POLL_MS, max_records=_RECORDS_PER_POLL)
-        self._polling = asyncio.ensure_future(broker_call("read changelogs", call))
+        self._polling = asyncio.ensure_future(_next_records(consumer))
         try:
             await asyncio.wait({self._polling})
             return {} if self._polling.cancelled() else self._polling.result()
@@ -295,3 +294,8 @@ class StandbyFolder:
 
     def statistics(self) -> Mapping[str, object]:
         return {"partitions": sorted(self._folds), "frames": self.frames, "reason": self.reason}
+
+
+async def _next_records(consumer: AIOKafkaConsumer) -> Mapping[TopicPartition, Sequence[Any]]:
+    call = consumer.getmany(timeout_ms=STANDBY_POLL_MS, max_records=_RECORDS_PER_POLL)
+    return await broker_call("read changelogs", call)
