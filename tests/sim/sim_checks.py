@@ -10,8 +10,8 @@ import numpy as np
 from sim_broker import Row, plain_fold
 
 from node.state.memory import MemoryStore
-from replication.catalog import Catalog, problem
-from replication.commands import PartitionCommand, StartMove
+from replication.catalog import Catalog, apply, problem
+from replication.commands import Command, PartitionCommand, StartMove
 
 if TYPE_CHECKING:
     from sim_world import World
@@ -29,6 +29,7 @@ class Checks:
     def __init__(self, world: World) -> None:
         self.world = world
         self.catalogs: list[Catalog] = [Catalog()]
+        self.effective: set[Command] = set()
         self.history: list[dict[int, dict[bytes, bytes]]] = []
         self.rows: list[dict[bytes, Row]] = []
         self.commit_ms: list[list[float]] = []
@@ -43,12 +44,17 @@ class Checks:
 
     # (e) and (f): the catalog
 
-    def catalog_is_agreed(self, index: int, catalog: Catalog) -> None:
+    def catalog_is_agreed(self, index: int, command: Command, catalog: Catalog) -> None:
         if index < len(self.catalogs):
             if self.catalogs[index] != catalog:
                 self.fail("(e) catalogs differ at one index", index)
             return
-        self._changes_are_sound(self.catalogs[-1], catalog)
+        before = self.catalogs[-1]
+        if catalog.revision != before.revision or catalog.leases != before.leases:
+            if command in self.effective:
+                self.fail("(e) a command counted twice", command)
+            self.effective.add(command)
+        self._changes_are_sound(before, catalog)
         self.catalogs.append(catalog)
 
     def _changes_are_sound(self, before: Catalog, after: Catalog) -> None:
@@ -73,6 +79,7 @@ class Checks:
             reason = problem(catalog, command)
             if reason:
                 self.fail("(f) the plan proposes what the catalog refuses", command, reason)
+            catalog = apply(catalog, command)
             if isinstance(command, StartMove):
                 self._target_has_caught_up(command)
 

@@ -87,7 +87,7 @@ class SimNode:
         for command in self.world.raft.log[self.applied : self.applied + entries]:
             self.catalog = apply(self.catalog, command)
             self.applied += 1
-            self.world.checks.catalog_is_agreed(self.applied, self.catalog)
+            self.world.checks.catalog_is_agreed(self.applied, command, self.catalog)
             if isinstance(command, RenewLease):
                 self._renewed(command)
 
