@@ -13,7 +13,7 @@ import sys
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -170,13 +170,20 @@ class Broker:
 
 
 @contextlib.contextmanager
-def broker(folder: Path, heap: str = "1g", options: Mapping[str, object] | None = None) -> Iterator[Broker]:
+def broker(
+    folder: Path, heap: str = "1g", options: Mapping[str, object] | None = None, host: str = "127.0.0.1"
+) -> Iterator[Broker]:
     """A Kafka of this benchmark's own on `folder`, stopped at the end; the data stays with the folder.
 
-    `options` are settings of the broker, beside those of scripts/kafka.
+    `options` are settings of the broker, beside those of scripts/kafka; `host` is the address it listens on.
     """
     given = ",".join(f"{name}={value}" for name, value in (options or {}).items())
-    environment = {**os.environ, "HEADRACE_KAFKA_HEAP": heap, **({"HEADRACE_KAFKA_OPTIONS": given} if given else {})}
+    environment = {
+        **os.environ,
+        "HEADRACE_KAFKA_HEAP": heap,
+        "HEADRACE_KAFKA_HOST": host,
+        **({"HEADRACE_KAFKA_OPTIONS": given} if given else {}),
+    }
     command = [sys.executable, str(KAFKA), "start", "--dir", str(folder)]
     done = subprocess.run(
         command,
@@ -191,18 +198,19 @@ def broker(folder: Path, heap: str = "1g", options: Mapping[str, object] | None 
     try:
         yield Broker(done.stdout.strip().rpartition("\n")[2], int((folder / "pid").read_text()))
     finally:
-        subprocess.run(
-            [sys.executable, str(KAFKA), "stop", "--dir", str(folder)], stdin=subprocess.DEVNULL, timeout=STOP_S_MAX * 2
-        )
+        stop = [sys.executable, str(KAFKA), "stop", "--dir", str(folder)]
+        subprocess.run(stop, env=environment, stdin=subprocess.DEVNULL, timeout=STOP_S_MAX * 2)
 
 
 class Node:
     """`python -m node run --config F` as a subprocess; its output goes to `node.log` beside the config."""
 
-    def __init__(self, config: Path, port: int) -> None:
+    def __init__(self, config: Path, port: int, host: str = "127.0.0.1", prefix: Sequence[str] = ()) -> None:
+        """`prefix` is put before the command: one that becomes the node, such as `ip netns exec NAME`."""
         self.config = config
-        self.url = f"http://127.0.0.1:{port}"
+        self.url = f"http://{host}:{port}"
         self.log = config.with_name("node.log")
+        self._prefix = tuple(prefix)
         self._process: subprocess.Popen[bytes] | None = None
 
     @property
@@ -215,7 +223,7 @@ class Node:
         """Start it and wait until /readyz answers 200; `wait_s_max` 0 does not wait."""
         with self.log.open("ab") as log:
             self._process = subprocess.Popen(
-                [sys.executable, "-m", "node", "run", "--config", str(self.config)],
+                [*self._prefix, sys.executable, "-m", "node", "run", "--config", str(self.config)],
                 cwd=ROOT,
                 stdin=subprocess.DEVNULL,
                 stdout=log,
@@ -227,6 +235,10 @@ class Node:
                 self.kill()
                 raise RuntimeError(f"the node did not get ready; the end of its log:\n{self.log_tail()}")
             time.sleep(POLL_S)
+
+    @property
+    def started(self) -> bool:
+        return self._process is not None
 
     @property
     def ended(self) -> bool:
@@ -260,6 +272,14 @@ class Node:
         if self._process is not None and self._process.poll() is None:
             self._process.kill()
             self._process.wait(STOP_S_MAX)
+
+    def pause(self) -> None:
+        """SIGSTOP; its workers go on."""
+        os.kill(self.pid, signal.SIGSTOP)
+
+    def resume(self) -> None:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(self.pid, signal.SIGCONT)
 
     def log_tail(self, lines: int = 30) -> str:
         return "\n".join(self.log.read_text(errors="replace").splitlines()[-lines:])
