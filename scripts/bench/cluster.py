@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import json
+import subprocess
+import sys
 import time
-import urllib.error
 import urllib.request
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -17,8 +18,15 @@ import workload
 READY_S_MAX = 120.0
 POLL_S = 0.05
 REQUEST_S_MAX = 10.0
+OPERATE_S_MAX = 60.0
 Found = TypeVar("Found")
 Settings = Mapping[str, Mapping[str, object]]
+
+
+def get(url: str) -> Any:
+    """The JSON at an address. Raises OSError."""
+    with urllib.request.urlopen(url, timeout=REQUEST_S_MAX) as answer:
+        return json.load(answer)
 
 
 class Cluster:
@@ -75,21 +83,31 @@ class Cluster:
         for node in self.nodes.values():
             node.kill()
 
-    def ask(self, path: str, body: Mapping[str, object] | None = None, node: str = "") -> Any:
-        """The JSON that this node, or the first that answers, gives for a GET, or a POST where there is a body."""
+    def ask(self, path: str, node: str = "") -> Any:
+        """The JSON that this node, or the first that answers, gives."""
         failure: OSError | None = None
         for name in [node] if node else list(self.nodes):
-            request = urllib.request.Request(
-                f"{self.nodes[name].url}{path}",
-                data=None if body is None else json.dumps(body).encode(),
-                headers={"Content-Type": "application/json"},
-            )
             try:
-                with urllib.request.urlopen(request, timeout=REQUEST_S_MAX) as answer:
-                    return json.loads(answer.read() or b"null")
-            except (urllib.error.URLError, OSError) as error:
+                return get(f"{self.nodes[name].url}{path}")
+            except OSError as error:
                 failure = error
         raise RuntimeError(f"no node answers {path}: {failure}")
+
+    def operate(self, command: str, *arguments: str, at: str = "") -> None:
+        """`headrace COMMAND ARGUMENTS` at this node, or the first that lives. Raises RuntimeError with what it said."""
+        living = [name for name, node in self.nodes.items() if node.started and not node.ended]
+        config = self.nodes[at or living[0]].config
+        done = subprocess.run(
+            [sys.executable, "-m", "node", command, *arguments, "--config", str(config)],
+            cwd=harness.ROOT,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            timeout=OPERATE_S_MAX,
+        )
+        if done.returncode:
+            raise RuntimeError(f"headrace {command} {' '.join(arguments)}: {done.stdout.strip()}")
 
     def status(self) -> dict[str, Any]:
         """The body of /v1/cluster."""
@@ -127,12 +145,13 @@ def settled(status: Mapping[str, Any], partitions: int, standbys: int, frames_be
         for found in status["partitions"]
         if not found["move"]
         and any(copy["role"] == "owner" and copy["serving"] for copy in found["replicas"])
-        and sum(_caught_up(copy, frames_behind_max) for copy in found["replicas"]) >= standbys
+        and sum(stands_by(copy, frames_behind_max) for copy in found["replicas"]) >= standbys
     ]
     return bool(status["complete"]) and len(held) == partitions
 
 
-def _caught_up(copy: Mapping[str, Any], frames_behind_max: int) -> bool:
+def stands_by(copy: Mapping[str, Any], frames_behind_max: int) -> bool:
+    """Whether this copy is a standby that lacks at most so many frames."""
     behind = copy["frames_behind"]
     return copy["role"] == "standby" and behind is not None and behind <= frames_behind_max
 
