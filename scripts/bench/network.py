@@ -2,8 +2,8 @@
 
 Two bridges here, and for each node two veth pairs: a node can be cut off from its peers while it still reaches Kafka,
 or the other way round, or from both. A cut takes the link off its bridge, so packets vanish without a word, as when a
-switch dies. Needs root. Everything has this process's number in its name and is removed at the end, also of a bench that
-failed; what one that was killed left behind is removed by the next.
+switch dies. Needs root. Everything has this process's number in its name and is removed at the end, also when the bench
+fails; what one that was killed left behind is removed by the next.
 """
 
 from __future__ import annotations
