@@ -264,8 +264,9 @@ class AgreedModels:
 class ReplicaProgress:
     """What a node says of one partition it holds on disk, as owner or standby.
 
-    `offset` is where the changelog goes on after what was folded. The lag is against the changelog's end, 0 for an
-    owner that serves; `frames_behind` is never too low, `ms_behind` is the time since the end was last seen reached.
+    `offset` is where the changelog goes on after what was folded. The lag is 0 for an owner that serves, else against
+    the end that the broker told of last: `frames_behind` is at most too high for that, and `ms_behind` is the time
+    since the end was seen to be reached, 0 if that was within STANDBY_PROOF_MS_MAX.
     """
 
     offset: int

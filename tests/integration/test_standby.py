@@ -171,8 +171,10 @@ async def test_standbys_equal_their_owners_row_for_row_through_changes_of_the_as
             folder.add(partition, standbys[partition], refuse)
         await owning
         for partition in range(3):
+            end, standby = owners[partition].changelog_offset(), standbys[partition]
+            await until(lambda: standby.changelog_offset() >= end, f"standby {partition}")  # noqa: B023
             await until(lambda: at_end(folder, partition), f"standby {partition} at the end")  # noqa: B023
-            assert contents(standbys[partition]) == contents(owners[partition])
+            assert contents(standby) == contents(owners[partition])
     standbys[0].close()
     assert contents(stores("standby-0"))[1:3] == contents(owners[0])[1:3], "it is durable"
 
