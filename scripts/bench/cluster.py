@@ -14,6 +14,7 @@ from typing import Any, TypeVar
 
 import harness
 import workload
+from network import LOOPBACK, Place
 
 READY_S_MAX = 120.0
 POLL_S = 0.05
@@ -40,24 +41,28 @@ class Cluster:
         topic: str,
         application: str,
         settings: Settings | None = None,
+        places: Mapping[str, Place] | None = None,
     ) -> None:
+        """`places` says where each node runs; else all are on the loopback."""
         self.nodes: dict[str, harness.Node] = {}
-        raft = {name: f"127.0.0.1:{harness.free_port()}" for name in names}
+        where = {name: (places or {}).get(name, LOOPBACK) for name in names}
+        raft = {name: f"{where[name].peers_host}:{harness.free_port()}" for name in names}
         for name in names:
-            port = harness.free_port()
-            cluster = {"listen": raft[name], "peer_listen": f"127.0.0.1:{harness.free_port()}"}
+            port, place = harness.free_port(), where[name]
+            cluster = {"listen": raft[name], "peer_listen": f"{place.peers_host}:{harness.free_port()}"}
             given = settings or {}
             own: dict[str, dict[str, object]] = {
                 **{section: dict(fields) for section, fields in given.items()},
                 "node": {"name": name, "data_dir": "data", **given.get("node", {})},
                 "tenants": {"directory": "tenants", **given.get("tenants", {})},
+                "http": {"host": place.broker_host, **given.get("http", {})},
                 "cluster": {**cluster, **given.get("cluster", {})},
                 # A table of its own: what config() writes as JSON is no TOML for tables.
                 "cluster.peers": dict(raft),
             }
             (folder / name / "tenants").mkdir(parents=True, exist_ok=True)
             config = workload.config(folder / name / "node.toml", bootstrap, topic, port, application, own)
-            self.nodes[name] = harness.Node(config, port)
+            self.nodes[name] = harness.Node(config, port, place.broker_host, place.prefix)
 
     def tenants(self, name: str) -> Path:
         """The directory that this node watches for models."""

@@ -34,12 +34,15 @@ class Place:
     peers_host: str
     broker_host: str
     links: Mapping[str, str]
-    """"peers" and "broker" -> this side's end of the link."""
+    """"peers" and "broker" -> this side's end of the link; none on the loopback."""
 
     @property
     def prefix(self) -> tuple[str, ...]:
         """Put before a command, it becomes the command inside."""
-        return ("ip", "netns", "exec", self.name)
+        return ("ip", "netns", "exec", self.name) if self.name else ()
+
+
+LOOPBACK = Place("", "127.0.0.1", "127.0.0.1", {})
 
 
 class Network:
