@@ -10,7 +10,7 @@ import hashlib
 import os
 import re
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,6 +21,8 @@ from node.kernel.limits import MIB, MODEL_BYTES_MAX
 
 _NAME = re.compile(r"[0-9a-f]{64}")
 _TEMPORARY = ".new-"
+_PART = re.compile(r"\.([0-9a-f]{64})\..*")
+"""What has come of a file that is being fetched; kept over restarts, so that the rest can follow."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,6 +41,11 @@ class BlobStore:
             folder.mkdir(parents=True, exist_ok=True)
             for left in folder.glob(f"{_TEMPORARY}*"):
                 left.unlink()
+
+    @property
+    def bytes_max(self) -> int:
+        """Of one file."""
+        return self._bytes_max
 
     def put(self, content: bytes | Path) -> str:
         """Keep bytes, or a copy of a file; the sha256 in hex. Raises BoundExceeded over `bytes_max`."""
@@ -68,7 +75,7 @@ class BlobStore:
 
     def get(self, sha256: str) -> bytes:
         """The bytes with that hash. Raises NotFound when they are not here, or were damaged and have been removed."""
-        path = self._path(sha256)
+        path = self.path(sha256)
         with self._disk("read"):
             try:
                 content = path.read_bytes()
@@ -80,12 +87,33 @@ class BlobStore:
         return content
 
     def has(self, sha256: str) -> bool:
-        return self._path(sha256).is_file()
+        return self.path(sha256).is_file()
+
+    def check(self, sha256: str) -> bool:
+        """Whether the bytes are here with their hash; a file that was damaged is removed."""
+        path = self.path(sha256)
+        with self._disk("read"):
+            try:
+                with path.open("rb") as source:
+                    found = hashlib.file_digest(source, "sha256").hexdigest()
+            except FileNotFoundError:
+                return False
+        if found != sha256:
+            self.delete(sha256)
+        return found == sha256
 
     def delete(self, sha256: str) -> None:
         """Remove it; one that is not here is no error."""
         with self._disk("removed"):
-            self._path(sha256).unlink(missing_ok=True)
+            self.path(sha256).unlink(missing_ok=True)
+
+    def delete_parts(self, keep: Collection[str]) -> None:
+        """Remove what has come of other files than those (sha256) that are still wanted."""
+        with self._disk("removed"):
+            for entry in os.listdir(self._folder):
+                part = _PART.fullmatch(entry)
+                if part and part[1] not in keep:
+                    (self._folder / entry).unlink(missing_ok=True)
 
     def names(self) -> list[str]:
         """The sha256 of each file that is kept."""
@@ -97,7 +125,8 @@ class BlobStore:
             sizes = [entry.stat().st_size for entry in os.scandir(self._folder) if _NAME.fullmatch(entry.name)]
         return BlobStatistics(len(sizes), sum(sizes))
 
-    def _path(self, sha256: str) -> Path:
+    def path(self, sha256: str) -> Path:
+        """Where the file is, or would be. Raises NotFound for what is no sha256."""
         if not _NAME.fullmatch(sha256):
             raise NotFound(f"{sha256!r} is not a sha256 in hex")
         return self._folder / sha256

@@ -1,12 +1,13 @@
 """Files on their way between nodes: what the threads of `replication.peers` do, off the event loop.
 
-A sender gives the file to the kernel (sendfile), a receiver reads large pieces, hashes and writes them; all of that is
-done without the GIL, so a restore does not hold up the node's cycles. (uvloop has no sendfile, and on an event loop a
-download cost three times the CPU.) Classes here block; `abort` may be called from any thread.
+A sender gives the file to the kernel (sendfile, which uvloop does not have), a receiver reads large pieces, hashes and
+writes them. All of that is done without the GIL, so a restore does not hold up the node's cycles; half a receiver's CPU
+time goes into the sha256. Classes here block; `abort` may be called from any thread.
 """
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import http.client
 import os
@@ -20,11 +21,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
 
+from node.kernel import limits
 from node.kernel.clock import Clock
 from node.kernel.errors import NotFound, PeerUnavailable, StoreUnavailable
-from node.kernel.limits import KIB, MIB, PEER_BYTES_PER_SECOND_MIN, PEER_CONNECT_MS_MAX, PEER_STALL_MS_MAX
+from node.kernel.limits import KIB, MIB
 
-_PIECE_BYTES = MIB
+_PIECE_BYTES = 512 * KIB
 _SEND_BYTES_MAX = 64 * MIB
 """Of one call of sendfile; the kernel takes what fits the socket's buffer."""
 _PROBLEM_BYTES_MAX = 64 * KIB
@@ -33,7 +35,7 @@ _CONTENT_RANGE = re.compile(r"bytes (?:([0-9]{1,15})-[0-9]{1,15}|\*)/([0-9]{1,15
 
 def seconds_max(count: int) -> float:
     """How long a transfer of `count` bytes may take in all."""
-    return PEER_STALL_MS_MAX / 1000 + count / PEER_BYTES_PER_SECOND_MIN
+    return limits.PEER_STALL_MS_MAX / 1000 + count / limits.PEER_BYTES_PER_SECOND_MIN
 
 
 def open_file(path: Path) -> tuple[BinaryIO, int]:
@@ -43,6 +45,8 @@ def open_file(path: Path) -> tuple[BinaryIO, int]:
     except FileNotFoundError:
         raise NotFound(f"there is no file {path.name} here; ask another node") from None
     except OSError as failure:
+        if failure.errno == errno.ELOOP:
+            raise NotFound(f"{path.name} is a link, which is not sent; ask another node") from None
         raise StoreUnavailable(f"the file {path} can't be opened: {failure}; repair the disk") from failure
     found = os.fstat(handle)
     if not stat.S_ISREG(found.st_mode):
@@ -69,7 +73,7 @@ class Sending:
         writable.register(self._socket, select.POLLOUT)
         try:
             while self._offset < end:
-                if not writable.poll(PEER_STALL_MS_MAX) or self._clock.monotonic() > deadline:
+                if not writable.poll(limits.PEER_STALL_MS_MAX) or self._clock.monotonic() > deadline:
                     raise TimeoutError(f"the peer took too long with {self._count} bytes")
                 self._offset += self._send(min(end - self._offset, _SEND_BYTES_MAX))
             return self._count
@@ -156,14 +160,16 @@ class Download:
 
         `proven` tells whether an answer with a file of so many bytes is of the cluster's; others are not taken.
         """
-        self.deadline = self._clock.monotonic() + (PEER_CONNECT_MS_MAX + PEER_STALL_MS_MAX) / 1000
+        self.deadline = self._clock.monotonic() + (limits.PEER_CONNECT_MS_MAX + limits.PEER_STALL_MS_MAX) / 1000
         with _connection_problems(address):
             host, _, port = address.rpartition(":")
-            connection = http.client.HTTPConnection(host.strip("[]"), int(port), timeout=PEER_CONNECT_MS_MAX / 1000)
+            connection = http.client.HTTPConnection(
+                host.strip("[]"), int(port), timeout=limits.PEER_CONNECT_MS_MAX / 1000
+            )
         try:
             with _connection_problems(address):
                 connection.connect()
-                connection.sock.settimeout(PEER_STALL_MS_MAX / 1000)
+                connection.sock.settimeout(limits.PEER_STALL_MS_MAX / 1000)
                 self._connection = connection
                 self._check_aborted(address)
                 partial = {"Range": f"bytes={self.offset}-"} if self.offset else {}
