@@ -1,28 +1,28 @@
-"""Which version of which model is live: a state machine over immutable snapshots. Pure.
+"""(P) What is known of tenants and their models, what happens to them and what is done about it.
 
-`apply` takes what happened and gives the next snapshot with what to do about it. For each model there is at most
-one live version and at most one newer pair of files that is not live: on trial (`candidate`), `waiting` for a model
+A `Snapshot` is immutable; `tenants.transitions` gives the next one for each event. For each model there is at most one
+live version and at most one newer pair of files that is not live: on trial (`candidate`), `waiting` for a model
 whose output it uses, or `refused`. Whatever becomes of the newer one, the live version goes on until a better one has
 passed its trial.
+
+In a cluster (`Snapshot.shared` is not None) the directory is this node's own, and what is live is not: a pair that
+passed is published (`publications`), and it is the catalog, told by `Agreed`, that makes versions live, on every node
+the same whatever its directory holds.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
-from functools import singledispatch
-from typing import Literal, TypeAlias
+from typing import Any, Literal, TypeAlias
 
-import msgspec
-
-from node.kernel import limits
-from node.kernel.errors import ManifestError
-from node.kernel.types import EventSchema, ModelName, ModelVersion, StoredOutput
+from node.kernel.types import AgreedModels, AgreedVersion, ModelName, ModelVersion
 from tenants.agreement import TrialReport
-from tenants.expression import expression_name
-from tenants.manifest import Manifest, TenantSettings, parse_manifest
+from tenants.manifest import Manifest, TenantSettings
 
-NewestState: TypeAlias = Literal["candidate", "waiting", "refused"]
+NewestState: TypeAlias = Literal["candidate", "waiting", "refused", "passed", "rolling out", "retired"]
+"""The last three in a cluster only: to be published; agreed, but not live yet; agreed, and replaced or withdrawn."""
+NOT_HERE = "its model file is not here yet; it is fetched from the other nodes, and its triggers wait meanwhile"
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,6 +46,21 @@ class Newest:
     seen_at_ms: int
     problems: tuple[str, ...] = ()
     manifest: Manifest | None = None
+    report: TrialReport | None = None
+    """Of the state "passed"."""
+
+    def says(self, other: Newest) -> bool:
+        """The same to its tenant as another."""
+        return (self.state, self.version, self.problems) == (other.state, other.version, other.problems)
+
+
+@dataclass(frozen=True, slots=True)
+class Unserved:
+    """What the cluster made live and this node can't run: in no plan of this node, which says so."""
+
+    version: str
+    blob: str
+    problems: tuple[str, ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,15 +68,51 @@ class Entry:
     name: ModelName
     live: Live | None = None
     newest: Newest | None = None
+    unserved: Unserved | None = None
+
+
+Catalogued: TypeAlias = Mapping[ModelName, Mapping[str, AgreedVersion]]
+"""What the catalog knows of each model, by version."""
+
+
+@dataclass(frozen=True, slots=True)
+class Shared:
+    """What a node of a cluster knows beside its models.
+
+    `taken` and `taken_settings` are kept over restarts: the version of each pair of this node's directory that the
+    catalog has had, and the text of each tenant.toml. Only what is remembered is deleted: a lost disk deletes nothing.
+    `asked` are tenants' settings yet to be published, `gone` are models yet to be withdrawn.
+    """
+
+    versions: Catalogued = field(default_factory=dict)
+    settings: Mapping[str, str] = field(default_factory=dict)
+    taken: Mapping[ModelName, str] = field(default_factory=dict)
+    taken_settings: Mapping[str, str] = field(default_factory=dict)
+    asked: Mapping[str, TenantSeen] = field(default_factory=dict)
+    gone: frozenset[ModelName] = frozenset()
+
+    def version(self, name: ModelName, version: str) -> AgreedVersion | None:
+        return self.versions.get(name, {}).get(version)
+
+    def standing(self, name: ModelName, version: str) -> str:
+        """The version's state in the catalog, '' when it is not there."""
+        known = self.version(name, version)
+        return known.state if known is not None else ""
+
+    def is_newest(self, name: ModelName, version: str) -> bool:
+        """Whether no other version of the model was put after this one."""
+        waits = any(known.state == "passed" for known in self.versions.get(name, {}).values())
+        return self.standing(name, version) == ("passed" if waits else "live")
 
 
 @dataclass(frozen=True, slots=True)
 class Snapshot:
-    """All models and tenants known; `number` rises with each change."""
+    """All models and tenants known; `number` rises with each change. `shared` is None without a cluster."""
 
     number: int = 0
     models: Mapping[ModelName, Entry] = field(default_factory=dict)
     tenants: Mapping[str, TenantSettings] = field(default_factory=dict)
+    shared: Shared | None = None
 
     @property
     def live(self) -> tuple[tuple[ModelVersion, Manifest], ...]:
@@ -69,18 +120,51 @@ class Snapshot:
         entries = sorted(self.models.items())
         return tuple((entry.live.version, entry.live.manifest) for _, entry in entries if entry.live is not None)
 
+    def with_entry(self, entry: Entry) -> Snapshot:
+        return replace(self, number=self.number + 1, models={**self.models, entry.name: entry})
+
+    def without(self, name: ModelName) -> Snapshot:
+        left = {other: entry for other, entry in self.models.items() if other != name}
+        return replace(self, number=self.number + 1, models=left)
+
+    def sharing(self, **changes: Any) -> Snapshot:
+        """With other values of `shared`, which is there; the same object when they are no others."""
+        assert self.shared is not None
+        shared = replace(self.shared, **changes)
+        return self if shared == self.shared else replace(self, number=self.number + 1, shared=shared)
+
+    @property
+    def watched(self) -> frozenset[ModelName]:
+        """The models whose files are, or were, in this node's directory."""
+        if self.shared is None:
+            return frozenset(self.models)
+        found = (name for name, entry in self.models.items() if entry.newest is not None)
+        return frozenset((*self.shared.taken, *found))
+
+    @property
+    def watched_tenants(self) -> frozenset[str]:
+        """The tenants whose folders are, or were, in this node's directory."""
+        if self.shared is None:
+            return frozenset(self.tenants)
+        named = {name.tenant for name in self.watched}
+        return frozenset(named | self.shared.taken_settings.keys() | self.shared.asked.keys())
+
 
 # What happens
 
 
 @dataclass(frozen=True, slots=True)
 class PairSeen:
-    """A whole pair of files is there; `blob` is the sha256 of the model file, '' when `may_take` spared the copy."""
+    """A whole pair of files is there; `blob` is the sha256 of the model file, '' when `may_take` spared the copy.
+
+    `first`: it was there when the node started, so it may be old.
+    """
 
     name: ModelName
     manifest: bytes
     blob: str
     at_ms: int
+    first: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -127,7 +211,11 @@ class VersionFailing:
 
 @dataclass(frozen=True, slots=True)
 class TenantSeen:
+    """`text` is that of the tenant.toml, '' without one; `first` as of a pair."""
+
     settings: TenantSettings
+    text: str = ""
+    first: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -135,8 +223,44 @@ class TenantGone:
     tenant: str
 
 
+@dataclass(frozen=True, slots=True)
+class Agreed:
+    """What the catalog says now. `unfit` are live models of it that customers' rows can't hold, with the reason."""
+
+    models: AgreedModels
+    settings: Mapping[str, TenantSettings]
+    """Of the tenants in `models`."""
+    at_ms: int
+    unfit: Mapping[ModelName, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class Published:
+    """The catalog has it, as `Agreed` said before."""
+
+    publication: Publication
+
+
+@dataclass(frozen=True, slots=True)
+class NotPublished:
+    """It is tried again."""
+
+    publication: Publication
+    reason: str
+
+
 Event: TypeAlias = (
-    PairSeen | PairRefused | PairGone | TrialPassed | TrialFailed | VersionFailing | TenantSeen | TenantGone
+    PairSeen
+    | PairRefused
+    | PairGone
+    | TrialPassed
+    | TrialFailed
+    | VersionFailing
+    | TenantSeen
+    | TenantGone
+    | Agreed
+    | Published
+    | NotPublished
 )
 
 # What to do about it
@@ -174,273 +298,60 @@ class RemoveTenant:
     tenant: str
 
 
+@dataclass(frozen=True, slots=True)
+class PutTenant:
+    tenant: str
+    text: str
+
+
+@dataclass(frozen=True, slots=True)
+class PutVersion:
+    name: ModelName
+    version: str
+    blob: str
+    manifest: str
+    report: TrialReport
+
+
+@dataclass(frozen=True, slots=True)
+class Withdraw:
+    name: ModelName
+
+
+Publication: TypeAlias = PutTenant | PutVersion | Withdraw
 Action: TypeAlias = StartTrial | GoLive | Retire | WriteStatus | ConfigureTenant | RemoveTenant
 Step: TypeAlias = tuple[Snapshot, tuple[Action, ...]]
 
 
-def apply(snapshot: Snapshot, event: Event, schema: EventSchema) -> Step:
-    """The next snapshot and what to do, in order. An event that changes nothing gives the same snapshot, no action."""
-    return _apply(event, snapshot, schema)
+def prospect(snapshot: Snapshot) -> list[tuple[ModelVersion, Manifest]]:
+    """What is live once all that this node has passed is: what `compile_plan` takes."""
+    models: list[tuple[ModelVersion, Manifest]] = []
+    for _, entry in sorted(snapshot.models.items()):
+        newest, live = entry.newest, entry.live
+        if newest is not None and newest.manifest is not None and newest.state in ("passed", "rolling out"):
+            models.append((newest.manifest.version(newest.blob), newest.manifest))
+        elif live is not None:
+            models.append((live.version, live.manifest))
+    return models
 
 
-def may_take(snapshot: Snapshot, name: ModelName, manifest: bytes, schema: EventSchema) -> bool:
-    """Whether a pair with this manifest would be tried at all, so that its model file is worth a copy."""
-    try:
-        _checked(snapshot, name, manifest, schema)
-    except ManifestError:
-        return False
-    return True
+def publications(snapshot: Snapshot) -> tuple[Publication, ...]:
+    """What this node has yet to tell the cluster, in the order in which it can be taken."""
+    shared = snapshot.shared
+    if shared is None:
+        return ()
+    tenants = [PutTenant(tenant, seen.text) for tenant, seen in sorted(shared.asked.items())]
+    versions = [
+        PutVersion(name, newest.version, newest.blob, newest.manifest.text.decode(), newest.report)
+        for name, entry in sorted(snapshot.models.items())
+        if (newest := entry.newest) is not None and newest.state == "passed" and newest.manifest and newest.report
+    ]
+    return (*tenants, *versions, *(Withdraw(name) for name in sorted(shared.gone)))
 
 
 def text_features(manifest: Manifest) -> tuple[str, ...]:
     """The features whose values are texts, sorted."""
     return tuple(sorted(name for name, kind in manifest.feature_types.items() if kind == "text"))
-
-
-@singledispatch
-def _apply(event: Event, snapshot: Snapshot, schema: EventSchema) -> Step:
-    raise TypeError(f"{type(event).__name__} is not an event of the registry")
-
-
-@_apply.register
-def _(event: PairSeen, snapshot: Snapshot, schema: EventSchema) -> Step:
-    entry = snapshot.models.get(event.name, Entry(event.name))
-    try:
-        manifest = _checked(snapshot, event.name, event.manifest, schema)
-    except ManifestError as error:
-        refused = Newest("refused", "", event.blob, event.at_ms, error.problems)
-        if entry.newest is not None and _same(entry.newest, refused):
-            return snapshot, ()
-        return _with(snapshot, replace(entry, newest=refused)), (WriteStatus(event.name),)
-    if not event.blob:
-        return snapshot, ()  # never tried without its file
-    version = manifest.version(event.blob)
-    if entry.live is not None and entry.live.version.version == version.version:
-        if entry.newest is None:
-            return snapshot, ()
-        return _with(snapshot, replace(entry, newest=None)), (WriteStatus(event.name),)
-    if entry.newest is not None and entry.newest.version == version.version:
-        return snapshot, ()
-    newest = Newest("candidate", version.version, event.blob, event.at_ms, manifest=manifest)
-    return _tried(_with(snapshot, replace(entry, newest=newest)), event.name)
-
-
-@_apply.register
-def _(event: PairRefused, snapshot: Snapshot, schema: EventSchema) -> Step:
-    entry = snapshot.models.get(event.name, Entry(event.name))
-    refused = Newest("refused", "", "", event.at_ms, event.problems)
-    if entry.newest is not None and _same(entry.newest, refused):
-        return snapshot, ()
-    if event.name not in snapshot.models:
-        try:
-            _check_place(snapshot, event.name)
-        except ManifestError:
-            return snapshot, ()
-    return _with(snapshot, replace(entry, newest=refused)), (WriteStatus(event.name),)
-
-
-@_apply.register
-def _(event: PairGone, snapshot: Snapshot, schema: EventSchema) -> Step:
-    entry = snapshot.models.get(event.name)
-    if entry is None:
-        return snapshot, ()
-    left = {name: other for name, other in snapshot.models.items() if name != event.name}
-    retired = (Retire(entry.live.version),) if entry.live is not None else ()
-    return replace(snapshot, number=snapshot.number + 1, models=left), retired
-
-
-@_apply.register
-def _(event: TrialPassed, snapshot: Snapshot, schema: EventSchema) -> Step:
-    entry = snapshot.models.get(event.name)
-    tried = entry.newest if entry is not None else None
-    if entry is None or tried is None or tried.manifest is None or not _on_trial(tried, event.version):
-        return snapshot, ()
-    version = tried.manifest.version(tried.blob, event.report.labels)
-    live = Live(tried.manifest, version, event.report, event.at_ms)
-    actions: list[Action] = [GoLive(version, text_features(tried.manifest))]
-    if entry.live is not None:
-        actions.append(Retire(entry.live.version))
-    actions.append(WriteStatus(event.name))
-    snapshot = _with(snapshot, Entry(event.name, live))
-    for name, other in sorted(snapshot.models.items()):
-        if other.newest is not None and other.newest.state == "waiting":
-            snapshot, more = _tried(snapshot, name)
-            actions.extend(more)
-    return snapshot, tuple(actions)
-
-
-@_apply.register
-def _(event: TrialFailed, snapshot: Snapshot, schema: EventSchema) -> Step:
-    entry = snapshot.models.get(event.name)
-    if entry is None or entry.newest is None or not _on_trial(entry.newest, event.version):
-        return snapshot, ()
-    refused = replace(entry.newest, state="refused", problems=(f"{event.name.model}{event.suffix}: {event.reason}",))
-    return _with(snapshot, replace(entry, newest=refused)), (WriteStatus(event.name),)
-
-
-@_apply.register
-def _(event: VersionFailing, snapshot: Snapshot, schema: EventSchema) -> Step:
-    entry = snapshot.models.get(event.name)
-    if entry is None or entry.live is None or entry.live.version.version != event.version:
-        return snapshot, ()
-    if entry.live.failing == event.reason:
-        return snapshot, ()
-    live = replace(entry.live, failing=event.reason)
-    return _with(snapshot, replace(entry, live=live)), (WriteStatus(event.name),)
-
-
-@_apply.register
-def _(event: TenantSeen, snapshot: Snapshot, schema: EventSchema) -> Step:
-    settings = event.settings
-    known = snapshot.tenants.get(settings.tenant)
-    if known == settings or (known is None and len(snapshot.tenants) >= limits.TENANTS_MAX):
-        return snapshot, ()
-    tenants = {**snapshot.tenants, settings.tenant: settings}
-    return replace(snapshot, number=snapshot.number + 1, tenants=tenants), (ConfigureTenant(settings),)
-
-
-@_apply.register
-def _(event: TenantGone, snapshot: Snapshot, schema: EventSchema) -> Step:
-    gone = [entry for name, entry in snapshot.models.items() if name.tenant == event.tenant]
-    if not gone and event.tenant not in snapshot.tenants:
-        return snapshot, ()
-    return (
-        Snapshot(
-            snapshot.number + 1,
-            {name: entry for name, entry in snapshot.models.items() if name.tenant != event.tenant},
-            {tenant: settings for tenant, settings in snapshot.tenants.items() if tenant != event.tenant},
-        ),
-        (*(Retire(entry.live.version) for entry in gone if entry.live is not None), RemoveTenant(event.tenant)),
-    )
-
-
-def _with(snapshot: Snapshot, entry: Entry) -> Snapshot:
-    return replace(snapshot, number=snapshot.number + 1, models={**snapshot.models, entry.name: entry})
-
-
-def _same(one: Newest, other: Newest) -> bool:
-    return (one.state, one.version, one.problems) == (other.state, other.version, other.problems)
-
-
-def _on_trial(newest: Newest, version: str) -> bool:
-    return newest.state == "candidate" and newest.version == version
-
-
-def _checked(snapshot: Snapshot, name: ModelName, manifest: bytes, schema: EventSchema) -> Manifest:
-    """Raises ManifestError."""
-    _check_place(snapshot, name)
-    return parse_manifest(f"{name.model}.toml", name.tenant, name.model, manifest, schema)
-
-
-def _check_place(snapshot: Snapshot, name: ModelName) -> None:
-    """Whether there is room for the model and its name is its own. Raises ManifestError."""
-    file = f"{name.model}.toml"
-    if name.tenant not in snapshot.tenants and len(snapshot.tenants) >= limits.TENANTS_MAX:
-        raise ManifestError([f"{file}: the node has {limits.TENANTS_MAX} tenants already; ask its operator"])
-    others = [other for other in snapshot.models if other != name]
-    clashing = [str(other) for other in others if expression_name(other) == expression_name(name)]
-    if clashing:
-        raise ManifestError(
-            [f"{file}: expressions can't tell {name} from {clashing[0]}, as '-' reads as '_'; rename one of them"]
-        )
-    if sum(other.tenant == name.tenant for other in others) >= limits.MODELS_PER_TENANT_MAX:
-        raise ManifestError(
-            [f"{file}: tenant {name.tenant} has {limits.MODELS_PER_TENANT_MAX} models already; delete one first"]
-        )
-
-
-def _missing(snapshot: Snapshot, manifest: Manifest) -> tuple[StoredOutput, ...]:
-    """Outputs that the manifest uses and no live model gives; its own it may use, they are of the event before."""
-    given = {
-        StoredOutput(expression_name(version.name), output)
-        for version, _ in snapshot.live
-        for output in version.outputs
-    }
-    given |= {StoredOutput(expression_name(manifest.name), output) for output in manifest.outputs}
-    return tuple(output for output in manifest.stored_outputs if output not in given)
-
-
-def _tried(snapshot: Snapshot, name: ModelName) -> Step:
-    """Start the trial of a model's newest pair, or leave it waiting for the models it needs."""
-    entry = snapshot.models[name]
-    newest = entry.newest
-    assert newest is not None
-    assert newest.manifest is not None
-    missing = _missing(snapshot, newest.manifest)
-    problems = tuple(
-        f"{name.model}.toml: uses {output}, which no live model gives; it is tried as soon as one does"
-        for output in missing
-    )
-    state: NewestState = "waiting" if missing else "candidate"
-    if newest.state == "waiting" and problems == newest.problems:
-        return snapshot, ()
-    after = _with(snapshot, replace(entry, newest=replace(newest, state=state, problems=problems)))
-    if missing:
-        return after, (WriteStatus(name),)
-    version = newest.manifest.version(newest.blob)
-    return after, (StartTrial(version, text_features(newest.manifest)), WriteStatus(name))
-
-
-# Kept over restarts
-
-
-class _SavedModel(msgspec.Struct, frozen=True):
-    tenant: str
-    model: str
-    manifest: str
-    blob: str
-    report: TrialReport
-    live_since_ms: int
-
-
-class _Saved(msgspec.Struct, frozen=True):
-    format: Literal[1]
-    models: tuple[_SavedModel, ...]
-    tenants: tuple[TenantSettings, ...]
-
-
-def encode(snapshot: Snapshot) -> bytes:
-    """The live versions and the tenants as JSON, so that a restarted node is live at once, without new trials."""
-    models = tuple(
-        _SavedModel(
-            name.tenant,
-            name.model,
-            entry.live.manifest.text.decode(),
-            entry.live.version.blob,
-            entry.live.report,
-            entry.live.live_since_ms,
-        )
-        for name, entry in sorted(snapshot.models.items())
-        if entry.live is not None
-    )
-    return msgspec.json.encode(_Saved(1, models, tuple(snapshot.tenants.values())))
-
-
-def decode(content: bytes, schema: EventSchema) -> tuple[Snapshot, tuple[str, ...]]:
-    """What `encode` gave, and one line for each mistake of a model that the schema, changed since, does not allow.
-
-    Those are left out: their pairs are found again and answered in their status files. Raises ManifestError when the
-    content is damaged.
-    """
-    try:
-        saved = msgspec.json.decode(content, type=_Saved)
-    except msgspec.MsgspecError as error:
-        raise ManifestError(
-            [f"the kept registry is damaged ({error}); remove it, all models are tried again"]
-        ) from None
-    models: dict[ModelName, Entry] = {}
-    problems: list[str] = []
-    for model in saved.models:
-        name = ModelName(model.tenant, model.model)
-        try:
-            manifest = parse_manifest(f"{name}.toml", model.tenant, model.model, model.manifest.encode(), schema)
-        except ManifestError as error:
-            problems.extend(error.problems)
-            continue
-        version = manifest.version(model.blob, model.report.labels)
-        models[name] = Entry(name, Live(manifest, version, model.report, model.live_since_ms))
-    tenants = {settings.tenant: settings for settings in saved.tenants}
-    return Snapshot(1, models, tenants), tuple(problems)
 
 
 # Told to the tenant
@@ -460,6 +371,9 @@ def status(snapshot: Snapshot, name: ModelName) -> dict[str, object]:
         }
         if newest.manifest is not None:
             told["columns"] = [feature.name for feature in newest.manifest.features]
+    elif entry.unserved is not None:
+        unserved = entry.unserved
+        told |= {"problems": list(unserved.problems), "version": unserved.version, "sha256": unserved.blob}
     elif live is not None:
         told |= {"problems": [live.failing] if live.failing else [], **_live_status(live)}
     if newest is not None and live is not None:
@@ -470,7 +384,7 @@ def status(snapshot: Snapshot, name: ModelName) -> dict[str, object]:
 def _state(entry: Entry) -> str:
     if entry.newest is not None:
         return entry.newest.state
-    return "failing" if entry.live is not None and entry.live.failing else "live"
+    return "failing" if entry.live is None or entry.live.failing else "live"
 
 
 def _live_status(live: Live) -> dict[str, object]:

@@ -3,27 +3,31 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 from dataclasses import dataclass
 from pathlib import Path
 
 import structlog
 
 from node.kernel.clock import Clock
-from node.kernel.errors import StoreUnavailable
+from node.kernel.errors import ManifestError, NotFound, StoreUnavailable
 from node.kernel.ports import FeaturePlan
 from node.kernel.supervise import Supervisor
 from node.kernel.types import AgreedModels, EventSchema, ModelName, ModelVersion
-from tenants.agreement import ModelPublisher
+from tenants.agreement import ModelPublisher, read_version
 from tenants.features import compile_plan
-from tenants.manifest import TenantSettings
+from tenants.manifest import Manifest, TenantSettings
 from tenants.pool import ModelPool, PoolStatistics
-from tenants.registry import Snapshot
+from tenants.registry import Shared, Snapshot
 from tenants.sandbox import SandboxSettings
 from tenants.versions import VersionFolder
 from tenants.watch import Blobs, ModelWatcher, WatchSettings, WatchStatistics
 from tenants.workers import WarmServer
 
 log = structlog.get_logger(__name__)
+
+_FETCH_SECONDS = 5.0
+"""A file that is awaited may come unannounced, when it was lost on this disk and fetched again."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,7 +48,11 @@ class ServiceStatistics:
 
 
 class TenantService:
-    """Raises ConfigError when the operator's profile in `schema` is wrong."""
+    """Without `publish` a node by itself: a pair that passes its trial is live. With it a node of a cluster: it is
+    published, and what is live is what `agreed` says.
+
+    Raises ConfigError when the operator's profile in `schema` is wrong.
+    """
 
     def __init__(
         self,
@@ -55,11 +63,12 @@ class TenantService:
         supervisor: Supervisor,
         publish: ModelPublisher | None = None,
     ) -> None:
-        self._publish = publish
-        self._agreed = AgreedModels(0)
+        self._agreed_blobs: frozenset[str] = frozenset()
+        self._blobs_changed = asyncio.Event()
         self._settings = settings
         self._schema = schema
         self._blobs = blobs
+        self._live: tuple[tuple[ModelVersion, Manifest], ...] = ()
         self._plan: FeaturePlan = compile_plan((), schema)
         self._versions = VersionFolder(settings.versions)
         self._server = WarmServer(settings.sandbox, clock)
@@ -73,6 +82,7 @@ class TenantService:
             self._changed,
             lambda action: self.runner.act(action),
             self._collect,
+            publish,
         )
         self.runner = ModelPool(
             self._server,
@@ -111,8 +121,12 @@ class TenantService:
     def version(self, name: ModelName, version: str) -> ModelVersion | None:
         """What a trigger of an earlier cycle has to run on; None once its model was deleted.
 
-        Raises StoreUnavailable while that can't be told: the disk refuses, or models are still being tried.
+        Raises StoreUnavailable while that can't be told: the disk refuses, models are still being tried, or nothing of
+        the cluster's is known yet.
         """
+        shared = self.watcher.snapshot.shared
+        if shared is not None:
+            return self._agreed_version(shared, name, version)
         known = self._versions.recall(version) if name in self.watcher.snapshot.models else None
         if known is None and not self.watcher.caught_up.is_set():
             raise StoreUnavailable(
@@ -121,13 +135,31 @@ class TenantService:
             )
         return known
 
+    def _agreed_version(self, shared: Shared, name: ModelName, version: str) -> ModelVersion | None:
+        """By the catalog; what it has forgotten already, this node may still have on disk."""
+        if not self.watcher.heard:
+            raise StoreUnavailable(f"the cluster's catalog is not known here yet, {name} may be in it; wait")
+        agreed = shared.version(name, version)
+        known = self._versions.recall(version) if name in shared.versions else None
+        if known is not None or agreed is None:
+            return known
+        try:
+            read = read_version(agreed, self._schema)
+        except ManifestError as error:
+            raise StoreUnavailable(f"version {version[:12]} of {name} can't be run on this node: {error}") from error
+        self._versions.remember(read.version)
+        return read.version
+
     def agreed(self, models: AgreedModels) -> None:
         """What the cluster's catalog says now: from here on it alone is live. Called on the loop, after each change.
 
         Must have been called once before a partition is opened; an older revision than before is ignored.
         """
-        if models.revision >= self._agreed.revision:
-            self._agreed = models
+        if not self.watcher.agreed(models):
+            return
+        self._agreed_blobs = frozenset(version.blob for version in models.versions)
+        self._blobs_changed.set()
+        self._blobs_changed = asyncio.Event()
 
     def settings(self, tenant: str) -> TenantSettings:
         return self.watcher.snapshot.tenants.get(tenant) or TenantSettings(tenant)
@@ -136,10 +168,22 @@ class TenantService:
         return ServiceStatistics(self.watcher.statistics(), self.runner.statistics())
 
     async def _fetch(self, sha256: str) -> bytes:
-        return await asyncio.to_thread(self._blobs.get, sha256)
+        """A file that the catalog names comes here sooner or later, so it is waited for."""
+        while True:
+            changed = self._blobs_changed
+            try:
+                return await asyncio.to_thread(self._blobs.get, sha256)
+            except NotFound:
+                if sha256 not in self._agreed_blobs:
+                    raise
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(_FETCH_SECONDS):
+                    await changed.wait()
 
     def _changed(self, snapshot: Snapshot) -> None:
-        self._plan = compile_plan(snapshot.live, self._schema)
+        if snapshot.live != self._live:
+            self._live = snapshot.live
+            self._plan = compile_plan(self._live, self._schema)
         self._versions.keep(version for version, _ in snapshot.live)
         log.info("models changed", snapshot=snapshot.number, live=[str(version.name) for version, _ in snapshot.live])
 
@@ -148,9 +192,11 @@ class TenantService:
         newest = [entry.newest for entry in snapshot.models.values() if entry.newest is not None]
         versions = {version.version for version, _ in snapshot.live} | {one.version for one in newest}
         blobs = {version.blob for version, _ in snapshot.live} | {one.blob for one in newest}
-        kept = self._versions.collect(snapshot.models.keys(), versions)
+        models = snapshot.models.keys() | (snapshot.shared.versions.keys() if snapshot.shared is not None else set())
+        kept = self._versions.collect(models, versions)
         self._versions.forget(kept.dropped)
         unneeded = set(self._blobs.names()) - kept.blobs - blobs
+        unneeded -= self._agreed_blobs  # as of now: what came after the snapshot must not go
         for sha256 in unneeded:
             self._blobs.delete(sha256)
         if kept.dropped or unneeded:

@@ -48,7 +48,7 @@ class VersionFolder:
         self._unwritten |= {key: version for key, version in versions.items() if key not in self._live}
         self._live = frozenset(versions)
         for key, version in list(self._unwritten.items()):
-            self._remember(version)
+            self.remember(version)
             try:
                 self._write(version)
                 del self._unwritten[key]
@@ -60,7 +60,8 @@ class VersionFolder:
                     error=str(error),
                 )
 
-    def _remember(self, version: ModelVersion) -> None:
+    def remember(self, version: ModelVersion) -> None:
+        """Keep in memory what is known from elsewhere."""
         while len(self._versions) >= _REMEMBERED_MAX:
             oldest = next(iter(self._versions))
             del self._versions[oldest]
@@ -87,7 +88,7 @@ class VersionFolder:
                     " repair the disk"
                 ) from error
             if known is not None:
-                self._remember(known)
+                self.remember(known)
         return known
 
     def collect(self, models: Collection[ModelName], current: Collection[str]) -> Kept:

@@ -3,6 +3,9 @@
 watchfiles says that something happened; what is there is always found by looking (`tenants.folder.scan`), which is
 repeated every few seconds, as events get lost when a directory is removed and made again. A pair is taken once it is
 whole: sizes and times unchanged for the settle time. What becomes of it is the registry's decision.
+
+In a cluster the directory is looked at once the catalog is known; what the registry has to publish goes to the catalog
+one after another, tried again until it is taken.
 """
 
 from __future__ import annotations
@@ -10,7 +13,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import msgspec
@@ -29,13 +32,25 @@ from node.kernel.errors import (
 )
 from node.kernel.ports import FeaturePlan
 from node.kernel.supervise import Supervisor
-from node.kernel.types import EventSchema, ModelName, ModelVersion
-from tenants import folder, registry
-from tenants.agreement import TrialReport
+from node.kernel.types import AgreedModels, EventSchema, ModelName, ModelVersion
+from tenants import folder, registry, registry_file, transitions
+from tenants.agreement import ModelPublisher, TrialReport, encode_report
 from tenants.features import compile_plan
 from tenants.folder import MANIFEST, MODEL, TENANT_FILE, Scan, Signature
-from tenants.manifest import TenantCaps, TenantSettings, parse_tenant
-from tenants.registry import Action, Event, Snapshot, StartTrial, TrialFailed, TrialPassed, WriteStatus
+from tenants.manifest import Manifest, TenantCaps, TenantSettings, parse_tenant
+from tenants.registry import (
+    Action,
+    Event,
+    GoLive,
+    Publication,
+    Shared,
+    Snapshot,
+    StartTrial,
+    TenantSeen,
+    TrialFailed,
+    TrialPassed,
+    WriteStatus,
+)
 from tenants.workers import LoadReport, WarmServer
 
 log = structlog.get_logger(__name__)
@@ -83,6 +98,10 @@ class WatchStatistics:
     scans: int
     ignored: tuple[str, ...]
     last_error: str
+    to_publish: int = 0
+    """What this node has yet to tell the cluster."""
+    revision: int = 0
+    """Of the cluster's catalog, that what is live was last taken from."""
 
 
 @dataclass(slots=True)
@@ -120,6 +139,7 @@ class ModelWatcher:
         changed: Callable[[Snapshot], None],
         acted: Callable[[Action], None] = lambda action: None,
         collect: Callable[[Snapshot], None] = lambda snapshot: None,
+        publish: ModelPublisher | None = None,
     ) -> None:
         self._settings = settings
         self._schema = schema
@@ -132,7 +152,13 @@ class ModelWatcher:
         self._collect = collect
         self._collected: Snapshot | None = None
         self._started = clock.monotonic()
-        self._snapshot = Snapshot()
+        self._publish = publish
+        self._snapshot = Snapshot(shared=None if publish is None else Shared())
+        self._agreed: AgreedModels | None = None
+        self._agreed_settings: dict[str, tuple[str, TenantSettings]] = {}
+        self._heard = asyncio.Event()
+        self._to_publish = asyncio.Event()
+        self._at_start: Scan | None = None
         self._seen: dict[ModelName | str, _Seen] = {}
         self._applying = asyncio.Lock()
         self._wake = asyncio.Event()
@@ -150,9 +176,16 @@ class ModelWatcher:
     def snapshot(self) -> Snapshot:
         return self._snapshot
 
+    @property
+    def heard(self) -> bool:
+        """Whether anything of the cluster's catalog is known."""
+        return self._agreed is not None
+
     async def start(self) -> None:
         """Make what was live before a restart live at once, then watch. Raises ManifestError for a damaged file."""
         await self._restore()
+        if self._publish is not None:
+            self._supervisor.start("model publisher", self._publish_all(self._publish))
         self._supervisor.start("model watch", self._watch_events())
         self._supervisor.start("model watcher", self._run())
 
@@ -171,6 +204,8 @@ class ModelWatcher:
             scans=self._counters.scans,
             ignored=self._counters.ignored,
             last_error=self._counters.last_error,
+            to_publish=len(registry.publications(self._snapshot)),
+            revision=self._agreed.revision if self._agreed is not None else 0,
         )
 
     # The loop
@@ -180,7 +215,7 @@ class ModelWatcher:
             content = await asyncio.to_thread(self._settings.registry.read_bytes)
         except FileNotFoundError:
             return
-        self._snapshot, problems = registry.decode(content, self._schema)
+        self._snapshot, problems = registry_file.decode(content, self._schema, self._publish is not None)
         for problem in problems:
             log.warning("model not taken over from before", problem=problem)
         self._saved = content
@@ -192,6 +227,10 @@ class ModelWatcher:
 
     async def _run(self) -> None:
         """One turn: look, take what has settled, sleep until something happens or is due."""
+        if self._publish is not None:
+            with contextlib.suppress(OSError):
+                self._at_start = await asyncio.to_thread(folder.scan, self._settings.root)
+            await self._heard.wait()
         while True:
             self._wake.clear()
             due_seconds = await self._look()
@@ -222,6 +261,7 @@ class ModelWatcher:
             log.warning("watched directory not readable", error=str(error))
             return rescan_seconds
         self._counters.scans += 1
+        self._at_start = self._at_start or found
         if found.ignored != self._counters.ignored:
             self._counters.ignored = found.ignored
             log.warning("names not taken", ignored=found.ignored[:_IGNORED_LOGGED_MAX], count=len(found.ignored))
@@ -268,29 +308,32 @@ class ModelWatcher:
     async def _take_tenants(self, found: Scan, now: float) -> None:
         for tenant, signature in found.tenants.items():
             key = f"{tenant}/{TENANT_FILE}"
-            if tenant not in self._snapshot.tenants:
-                await self._apply(registry.TenantSeen(TenantSettings(tenant)))
+            if self._publish is None and tenant not in self._snapshot.tenants:
+                await self._apply(TenantSeen(TenantSettings(tenant)))
             if self._settled(key, signature, now):
-                settings = await asyncio.to_thread(self._read_tenant, tenant, signature is not None)
-                if settings is not None:
-                    await self._apply(registry.TenantSeen(settings))
+                seen = await asyncio.to_thread(self._read_tenant, tenant, signature)
+                if seen is not None:
+                    await self._apply(seen)
 
-    def _read_tenant(self, tenant: str, present: bool) -> TenantSettings | None:
+    def _read_tenant(self, tenant: str, signature: Signature | None) -> TenantSeen | None:
         """The settings; None when they are wrong, and those from before stay."""
-        if not present:
-            return TenantSettings(tenant)
+        first = self._at_start is not None and self._at_start.tenants.get(tenant) == signature
+        if signature is None:
+            return TenantSeen(TenantSettings(tenant), "", first)
+        seen = None
         try:
             with folder.opened(self._settings.root, tenant, TENANT_FILE, limits.MANIFEST_BYTES_MAX) as (path, _):
-                settings = parse_tenant(TENANT_FILE, tenant, path.read_bytes(), self._settings.caps)
-                problems = settings.capped
+                content = path.read_bytes()
+            settings = parse_tenant(TENANT_FILE, tenant, content, self._settings.caps)
+            seen, problems = TenantSeen(settings, content.decode(), first), settings.capped
         except ManifestError as error:
-            settings, problems = None, error.problems
+            problems = error.problems
         except OSError:
             return None
         for problem in problems:
             log.warning("tenant settings", tenant=tenant, problem=problem)
-        self._answer(ModelName(tenant, "tenant"), {"state": "live" if settings else "refused", "problems": problems})
-        return settings
+        self._answer(ModelName(tenant, "tenant"), {"state": "live" if seen else "refused", "problems": problems})
+        return seen
 
     async def _take_pair(self, name: ModelName, signatures: tuple[Signature, Signature]) -> None:
         event = await asyncio.to_thread(self._read_pair, name, signatures)
@@ -302,6 +345,7 @@ class ModelWatcher:
     def _read_pair(self, name: ModelName, signatures: tuple[Signature, Signature]) -> Event | None:
         """Read the manifest and, if that may be taken, copy the model file among the blobs; None to look again."""
         root, now_ms = self._settings.root, self._clock.now_ms()
+        old = self._at_start is not None and self._at_start.pairs.get(name) == signatures
         manifest_name, model_name = name.model + MANIFEST, name.model + MODEL
         try:
             with (
@@ -311,11 +355,11 @@ class ModelWatcher:
                 if (first, second) != signatures:
                     return None
                 text = manifest.read_bytes()
-                if not registry.may_take(self._snapshot, name, text, self._schema):
-                    return registry.PairSeen(name, text, "", now_ms)
+                if not transitions.may_take(self._snapshot, name, text, self._schema):
+                    return registry.PairSeen(name, text, "", now_ms, old)
                 blob = self._blobs.put(model)
             with folder.opened(root, name.tenant, model_name, limits.MODEL_BYTES_MAX) as (_, after):
-                return registry.PairSeen(name, text, blob, now_ms) if after == second else None
+                return registry.PairSeen(name, text, blob, now_ms, old) if after == second else None
         except ManifestError as error:
             return registry.PairRefused(name, error.problems, now_ms)
         except StoreUnavailable as error:  # the operator's disk: no fault of the tenant's, so it is tried again
@@ -330,19 +374,26 @@ class ModelWatcher:
 
     async def _take_deletions(self, found: Scan, now: float) -> None:
         """A model whose two files are both gone, and a tenant whose folder is, for the settle time, is forgotten."""
-        for name in [name for name in self._snapshot.models if name not in found.pairs and name not in found.halves]:
+        watched, watched_tenants = self._snapshot.watched, self._snapshot.watched_tenants
+        if self._snapshot.shared is not None:
+            if watched and not found.tenants:
+                # More likely a directory that is not mounted than the wish to stop every model of the cluster.
+                self._counters.last_error = f"{self._settings.root} is empty; models stay as they are"
+                return
+            watched -= self._snapshot.shared.gone
+        for name in [name for name in watched if name not in found.pairs and name not in found.halves]:
             if self._settled(name, "gone", now):
                 await self._apply(registry.PairGone(name))
                 self._seen.pop(name, None)
                 with contextlib.suppress(OSError):
                     await asyncio.to_thread(folder.remove_status, self._settings.root, name)
-        for tenant in [tenant for tenant in self._snapshot.tenants if tenant not in found.tenants]:
+        for tenant in [tenant for tenant in watched_tenants if tenant not in found.tenants]:
             if self._settled(f"{tenant}/{TENANT_FILE}", "gone", now):
                 await self._apply(registry.TenantGone(tenant))
                 self._seen.pop(f"{tenant}/{TENANT_FILE}", None)
         for name in found.halves:
             self._seen.pop(name, None)
-        known = {*found.pairs, *self._snapshot.models}
+        known = {*found.pairs, *self._snapshot.watched}
         for key in [key for key in self._seen if isinstance(key, ModelName) and key not in known]:
             del self._seen[key]
 
@@ -350,41 +401,52 @@ class ModelWatcher:
 
     async def _apply(self, event: Event) -> None:
         async with self._applying:
-            after, actions = self._next(event)
-            if after is self._snapshot:
-                return
-            await self._save(after)
-            self._snapshot = after
-            for action in actions:
-                if isinstance(action, StartTrial):
-                    self._start_trial(action)
-                elif not isinstance(action, WriteStatus):
-                    self._acted(action)
-            self._changed(self._snapshot)
+            while True:
+                before = self._snapshot
+                after, actions = self._next(event)
+                if after is before:
+                    return
+                await self._save(after)
+                if self._snapshot is before:  # else the catalog changed meanwhile
+                    break
+            self._follow(after, actions)
             # Told last: a tenant that reads "live" may count on it.
-            await self._write_statuses([action.name for action in actions if isinstance(action, WriteStatus)])
+            await self._write_statuses(actions)
+
+    def _follow(self, after: Snapshot, actions: Iterable[Action]) -> None:
+        self._snapshot = after
+        for action in actions:
+            if isinstance(action, StartTrial):
+                self._start_trial(action)
+            elif not isinstance(action, WriteStatus):
+                self._acted(action)
+        self._changed(self._snapshot)
+        self._to_publish.set()
 
     def _next(self, event: Event) -> registry.Step:
         """What the registry decides; a candidate whose state does not fit beside the live models' is refused."""
-        after, actions = registry.apply(self._snapshot, event, self._schema)
+        after, actions = transitions.apply(self._snapshot, event, self._schema)
         if isinstance(event, TrialPassed) and after is not self._snapshot:
-            reason = self._settings.check_state(compile_plan(after.live, self._schema))
+            reason = self._settings.check_state(compile_plan(registry.prospect(after), self._schema))
             if reason:
                 refused = TrialFailed(
                     event.name, event.version, f"with the live models, {reason}", event.at_ms, MANIFEST
                 )
-                return registry.apply(self._snapshot, refused, self._schema)
+                return transitions.apply(self._snapshot, refused, self._schema)
         return after, actions
 
-    async def _write_statuses(self, names: list[ModelName]) -> None:
-        for name in names:
-            told = registry.status(self._snapshot, name)
-            log.info("model", model=str(name), state=told["state"], problems=told["problems"])
-            await asyncio.to_thread(self._answer, name, told)
+    async def _write_statuses(self, actions: Iterable[Action]) -> None:
+        """Tell the log of each model that changed, and its tenant where the files are."""
+        for name in [action.name for action in actions if isinstance(action, WriteStatus)]:
+            if name in self._snapshot.models:
+                told = registry.status(self._snapshot, name)
+                log.info("model", model=str(name), state=told["state"], problems=told["problems"])
+                if name in self._snapshot.watched:
+                    await asyncio.to_thread(self._answer, name, told)
 
     async def _save(self, snapshot: Snapshot) -> None:
         """Keep the snapshot, however long the disk refuses: what is not kept must not go live."""
-        content = registry.encode(snapshot)
+        content = registry_file.encode(snapshot)
         while content != self._saved:
             try:
                 await asyncio.to_thread(folder.replace_file, self._settings.registry, content)
@@ -405,6 +467,93 @@ class ModelWatcher:
             folder.write_status(self._settings.root, name, content)
         except (OSError, UnicodeError) as error:  # the tenant's folder: full, read-only or just removed
             log.warning("status file not written", model=str(name), error=str(error))
+
+    # The cluster
+
+    def agreed(self, models: AgreedModels) -> bool:
+        """Make live what the catalog says is. At once, whatever this node is busy with: all nodes do.
+
+        False when it is older than what was told before.
+        """
+        told = self._agreed
+        if told is not None and models.revision < told.revision:
+            return False
+        self._agreed = models
+        if told is None or (models.versions, models.tenants) != (told.versions, told.tenants):
+            settings = {tenant: self._read_agreed(tenant, text) for tenant, text in models.tenants.items()}
+            after, actions = self._fitting(registry.Agreed(models, settings, self._clock.now_ms()))
+            self._follow(after, actions)
+            self._supervisor.start("models agreed", self._tell(actions))
+        self._heard.set()
+        return True
+
+    def _read_agreed(self, tenant: str, text: str) -> TenantSettings:
+        known = self._agreed_settings.get(tenant)
+        if known is None or known[0] != text:
+            try:
+                settings = parse_tenant(TENANT_FILE, tenant, text.encode(), self._settings.caps)
+            except ManifestError as error:
+                log.error("the cluster's settings of a tenant can't be read here", tenant=tenant, error=str(error))
+                settings = TenantSettings(tenant)
+            known = self._agreed_settings[tenant] = text, settings
+        return known[1]
+
+    def _fitting(self, event: registry.Agreed) -> registry.Step:
+        """Two nodes may have put models at once that fit alone and not together: then all nodes leave out the same."""
+        after, actions = transitions.apply(self._snapshot, event, self._schema)
+        swapped = any(isinstance(action, GoLive) for action in actions)
+        if not swapped or not self._settings.check_state(compile_plan(after.live, self._schema)):
+            return after, actions
+        fitting: list[tuple[ModelVersion, Manifest]] = []
+        unfit: dict[ModelName, str] = {}
+        for version, manifest in after.live:
+            reason = self._settings.check_state(compile_plan([*fitting, (version, manifest)], self._schema))
+            if reason:
+                unfit[version.name] = reason
+                log.error("a live model is not served: its state does not fit", model=str(version.name), reason=reason)
+            else:
+                fitting.append((version, manifest))
+        return transitions.apply(self._snapshot, replace(event, unfit=unfit), self._schema)
+
+    async def _tell(self, actions: Iterable[Action]) -> None:
+        async with self._applying:
+            await self._save(self._snapshot)
+            await self._write_statuses(actions)
+
+    async def _publish_all(self, publish: ModelPublisher) -> None:
+        retry_ms = limits.PUBLISH_RETRY_MS_MIN
+        await self._heard.wait()
+        while True:
+            self._to_publish.clear()
+            failed = False
+            for publication in registry.publications(self._snapshot):
+                if publication in registry.publications(self._snapshot):
+                    failed |= not await self._published(publish, publication)
+            if failed:
+                await asyncio.sleep(retry_ms / 1000)
+                retry_ms = min(retry_ms * 2, limits.PUBLISH_RETRY_MS_MAX)
+            else:
+                retry_ms = limits.PUBLISH_RETRY_MS_MIN
+                await self._to_publish.wait()
+
+    async def _published(self, publish: ModelPublisher, what: Publication) -> bool:
+        try:
+            match what:
+                case registry.PutTenant(tenant, text):
+                    await publish.tenant(tenant, text)
+                case registry.PutVersion(name, version, blob, manifest, report):
+                    await publish.put(name, version, blob, manifest, encode_report(report))
+                case registry.Withdraw(name):
+                    await publish.withdraw(name)
+        except HeadraceError as error:
+            self._counters.last_error = f"not agreed by the cluster yet: {error}"
+            log.warning("not published", what=type(what).__name__, of=_subject(what), error=str(error))
+            await self._apply(registry.NotPublished(what, str(error)))
+            return False
+        await self._apply(registry.Published(what))
+        if isinstance(what, registry.Withdraw):
+            self._seen.pop(what.name, None)  # files that are there again are looked at again
+        return True
 
     # Trials
 
@@ -442,10 +591,14 @@ class ModelWatcher:
         passed = TrialPassed(version.name, version.version, _trial_report(report), self._clock.now_ms())
         await self._apply(passed)
 
+    def _tenant_settings(self, tenant: str) -> TenantSettings:
+        asked = self._snapshot.shared.asked.get(tenant) if self._snapshot.shared is not None else None
+        return asked.settings if asked is not None else self._snapshot.tenants.get(tenant) or TenantSettings(tenant)
+
     async def _loaded(self, version: ModelVersion, text_features: tuple[str, ...]) -> LoadReport:
         """The report of a throw-away worker that loads the version. Raises ModelRefused, NotFound."""
         model = await asyncio.to_thread(self._blobs.get, version.blob)
-        settings = self._snapshot.tenants.get(version.name.tenant) or TenantSettings(version.name.tenant)
+        settings = self._tenant_settings(version.name.tenant)
         lost = ""
         for _ in range(TRIAL_ATTEMPTS_MAX):
             try:
@@ -476,6 +629,10 @@ def _concerns_us(change: Change, path: str) -> bool:
     """Folders (no suffix), manifests and model files; not our own status files, nor hidden or temporary ones."""
     name = Path(path).name
     return not name.startswith(".") and (name.endswith((MANIFEST, MODEL)) or "." not in name)
+
+
+def _subject(what: Publication) -> str:
+    return what.tenant if isinstance(what, registry.PutTenant) else str(what.name)
 
 
 def _trial_report(report: LoadReport) -> TrialReport:

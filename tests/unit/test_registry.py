@@ -29,11 +29,10 @@ from tenants.registry import (
     TrialPassed,
     VersionFailing,
     WriteStatus,
-    apply,
-    decode,
-    encode,
     status,
 )
+from tenants.registry_file import decode, encode
+from tenants.transitions import apply
 
 SCHEMA = EventSchema(("transaction", "search"), {"amount": "number", "shop": "text"})
 REPORT = TrialReport(300e-6, 1e-6, 1000, "LogisticRegression", ("no", "yes"))

@@ -1,0 +1,257 @@
+"""(P) How the pairs of one node's directory stand in the cluster's catalog, and what the catalog makes live here.
+
+What is live follows from what was agreed alone, whatever this node's directory holds or held: nodes that were told
+the same have the same plan. The directory only makes wishes: to put a version, to withdraw a model, to change a
+tenant's settings. Two wishes of one model count in the order in which the catalog takes them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import TypeVar
+
+from node.kernel.errors import ManifestError
+from node.kernel.types import AgreedVersion, EventSchema, ModelName
+from tenants.agreement import decode_report, read_version
+from tenants.manifest import Manifest
+from tenants.registry import (
+    NOT_HERE,
+    Action,
+    Agreed,
+    ConfigureTenant,
+    Entry,
+    GoLive,
+    Live,
+    Newest,
+    NotPublished,
+    PairSeen,
+    Published,
+    PutTenant,
+    PutVersion,
+    RemoveTenant,
+    Retire,
+    Shared,
+    Snapshot,
+    Step,
+    TenantSeen,
+    Unserved,
+    Withdraw,
+    WriteStatus,
+    text_features,
+)
+
+_ROLLING_OUT = "it is agreed, and goes live once every node has its file"
+_RETIRED = (
+    "the cluster runs another version, which was put later, or none, as the model was deleted on another node; drop a"
+    " changed pair, or remove these files"
+)
+_Key = TypeVar("_Key")
+_Value = TypeVar("_Value")
+
+
+# This node's directory
+
+
+def pair_known(snapshot: Snapshot, shared: Shared, event: PairSeen, manifest: Manifest) -> Step | None:
+    """What becomes of a pair that the catalog has or had; None when it is to be tried."""
+    name, version = event.name, manifest.version(event.blob).version
+    taken, agreed = shared.taken.get(name), shared.version(name, version)
+    if taken != version and agreed is None:
+        return None
+    entry = snapshot.models.get(name, Entry(name))
+    newest: Newest | None = Newest("retired", version, event.blob, event.at_ms, manifest=manifest)
+    assert newest is not None
+    # What a node without memory finds when it starts may be older than what the cluster has: no wish of now.
+    wished = taken != version and not (event.first and taken is None)
+    if agreed is not None and wished and not shared.is_newest(name, version):
+        newest = replace(newest, state="passed", report=decode_report(agreed.report))
+    else:
+        newest = _stands(shared, name, newest)
+        snapshot = snapshot.sharing(taken={**shared.taken, name: version})
+    same = entry.newest.says(newest) if entry.newest is not None and newest is not None else entry.newest is newest
+    if not same:
+        snapshot = snapshot.with_entry(replace(entry, newest=newest))
+    return snapshot, (WriteStatus(name),) if not same or event.first or taken != version else ()
+
+
+def pair_gone(snapshot: Snapshot, shared: Shared, entry: Entry) -> Snapshot:
+    """The pair's files are gone: the model is withdrawn if it was this pair that the cluster runs, or is about to."""
+    name = entry.name
+    taken = shared.taken.get(name)
+    if taken is not None and shared.is_newest(name, taken):
+        snapshot = snapshot.sharing(gone=shared.gone | {name})
+    else:
+        snapshot = snapshot.sharing(taken=_less(shared.taken, name))
+    if entry.newest is None:
+        return snapshot
+    left = replace(entry, newest=None)
+    return snapshot.without(name) if left == Entry(name) else snapshot.with_entry(left)
+
+
+def settings_seen(snapshot: Snapshot, shared: Shared, event: TenantSeen) -> Snapshot:
+    """A tenant.toml that says something new is to be published; that there is none says nothing, unless there was."""
+    tenant, text = event.settings.tenant, event.text
+    agreed, taken = shared.settings.get(tenant), shared.taken_settings.get(tenant)
+    silent = not text and not taken
+    maybe_old = event.first and taken is None and bool(agreed)
+    if agreed == text or (agreed is not None and (silent or maybe_old or text == taken)):
+        asked = _less(shared.asked, tenant)
+        return snapshot.sharing(asked=asked, taken_settings={**shared.taken_settings, tenant: text})
+    return snapshot.sharing(asked={**shared.asked, tenant: event})
+
+
+def folder_gone(snapshot: Snapshot, shared: Shared, tenant: str) -> Snapshot:
+    """All files of a tenant are gone from here. Its settings stay, other nodes may have models of it."""
+    asked, taken = _less(shared.asked, tenant), _less(shared.taken_settings, tenant)
+    snapshot = snapshot.sharing(asked=asked, taken_settings=taken)
+    for name in sorted(snapshot.watched):
+        if name.tenant == tenant and snapshot.shared is not None:
+            snapshot = pair_gone(snapshot, snapshot.shared, snapshot.models.get(name, Entry(name)))
+    return snapshot
+
+
+# Publishing
+
+
+def published(snapshot: Snapshot, shared: Shared, event: Published) -> Step:
+    match event.publication:
+        case PutTenant(tenant, text):
+            asked = {other: seen for other, seen in shared.asked.items() if (other, seen.text) != (tenant, text)}
+            return snapshot.sharing(asked=asked, taken_settings={**shared.taken_settings, tenant: text}), ()
+        case Withdraw(name):
+            return snapshot.sharing(gone=shared.gone - {name}, taken=_less(shared.taken, name)), ()
+        case PutVersion(name=name):
+            snapshot = snapshot.sharing(taken={**shared.taken, name: event.publication.version})
+            entry = snapshot.models.get(name)
+            if entry is None or entry.newest is None or not _is_of(entry.newest, event.publication):
+                return snapshot, ()
+            return snapshot.with_entry(replace(entry, newest=_stands(shared, name, entry.newest))), (WriteStatus(name),)
+
+
+def not_published(snapshot: Snapshot, event: NotPublished) -> Step:
+    put = event.publication
+    entry = snapshot.models.get(put.name) if isinstance(put, PutVersion) else None
+    if not isinstance(put, PutVersion) or entry is None or entry.newest is None or not _is_of(entry.newest, put):
+        return snapshot, ()
+    told = replace(entry.newest, problems=(f"not agreed by the cluster yet, tried again: {event.reason}",))
+    if told == entry.newest:
+        return snapshot, ()
+    return snapshot.with_entry(replace(entry, newest=told)), (WriteStatus(put.name),)
+
+
+def _is_of(newest: Newest, put: PutVersion) -> bool:
+    return newest.state == "passed" and newest.version == put.version
+
+
+# What the catalog says
+
+
+def agreed(snapshot: Snapshot, before: Shared, event: Agreed, schema: EventSchema) -> Step:
+    """The live versions and tenants of the catalog, and where this node's own pairs stand now."""
+    shared = _heard(before, event)
+    actions: list[Action] = [
+        ConfigureTenant(settings)
+        for tenant, settings in sorted(event.settings.items())
+        if snapshot.tenants.get(tenant) != settings
+    ]
+    models: dict[ModelName, Entry] = {}
+    taken = dict(shared.taken)
+    for name in sorted(snapshot.models.keys() | shared.versions.keys()):
+        entry = snapshot.models.get(name, Entry(name))
+        newest = _followed(entry, before, shared, event.at_ms)
+        if entry.newest is not None and newest is not entry.newest:
+            taken[name] = entry.newest.version
+        live, unserved = _agreed_live(entry, before, shared, event, schema)
+        after = Entry(name, live, newest, unserved)
+        actions.extend(_swapped(entry, after))
+        if after != Entry(name):
+            models[name] = after
+    actions.extend(RemoveTenant(tenant) for tenant in sorted(snapshot.tenants.keys() - event.settings.keys()))
+    shared = replace(shared, taken=taken)
+    return Snapshot(snapshot.number + 1, models, dict(event.settings), shared), tuple(actions)
+
+
+def _heard(before: Shared, event: Agreed) -> Shared:
+    versions: dict[ModelName, dict[str, AgreedVersion]] = {}
+    for version in event.models.versions:
+        versions.setdefault(version.name, {})[version.version] = version
+    texts = dict(event.models.tenants)
+    asked = {tenant: seen for tenant, seen in before.asked.items() if texts.get(tenant) != seen.text}
+    heard = {tenant: seen.text for tenant, seen in before.asked.items() if tenant not in asked}
+    taken = {**before.taken_settings, **heard}
+    return replace(before, versions=versions, settings=texts, asked=asked, taken_settings=taken)
+
+
+def _followed(entry: Entry, before: Shared, shared: Shared, at_ms: int) -> Newest | None:
+    """This node's newest pair after the catalog changed; what another node put counts as put."""
+    name, newest = entry.name, entry.newest
+    if newest is None:
+        # A pair of this node was live: it is not any more when another node put a newer one, or deleted the model.
+        version = shared.taken.get(name, "")
+        ran = before.version(name, version)
+        if ran is None or ran.state != "live" or name in shared.gone:
+            return None
+        manifest = entry.live.manifest if entry.live is not None else None
+        return _stands(shared, name, Newest("retired", version, ran.blob, at_ms, manifest=manifest))
+    if newest.state in ("rolling out", "retired"):
+        stands = _stands(shared, name, newest)
+        return newest if stands == newest else stands
+    was, now = before.standing(name, newest.version), shared.standing(name, newest.version)
+    put_elsewhere = now != was and (now in ("passed", "live") or not was)
+    return _stands(shared, name, newest) if put_elsewhere else newest
+
+
+def _stands(shared: Shared, name: ModelName, newest: Newest) -> Newest | None:
+    """A pair that the catalog has or had, as it stands there; None for the live one."""
+    match shared.standing(name, newest.version):
+        case "live":
+            return None
+        case "passed":
+            return replace(newest, state="rolling out", problems=(_ROLLING_OUT,), report=None)
+        case _:
+            return replace(newest, state="retired", problems=(_RETIRED,), report=None)
+
+
+def _agreed_live(
+    entry: Entry, before: Shared, shared: Shared, event: Agreed, schema: EventSchema
+) -> tuple[Live | None, Unserved | None]:
+    """What runs of a model here by the catalog, whatever ran before; or why it can't."""
+    name, live = entry.name, entry.live
+    agreed = next((known for known in shared.versions.get(name, {}).values() if known.state == "live"), None)
+    if agreed is None:
+        return None, None
+    try:
+        if name in event.unfit:
+            raise ManifestError([f"{name.model}.toml: with the live models, {event.unfit[name]}"])
+        if live is None or not _same_text(before.version(name, live.version.version), agreed):
+            read = read_version(agreed, schema)
+            live = Live(read.manifest, read.version, read.report, event.at_ms)
+    except ManifestError as error:
+        return None, Unserved(agreed.version, agreed.blob, error.problems)
+    if not agreed.here:
+        return replace(live, failing=NOT_HERE), None
+    return (replace(live, failing="") if live.failing == NOT_HERE else live), None
+
+
+def _same_text(one: AgreedVersion | None, other: AgreedVersion) -> bool:
+    return one is not None and (
+        (one.version, one.blob, one.manifest, one.report) == (other.version, other.blob, other.manifest, other.report)
+    )
+
+
+def _swapped(before: Entry, after: Entry) -> list[Action]:
+    """What the pool and the tenant hear of it."""
+    actions: list[Action] = []
+    old = before.live.version if before.live is not None else None
+    if after.live is not None and after.live.version != old:
+        actions.append(GoLive(after.live.version, text_features(after.live.manifest)))
+    if old is not None and (after.live is None or after.live.version.version != old.version):
+        actions.append(Retire(old))
+    if after not in (before, Entry(before.name)):
+        actions.append(WriteStatus(before.name))
+    return actions
+
+
+def _less(kept: Mapping[_Key, _Value], key: _Key) -> Mapping[_Key, _Value]:
+    return {other: value for other, value in kept.items() if other != key}

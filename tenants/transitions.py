@@ -1,0 +1,273 @@
+"""(P) Which version of which model is live: what happened, and the snapshot after it.
+
+A node by itself and a node of a cluster go the same way as far as the trial; `tenants.standing` has what is different.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from functools import singledispatch
+
+from node.kernel import limits
+from node.kernel.errors import ManifestError
+from node.kernel.types import EventSchema, ModelName, StoredOutput
+from tenants import standing
+from tenants.expression import expression_name
+from tenants.manifest import Manifest, parse_manifest
+from tenants.registry import (
+    Action,
+    Agreed,
+    ConfigureTenant,
+    Entry,
+    Event,
+    GoLive,
+    Live,
+    Newest,
+    NewestState,
+    NotPublished,
+    PairGone,
+    PairRefused,
+    PairSeen,
+    Published,
+    RemoveTenant,
+    Retire,
+    Snapshot,
+    StartTrial,
+    Step,
+    TenantGone,
+    TenantSeen,
+    TrialFailed,
+    TrialPassed,
+    VersionFailing,
+    WriteStatus,
+    text_features,
+)
+
+
+def apply(snapshot: Snapshot, event: Event, schema: EventSchema) -> Step:
+    """The next snapshot and what to do, in order. An event that changes nothing gives the same snapshot, no action."""
+    return _apply(event, snapshot, schema)
+
+
+def may_take(snapshot: Snapshot, name: ModelName, manifest: bytes, schema: EventSchema) -> bool:
+    """Whether a pair with this manifest would be tried at all, so that its model file is worth a copy."""
+    try:
+        _checked(snapshot, name, manifest, schema)
+    except ManifestError:
+        return False
+    return True
+
+
+@singledispatch
+def _apply(event: Event, snapshot: Snapshot, schema: EventSchema) -> Step:
+    raise TypeError(f"{type(event).__name__} is not an event of the registry")
+
+
+@_apply.register
+def _(event: PairSeen, snapshot: Snapshot, schema: EventSchema) -> Step:
+    entry = snapshot.models.get(event.name, Entry(event.name))
+    if snapshot.shared is not None:
+        snapshot = snapshot.sharing(gone=snapshot.shared.gone - {event.name})
+    try:
+        manifest = _checked(snapshot, event.name, event.manifest, schema)
+    except ManifestError as error:
+        refused = Newest("refused", "", event.blob, event.at_ms, error.problems)
+        if entry.newest is not None and entry.newest.says(refused):
+            return snapshot, ()
+        return snapshot.with_entry(replace(entry, newest=refused)), (WriteStatus(event.name),)
+    if not event.blob:
+        return snapshot, ()  # never tried without its file
+    version = manifest.version(event.blob)
+    if snapshot.shared is not None:
+        known = standing.pair_known(snapshot, snapshot.shared, event, manifest)
+        if known is not None:
+            return known
+    elif entry.live is not None and entry.live.version.version == version.version:
+        if entry.newest is None:
+            return snapshot, ()
+        return snapshot.with_entry(replace(entry, newest=None)), (WriteStatus(event.name),)
+    if entry.newest is not None and entry.newest.version == version.version and entry.newest.state != "retired":
+        return snapshot, ()
+    newest = Newest("candidate", version.version, event.blob, event.at_ms, manifest=manifest)
+    return _tried(snapshot.with_entry(replace(entry, newest=newest)), event.name)
+
+
+@_apply.register
+def _(event: PairRefused, snapshot: Snapshot, schema: EventSchema) -> Step:
+    entry = snapshot.models.get(event.name, Entry(event.name))
+    refused = Newest("refused", "", "", event.at_ms, event.problems)
+    if entry.newest is not None and entry.newest.says(refused):
+        return snapshot, ()
+    if event.name not in snapshot.models:
+        try:
+            _check_place(snapshot, event.name)
+        except ManifestError:
+            return snapshot, ()
+    return snapshot.with_entry(replace(entry, newest=refused)), (WriteStatus(event.name),)
+
+
+@_apply.register
+def _(event: PairGone, snapshot: Snapshot, schema: EventSchema) -> Step:
+    entry = snapshot.models.get(event.name)
+    if snapshot.shared is not None:
+        return standing.pair_gone(snapshot, snapshot.shared, entry or Entry(event.name)), ()
+    if entry is None:
+        return snapshot, ()
+    return snapshot.without(event.name), (Retire(entry.live.version),) if entry.live is not None else ()
+
+
+@_apply.register
+def _(event: TrialPassed, snapshot: Snapshot, schema: EventSchema) -> Step:
+    entry = snapshot.models.get(event.name)
+    tried = entry.newest if entry is not None else None
+    if entry is None or tried is None or tried.manifest is None or not _on_trial(tried, event.version):
+        return snapshot, ()
+    if snapshot.shared is not None:
+        passed = replace(tried, state="passed", report=event.report)
+        return snapshot.with_entry(replace(entry, newest=passed)), (WriteStatus(event.name),)
+    version = tried.manifest.version(tried.blob, event.report.labels)
+    live = Live(tried.manifest, version, event.report, event.at_ms)
+    actions: list[Action] = [GoLive(version, text_features(tried.manifest))]
+    if entry.live is not None:
+        actions.append(Retire(entry.live.version))
+    actions.append(WriteStatus(event.name))
+    snapshot, more = _without_wait(snapshot.with_entry(Entry(event.name, live)))
+    return snapshot, (*actions, *more)
+
+
+@_apply.register
+def _(event: TrialFailed, snapshot: Snapshot, schema: EventSchema) -> Step:
+    entry = snapshot.models.get(event.name)
+    if entry is None or entry.newest is None or not _on_trial(entry.newest, event.version):
+        return snapshot, ()
+    refused = replace(entry.newest, state="refused", problems=(f"{event.name.model}{event.suffix}: {event.reason}",))
+    return snapshot.with_entry(replace(entry, newest=refused)), (WriteStatus(event.name),)
+
+
+@_apply.register
+def _(event: VersionFailing, snapshot: Snapshot, schema: EventSchema) -> Step:
+    entry = snapshot.models.get(event.name)
+    if entry is None or entry.live is None or entry.live.version.version != event.version:
+        return snapshot, ()
+    if entry.live.failing == event.reason:
+        return snapshot, ()
+    live = replace(entry.live, failing=event.reason)
+    return snapshot.with_entry(replace(entry, live=live)), (WriteStatus(event.name),)
+
+
+@_apply.register
+def _(event: TenantSeen, snapshot: Snapshot, schema: EventSchema) -> Step:
+    settings = event.settings
+    if snapshot.shared is not None:
+        return standing.settings_seen(snapshot, snapshot.shared, event), ()
+    known = snapshot.tenants.get(settings.tenant)
+    if known == settings or (known is None and len(snapshot.tenants) >= limits.TENANTS_MAX):
+        return snapshot, ()
+    tenants = {**snapshot.tenants, settings.tenant: settings}
+    return replace(snapshot, number=snapshot.number + 1, tenants=tenants), (ConfigureTenant(settings),)
+
+
+@_apply.register
+def _(event: TenantGone, snapshot: Snapshot, schema: EventSchema) -> Step:
+    if snapshot.shared is not None:
+        return standing.folder_gone(snapshot, snapshot.shared, event.tenant), ()
+    gone = [entry for name, entry in snapshot.models.items() if name.tenant == event.tenant]
+    if not gone and event.tenant not in snapshot.tenants:
+        return snapshot, ()
+    return (
+        Snapshot(
+            snapshot.number + 1,
+            {name: entry for name, entry in snapshot.models.items() if name.tenant != event.tenant},
+            {tenant: settings for tenant, settings in snapshot.tenants.items() if tenant != event.tenant},
+        ),
+        (*(Retire(entry.live.version) for entry in gone if entry.live is not None), RemoveTenant(event.tenant)),
+    )
+
+
+@_apply.register
+def _(event: Agreed, snapshot: Snapshot, schema: EventSchema) -> Step:
+    if snapshot.shared is None:
+        return snapshot, ()
+    snapshot, actions = standing.agreed(snapshot, snapshot.shared, event, schema)
+    snapshot, more = _without_wait(snapshot)
+    return snapshot, (*actions, *more)
+
+
+@_apply.register
+def _(event: Published, snapshot: Snapshot, schema: EventSchema) -> Step:
+    return (snapshot, ()) if snapshot.shared is None else standing.published(snapshot, snapshot.shared, event)
+
+
+@_apply.register
+def _(event: NotPublished, snapshot: Snapshot, schema: EventSchema) -> Step:
+    return standing.not_published(snapshot, event)
+
+
+def _without_wait(snapshot: Snapshot) -> Step:
+    """Try what waits for no model any more."""
+    actions: list[Action] = []
+    for name, entry in sorted(snapshot.models.items()):
+        if entry.newest is not None and entry.newest.state == "waiting":
+            snapshot, more = _tried(snapshot, name)
+            actions.extend(more)
+    return snapshot, tuple(actions)
+
+
+def _on_trial(newest: Newest, version: str) -> bool:
+    return newest.state == "candidate" and newest.version == version
+
+
+def _checked(snapshot: Snapshot, name: ModelName, manifest: bytes, schema: EventSchema) -> Manifest:
+    """Raises ManifestError."""
+    _check_place(snapshot, name)
+    return parse_manifest(f"{name.model}.toml", name.tenant, name.model, manifest, schema)
+
+
+def _check_place(snapshot: Snapshot, name: ModelName) -> None:
+    """Whether there is room for the model and its name is its own. Raises ManifestError."""
+    file = f"{name.model}.toml"
+    if name.tenant not in snapshot.tenants and len(snapshot.tenants) >= limits.TENANTS_MAX:
+        raise ManifestError([f"{file}: the node has {limits.TENANTS_MAX} tenants already; ask its operator"])
+    agreed = snapshot.shared.versions.keys() if snapshot.shared is not None else set()
+    others = sorted((snapshot.models.keys() | agreed) - {name})
+    clashing = [str(other) for other in others if expression_name(other) == expression_name(name)]
+    if clashing:
+        raise ManifestError(
+            [f"{file}: expressions can't tell {name} from {clashing[0]}, as '-' reads as '_'; rename one of them"]
+        )
+    if sum(other.tenant == name.tenant for other in others) >= limits.MODELS_PER_TENANT_MAX:
+        raise ManifestError(
+            [f"{file}: tenant {name.tenant} has {limits.MODELS_PER_TENANT_MAX} models already; delete one first"]
+        )
+
+
+def _missing(snapshot: Snapshot, manifest: Manifest) -> tuple[StoredOutput, ...]:
+    """Outputs that the manifest uses and no live model gives; its own it may use, they are of the event before."""
+    given = {
+        StoredOutput(expression_name(version.name), output)
+        for version, _ in snapshot.live
+        for output in version.outputs
+    }
+    given |= {StoredOutput(expression_name(manifest.name), output) for output in manifest.outputs}
+    return tuple(output for output in manifest.stored_outputs if output not in given)
+
+
+def _tried(snapshot: Snapshot, name: ModelName) -> Step:
+    """Start the trial of a model's newest pair, or leave it waiting for the models it needs."""
+    entry = snapshot.models[name]
+    newest = entry.newest
+    assert newest is not None
+    assert newest.manifest is not None
+    missing = _missing(snapshot, newest.manifest)
+    problems = tuple(
+        f"{name.model}.toml: uses {output}, which no live model gives; it is tried as soon as one does"
+        for output in missing
+    )
+    state: NewestState = "waiting" if missing else "candidate"
+    if newest.state == "waiting" and problems == newest.problems:
+        return snapshot, ()
+    after = snapshot.with_entry(replace(entry, newest=replace(newest, state=state, problems=problems)))
+    if missing:
+        return after, (WriteStatus(name),)
+    version = newest.manifest.version(newest.blob)
+    return after, (StartTrial(version, text_features(newest.manifest)), WriteStatus(name))
