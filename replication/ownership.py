@@ -235,15 +235,17 @@ class _Planner:
             for node in self.catalog.nodes.values()
             if not node.draining and node.name not in self.dead
         ]
-        owners, standbys, ready = [], [], []
+        owners, standbys = [], []
         for partition, held in enumerate(self.catalog.partitions):
             command = self.commands.get(partition)
             cancelled = isinstance(command, CancelMove)
             taken = command.to if isinstance(command, TakeOver) else held.owner
             owners.append(held.move.to if held.move and not cancelled and taken == held.owner else taken)
             standbys.append(held.standbys)
-            ready.append(frozenset(name for name in held.standbys if self.ready(partition, name)))
-        return target_owners(members, owners, standbys, ready)
+        return target_owners(members, owners, standbys, self._ready_standbys)
+
+    def _ready_standbys(self, partition: int) -> list[str]:
+        return [name for name in self.catalog.partitions[partition].standbys if self.ready(partition, name)]
 
     def move(self, targets: list[str], urgent: bool) -> None:
         """Start moves onto standbys that have caught up; urgent are those off draining nodes and owners that lag."""
@@ -266,19 +268,20 @@ class _Planner:
 
     def _wanted_move(self, partition: int, held: Assignment, target: str, urgent: bool) -> tuple[str, str]:
         """Where to, of the standbys, and why; ('', '') for nowhere."""
-        ready = [name for name in held.standbys if self.ready(partition, name) and not self.draining(name)]
-        if target in ready:
-            best = target
-        else:
-            best = min(ready, key=lambda name: -self.heard[name].partitions[partition].offset, default="")
         if not urgent:
             return (target, "balance") if target != held.owner and target in held.standbys else ("", "")
         if self.draining(held.owner):
-            return best, f"{held.owner} is draining"
+            return self._best_standby(partition, target), f"{held.owner} is draining"
         owner = self.progress(partition, held.owner)
         if owner is not None and not owner.serving and not caught_up(owner, self.settings):
-            return best, f"{held.owner} lags"
+            return self._best_standby(partition, target), f"{held.owner} lags"
         return "", ""
+
+    def _best_standby(self, partition: int, target: str) -> str:
+        ready = [name for name in self._ready_standbys(partition) if not self.draining(name)]
+        if target in ready:
+            return target
+        return min(ready, key=lambda name: -self.heard[name].partitions[partition].offset, default="")
 
     # standbys
 
@@ -294,6 +297,8 @@ class _Planner:
         building = self._building()
         for partition, held in self.undecided():
             if held.move is not None or not held.owner:
+                continue
+            if targets[partition] == held.owner and wanted[partition] == held.standbys:
                 continue
             standbys = self._next_standbys(partition, held, targets[partition], wanted[partition])
             added = [name for name in standbys if name not in held.standbys]

@@ -10,7 +10,7 @@ with more to a node with fewer is left.
 from __future__ import annotations
 
 from collections import Counter, deque
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 
 
@@ -22,18 +22,22 @@ class Member:
 
 
 def target_owners(
-    members: Sequence[Member], owners: Sequence[str], standbys: Sequence[Sequence[str]], ready: Sequence[frozenset[str]]
+    members: Sequence[Member],
+    owners: Sequence[str],
+    standbys: Sequence[Sequence[str]],
+    ready: Callable[[int], Collection[str]],
 ) -> list[str]:
     """The owner each partition should have, by partition; all of `members` may own.
 
-    `owners` are today's ('' or a name outside `members`: to be given away), `ready` the standbys that have
-    caught up. Without members, today's.
+    `owners` are today's ('' or a name outside `members`: to be given away), `ready` gives a partition's standbys that
+    have caught up. Without members, today's.
     """
     if not members:
         return list(owners)
     shares = _shares(members, owners)
     targets = list(owners)
-    room = {name: share - owners.count(name) for name, share in shares.items()}
+    owned = Counter(owners)
+    room = {name: share - owned[name] for name, share in shares.items()}
     homeless = [partition for partition, owner in enumerate(owners) if owner not in shares]
     _fill(homeless, targets, room, standbys, ready)
     _shed(targets, room, standbys, ready)
@@ -56,13 +60,12 @@ def _fill(
     targets: list[str],
     room: dict[str, int],
     standbys: Sequence[Sequence[str]],
-    ready: Sequence[frozenset[str]],
+    ready: Callable[[int], Collection[str]],
 ) -> None:
     """Give homeless partitions to nodes with room, those that have one's state first."""
-    for wanted in (ready, standbys, None):
+    for wanted in (ready, standbys.__getitem__, lambda _: room):
         for partition in list(partitions):
-            candidates = room if wanted is None else wanted[partition]
-            free = [name for name in candidates if room.get(name, 0) > 0]
+            free = [name for name in wanted(partition) if room.get(name, 0) > 0]
             if free:
                 targets[partition] = max(free, key=lambda name: (room[name], name))
                 room[targets[partition]] -= 1
@@ -70,15 +73,16 @@ def _fill(
 
 
 def _shed(
-    targets: list[str], room: dict[str, int], standbys: Sequence[Sequence[str]], ready: Sequence[frozenset[str]]
+    targets: list[str], room: dict[str, int], standbys: Sequence[Sequence[str]], ready: Callable[[int], Collection[str]]
 ) -> None:
     """Move partitions from nodes over their share to nodes under it, those that have one's state first."""
-    for wanted in (ready, standbys, None):
+    for wanted in (ready, standbys.__getitem__, lambda _: room):
+        if min(room.values()) >= 0:
+            return
         for partition, owner in enumerate(targets):
             if room[owner] >= 0:
                 continue
-            candidates = room if wanted is None else wanted[partition]
-            free = [name for name in candidates if room.get(name, 0) > 0]
+            free = [name for name in wanted(partition) if room.get(name, 0) > 0]
             if free:
                 targets[partition] = max(free, key=lambda name: (room[name], name))
                 room[targets[partition]] -= 1
@@ -99,7 +103,8 @@ def target_standbys(
     racks = {member.name: member.rack for member in members}
     loads = {member.name: 0 for member in members}
     chosen: list[list[str]] = [[] for _ in owners]
-    costs = [_costs(racks, owner) for owner in owners]
+    costs_of = {owner: _costs(racks, owner) for owner in set(owners)}
+    costs = [costs_of[owner] for owner in owners]
     for exact in (True, False):
         for partition, before in enumerate(standbys):
             kept = [name for name in before if name in costs[partition]]
@@ -118,7 +123,9 @@ def _costs(racks: Mapping[str, str], owner: str) -> dict[str, int]:
 
 
 def _keep(kept: list[str], costs: Mapping[str, int], loads: dict[str, int], count: int) -> list[str]:
-    stay = sorted(kept, key=lambda name: (costs[name], loads[name], kept.index(name)))[:count]
+    stay = kept
+    if len(kept) > count:
+        stay = sorted(kept, key=lambda name: (costs[name], loads[name], kept.index(name)))[:count]
     for name in stay:
         loads[name] += 1
     return stay
@@ -142,7 +149,7 @@ def _complete(
     while len(mine) < count and (name := best()) is not None:
         mine.append(name)
         loads[name] += 1
-    while (name := best()) is not None and mine:
+    while any(costs[name] for name in mine) and (name := best()) is not None:
         worst = max(mine, key=lambda held: (costs[held], loads[held]))
         if costs[name] >= costs[worst]:
             return
@@ -155,13 +162,19 @@ def _even(
     chosen: list[list[str]], costs: Sequence[Mapping[str, int]], loads: dict[str, int], fresh: frozenset[str]
 ) -> None:
     """Each path lowers the sum of the squared loads, so this ends."""
+    held_by: dict[str, dict[int, None]] = {name: {} for name in loads}
+    for partition, mine in enumerate(chosen):
+        for name in mine:
+            held_by[name][partition] = None
     changed = True
     while changed:
         changed = False
         for source in sorted(loads, key=lambda name: (-loads[name], name)):
-            while (path := _path(source, chosen, costs, loads, fresh)) is not None:
+            while (path := _path(source, chosen, held_by, costs, loads, fresh)) is not None:
                 for partition, held, taker in path:
                     chosen[partition][chosen[partition].index(held)] = taker
+                    del held_by[held][partition]
+                    held_by[taker][partition] = None
                 loads[source] -= 1
                 loads[path[-1][2]] += 1
                 changed = True
@@ -170,6 +183,7 @@ def _even(
 def _path(
     source: str,
     chosen: Sequence[Sequence[str]],
+    held_by: Mapping[str, Collection[int]],
     costs: Sequence[Mapping[str, int]],
     loads: Mapping[str, int],
     fresh: frozenset[str],
@@ -180,16 +194,12 @@ def _path(
     """
     if min(loads.values()) > loads[source] - 2:
         return None
-    held_by: dict[str, list[int]] = {}
-    for partition, mine in enumerate(chosen):
-        for name in mine:
-            held_by.setdefault(name, []).append(partition)
     chains: dict[str, list[tuple[int, str, str]]] = {source: []}
     waiting = deque([source])
     while waiting:
         held = waiting.popleft()
         used = {partition for partition, _, _ in chains[held]}
-        for partition in held_by.get(held, ()):
+        for partition in held_by[held]:
             if partition in used:
                 continue
             cost = costs[partition]
@@ -204,5 +214,7 @@ def _path(
 
 
 def _in_order(before: Sequence[str], mine: Sequence[str]) -> tuple[str, ...]:
+    if tuple(mine) == before:
+        return before
     kept = [name for name in before if name in mine]
     return (*kept, *sorted(name for name in mine if name not in kept))
