@@ -8,7 +8,7 @@ import subprocess
 import sys
 import time
 import urllib.request
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -24,9 +24,9 @@ Found = TypeVar("Found")
 Settings = Mapping[str, Mapping[str, object]]
 
 
-def get(url: str) -> Any:
+def get(url: str, wait_s_max: float = REQUEST_S_MAX) -> Any:
     """The JSON at an address. Raises OSError."""
-    with urllib.request.urlopen(url, timeout=REQUEST_S_MAX) as answer:
+    with urllib.request.urlopen(url, timeout=wait_s_max) as answer:
         return json.load(answer)
 
 
@@ -45,6 +45,8 @@ class Cluster:
     ) -> None:
         """`places` says where each node runs; else all are on the loopback."""
         self.nodes: dict[str, harness.Node] = {}
+        self.request_s_max = REQUEST_S_MAX
+        """How long a node may take to answer before the next one is asked."""
         where = {name: (places or {}).get(name, LOOPBACK) for name in names}
         raft = {name: f"{where[name].peers_host}:{harness.free_port()}" for name in names}
         for name in names:
@@ -93,26 +95,33 @@ class Cluster:
         failure: OSError | None = None
         for name in [node] if node else list(self.nodes):
             try:
-                return get(f"{self.nodes[name].url}{path}")
+                return get(f"{self.nodes[name].url}{path}", self.request_s_max)
             except OSError as error:
                 failure = error
         raise RuntimeError(f"no node answers {path}: {failure}")
 
-    def operate(self, command: str, *arguments: str, at: str = "") -> None:
-        """`headrace COMMAND ARGUMENTS` at this node, or the first that lives. Raises RuntimeError with what it said."""
+    def operate(self, command: str, *arguments: str, at: str = "", check: bool = True) -> str:
+        """`headrace COMMAND ARGUMENTS` at this node, or the first that lives; the last line of what it said.
+
+        Raises RuntimeError with all it said, unless not to `check`, and when it takes over OPERATE_S_MAX.
+        """
         living = [name for name, node in self.nodes.items() if node.started and not node.ended]
         config = self.nodes[at or living[0]].config
-        done = subprocess.run(
-            [sys.executable, "-m", "node", command, *arguments, "--config", str(config)],
-            cwd=harness.ROOT,
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-            timeout=OPERATE_S_MAX,
-        )
-        if done.returncode:
+        try:
+            done = subprocess.run(
+                [sys.executable, "-m", "node", command, *arguments, "--config", str(config)],
+                cwd=harness.ROOT,
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.STDOUT,
+                text=True,
+                timeout=OPERATE_S_MAX,
+            )
+        except subprocess.TimeoutExpired as failure:
+            raise RuntimeError(f"headrace {command} took over {OPERATE_S_MAX} s") from failure
+        if done.returncode and check:
             raise RuntimeError(f"headrace {command} {' '.join(arguments)}: {done.stdout.strip()}")
+        return done.stdout.strip().rpartition("\n")[2]
 
     def status(self) -> dict[str, Any]:
         """The body of /v1/cluster."""
@@ -164,6 +173,30 @@ def stands_by(copy: Mapping[str, Any], frames_behind_max: int) -> bool:
 def owners(status: Mapping[str, Any]) -> dict[int, str]:
     """Partition -> name of the node that owns it; '' for nobody."""
     return {found["number"]: found["owner"] for found in status["partitions"]}
+
+
+def live_models(url: str) -> set[str]:
+    """ "tenant/model" of those that a node calls live."""
+    found = get(f"{url}/v1/models")["models"]
+    return {f"{one['tenant']}/{one['model']}" for one in found if one["state"] == "live"}
+
+
+def wait_for_models(nodes: Iterable[harness.Node], count: int, wait_s_max: float) -> None:
+    """Until so many models are live on each of the nodes."""
+    deadline = time.monotonic() + wait_s_max
+    for node in nodes:
+        while len(live_models(node.url)) < count:
+            if time.monotonic() > deadline:
+                raise RuntimeError(f"no {count} live models within {wait_s_max} s; the log:\n{node.log_tail()}")
+            time.sleep(POLL_S)
+
+
+def standbys(status: Mapping[str, Any]) -> dict[int, list[str]]:
+    """Partition -> names of the nodes that stand by for its owner."""
+    return {
+        found["number"]: [copy["node"] for copy in found["replicas"] if copy["role"] == "standby"]
+        for found in status["partitions"]
+    }
 
 
 @contextlib.contextmanager

@@ -108,22 +108,15 @@ def made(folder: Path, address: str, events: int) -> state_rows.Rows:
     """The rows that a single node makes of a month of events."""
     port = harness.free_port()
     config = workload.config(folder / "node.toml", address, TOPIC, port, "maker")
-    names = workload.models(folder / "tenants")
+    workload.models(folder / "tenants")
     with harness.running_node(config, port) as node:
         deadline = time.monotonic() + WAIT_S_MAX
-        while len([model for model in _models(node.url) if model in names]) < len(names):
-            _pause(deadline, "live models", node)
+        cluster.wait_for_models([node], len(workload.MODELS), WAIT_S_MAX)
         generated = state_rows.month_of_events(events)
         asyncio.run(workload.produce(address, TOPIC, workload.PARTITIONS, generated))
         while throughput.counted(throughput.status(node.url), "events") < events:
             _pause(deadline, f"{events} events", node)
     return asyncio.run(state_rows.read_rows(address, "maker.changelog", workload.PARTITIONS))
-
-
-def _models(url: str) -> list[str]:
-    """Names of the live ones."""
-    found = cluster.get(f"{url}/v1/models")["models"]
-    return [f"{one['tenant']}/{one['model']}" for one in found if one["state"] == "live"]
 
 
 def _pause(deadline: float, what: str, node: harness.Node) -> None:
