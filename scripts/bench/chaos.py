@@ -20,7 +20,7 @@ import tempfile
 import time
 import urllib.request
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -143,8 +143,11 @@ async def all_records(address: str, topic: str) -> Iterator[Any]:
     return (record for part in parts for record in part)
 
 
-def state_mismatches(url: str, expected: Expected) -> tuple[int, list[str]]:
-    """Customers whose aggregates, as of their newest event, are not the plain program's; and some examples."""
+def state_mismatches(url: str, expected: Expected, customers: Collection[str] | None = None) -> tuple[int, list[str]]:
+    """Of these customers or all: those whose aggregates, as of their newest event, are not the plain program's.
+
+    With some examples.
+    """
     examples: list[str] = []
 
     def differs(customer: str) -> bool:
@@ -160,7 +163,7 @@ def state_mismatches(url: str, expected: Expected) -> tuple[int, list[str]]:
         return False
 
     with ThreadPoolExecutor(4) as threads:
-        return sum(threads.map(differs, expected.customers)), examples[:5]
+        return sum(threads.map(differs, expected.customers if customers is None else customers)), examples[:5]
 
 
 # --- the run --------------------------------------------------------------------------------------------------------

@@ -19,9 +19,9 @@ SHARED = ("dispatch", "harness", "workload")
 
 
 def benchmarks() -> list[str]:
-    """The modules beside this one that define AIMS."""
+    """The modules beside this one that define AIMS, with dashes in their names."""
     files = sorted(path for path in Path(__file__).parent.glob("*.py") if path.stem not in SHARED)
-    return [path.stem for path in files if "\nAIMS" in path.read_text()]
+    return [path.stem.replace("_", "-") for path in files if "\nAIMS" in path.read_text()]
 
 
 def main() -> int:
@@ -30,7 +30,7 @@ def main() -> int:
     parser.add_argument("--json", action="store_true", help="print the result as one JSON object, the last line")
     parser.add_argument("--quick", action="store_true", help="a smoke run of the same code: its figures mean little")
     given = parser.parse_args()
-    module = importlib.import_module(given.name)
+    module = importlib.import_module(given.name.replace("-", "_"))
     # Only the envelope goes to stdout, whatever a benchmark or library prints.
     with contextlib.redirect_stdout(sys.stderr):
         result = module.main(given.quick)
