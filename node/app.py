@@ -7,7 +7,7 @@ import gc
 import os
 import signal
 import ssl
-from collections.abc import Awaitable, Iterator, Mapping
+from collections.abc import Awaitable, Callable, Iterator, Mapping
 from pathlib import Path
 
 import sdnotify
@@ -15,11 +15,12 @@ import structlog
 import uvloop
 
 from node.backlog import Bound
+from node.clustering import Clustering
 from node.config_sections import Config, KafkaSection
 from node.cycle import CycleSettings, Engine
 from node.ingest.decode import EventDecoder
 from node.ingest.source import Source
-from node.ingest.topics import Topics
+from node.ingest.topics import Topics, TopicSettings
 from node.kernel.broker import ClientOptions
 from node.kernel.clock import Clock, SystemClock
 from node.kernel.errors import BoundExceeded
@@ -29,11 +30,12 @@ from node.kernel.supervise import Supervisor
 from node.kernel.types import ModelName
 from node.outbox import BrokerTraits, Outbox, OutputTopics
 from node.outgoing import Origin
-from node.partition import Partition
+from node.partition import Partition, unguarded
 from node.partitions import Partitions
+from node.replicas import Replicas
 from node.serving.server import HttpServer
 from node.serving.view import ModelCost, ModelInfo, TenantStatus
-from node.session import Parts, open_session
+from node.session import PartitionSession, Parts, open_session
 from node.state.folder import StateFolder, StateFolders
 from node.state.layout import Layout
 from node.state.rocksdb import RocksEnvironment, RocksStore
@@ -42,6 +44,7 @@ from node.view import LocalView
 from replication.blobs import BlobStore
 from replication.changelog import Changelog
 from replication.frame import encode_frame
+from tenants.agreement import ModelPublisher
 from tenants.expression import evaluate_profile
 from tenants.lineage import event_features
 from tenants.manifest import TenantCaps
@@ -62,38 +65,31 @@ _GARBAGE_THRESHOLDS = (50_000, 20, 50)
 
 
 class Node:
-    """One node: partitions, tenants and HTTP, over one event loop."""
+    """One node: partitions, tenants and HTTP, over one event loop; with a [cluster], one of several."""
 
     def __init__(self, config: Config, clock: Clock) -> None:
         self._config = config
         self._clock = clock
         self._supervisor = Supervisor()
+        self._traits: dict[int, BrokerTraits] = {}
+        self._steps: dict[int, StepTimes] = {}
         self._options = client_options(config.kafka, config.node.name)
         self._data = Path(config.node.data_dir)
         self._environment = RocksEnvironment.of(config.state.block_cache_mb * MIB, config.state.write_buffer_mb * MIB)
-        self._folders = StateFolders(self._data / "partitions", lambda folder: RocksStore(folder, self._environment))
         self._outputs = OutputTopics(
             config.kafka.inferences_topic, config.kafka.changelog_topic, config.kafka.dead_letters_topic
         )
-        self._tenants = _tenant_service(config, self._data, clock, self._supervisor)
+        blobs = BlobStore(self._data / "blobs")
+        self._clustering = self._cluster(blobs)
+        publish = None if self._clustering is None else self._clustering.models
+        self._tenants = _tenant_service(config, self._data, blobs, clock, self._supervisor, publish)
         self._engine = Engine(
             EventDecoder(config.events),
             self._tenants.plan,
             self._tenants.runner,
             CycleSettings(config.cycle.events_max, config.cycle.wait_ms, config.cycle.inference_deadline_ms / 1000),
         )
-        self._partitions = Partitions(
-            Topics(self._options, config.kafka.replication_factor, config.kafka.create_topics),
-            config.kafka.topics,
-            {
-                self._outputs.inferences: {},
-                self._outputs.dead_letters: {},
-                self._outputs.changelog: {"cleanup.policy": "delete", "retention.ms": "-1", "retention.bytes": "-1"},
-            },
-            config.kafka.partitions,
-            self._partition,
-            self._supervisor,
-        )
+        self._partitions = self._all_partitions()
         schema = config.schema()
         view = LocalView(
             config.node.name,
@@ -104,15 +100,18 @@ class Node:
             self._supervisor,
             clock,
         )
-        self._http = HttpServer(view, config.http, clock)
+        cluster_view = None if self._clustering is None else self._clustering.view
+        self._http = HttpServer(view, config.http, clock, cluster=cluster_view)
 
     async def run(self, stopping: asyncio.Event) -> int:
         """Run until `stopping` is set or a background task dies; gives the exit code.
 
-        HTTP comes first, so that a node that waits for Kafka can say so.
+        HTTP comes first, so that a node that waits for Kafka or its cluster can say so.
         """
         await self._http.start()
         await self._tenants.start()
+        if self._clustering is not None:
+            await self._clustering.start(self._tenants.agreed)
         await _first(self._tenants.caught_up(_MODELS_SECONDS_MAX), stopping.wait(), self._supervisor.failed.wait())
         self._supervisor.start("partitions", self._partitions.run())
         sdnotify.SystemdNotifier().notify("READY=1")
@@ -121,6 +120,8 @@ class Node:
         await _first(stopping.wait(), self._supervisor.failed.wait())
         sdnotify.SystemdNotifier().notify("STOPPING=1")
         await self._partitions.stop()
+        if self._clustering is not None:
+            await self._clustering.stop()
         await self._tenants.stop()
         await self._http.stop()
         await self._supervisor.stop()
@@ -130,23 +131,42 @@ class Node:
         log.info("node stopped")
         return 0
 
-    def _partition(self, number: int) -> Partition:
-        state = self._folders.of(number)
-        steps = StepTimes(self._clock)
-        origin = Origin(self._config.node.name, self._config.kafka.topics, number, self._config.schema())
-        parts = self._parts(number, state)
-
-        return Partition(
-            number,
-            lambda: open_session(parts, self._engine, origin, steps, self._clock),
-            state,
-            self._config.cycle.commit_interval_ms / 1000,
-            self._clock,
+    def _cluster(self, blobs: BlobStore) -> Clustering | None:
+        config = self._config
+        if config.cluster is None:
+            return None
+        return Clustering(
+            config, config.cluster, self._options, self._outputs.changelog, blobs, self._clock, self._supervisor
         )
 
-    def _parts(self, number: int, state: StateFolder) -> Parts:
+    def _all_partitions(self) -> Partitions | Replicas:
+        """Those the config gives a node that is alone; those the catalog gives one of a cluster."""
+        config, clustering = self._config, self._clustering
+        topics = Topics(self._options, config.kafka.replication_factor, config.kafka.create_topics)
+        folders = StateFolders(self._data / "partitions", lambda folder: RocksStore(folder, self._environment))
+        outputs: dict[str, TopicSettings] = {
+            self._outputs.inferences: {},
+            self._outputs.dead_letters: {},
+            self._outputs.changelog: {"cleanup.policy": "delete", "retention.ms": "-1", "retention.bytes": "-1"},
+        }
+        interval_seconds = config.cycle.commit_interval_ms / 1000
+        if clustering is not None:
+            return clustering.replicas(folders, self._open, interval_seconds, topics, config.kafka.topics, outputs)
+
+        def partition(number: int) -> Partition:
+            state = folders.of(number)
+            return Partition(number, lambda: self._open(number, state), state, interval_seconds, self._clock)
+
+        return Partitions(topics, config.kafka.topics, outputs, config.kafka.partitions, partition, self._supervisor)
+
+    async def _open(self, number: int, state: StateFolder, guard: Callable[[], None] = unguarded) -> PartitionSession:
+        origin = Origin(self._config.node.name, self._config.kafka.topics, number, self._config.schema())
+        steps = self._steps.setdefault(number, StepTimes(self._clock))
+        return await open_session(self._parts(number, state, guard), self._engine, origin, steps, self._clock)
+
+    def _parts(self, number: int, state: StateFolder, guard: Callable[[], None]) -> Parts:
         config, clock = self._config, self._clock
-        traits = BrokerTraits()
+        traits = self._traits.setdefault(number, BrokerTraits())
         return Parts(
             state=state,
             outbox=lambda: Outbox(
@@ -159,6 +179,7 @@ class Node:
                 encode_frame,
                 clock,
                 traits,
+                guard,
             ),
             source=lambda: Source(
                 self._options,
@@ -174,6 +195,7 @@ class Node:
             bound=self._bound,
             cache_bytes=config.state.row_cache_mb * MIB,
             flush_interval_seconds=config.state.flush_interval_s,
+            keep_store=self._clustering is not None,
         )
 
     def _bound(self, name: ModelName) -> Bound:
@@ -251,9 +273,10 @@ def _infos(entry: Entry, costs: Mapping[str, ModelCost]) -> Iterator[ModelInfo]:
         )
 
 
-def _tenant_service(config: Config, data: Path, clock: Clock, supervisor: Supervisor) -> TenantService:
+def _tenant_service(
+    config: Config, data: Path, blobs: BlobStore, clock: Clock, supervisor: Supervisor, publish: ModelPublisher | None
+) -> TenantService:
     tenants = config.tenants
-    blobs = BlobStore(data / "blobs")
     caps = TenantCaps(tenants.weight_max, tenants.memory_mb_max, tenants.rows_queued_max)
     settings = ServiceSettings(
         watch=WatchSettings(
@@ -273,9 +296,8 @@ def _tenant_service(config: Config, data: Path, clock: Clock, supervisor: Superv
         parallel=tenants.workers_parallel or max(1, (os.cpu_count() or 2) - 1),
         quantum_seconds=tenants.quantum_ms / 1000,
     )
-    return TenantService(
-        settings, config.schema(), Blobs(blobs.put, blobs.get, blobs.names, blobs.delete), clock, supervisor
-    )
+    kept = Blobs(blobs.put, blobs.get, blobs.names, blobs.delete)
+    return TenantService(settings, config.schema(), kept, clock, supervisor, publish)
 
 
 def row_refusal(plan: FeaturePlan) -> str:

@@ -5,7 +5,7 @@ A command that the catalog refuses because it changed meanwhile is decided anew,
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Iterator
 from typing import Protocol
 
 from node.kernel.clock import Clock
@@ -102,13 +102,13 @@ class CatalogModels:
                 return
 
 
-def agreed_models(catalog: Catalog, here: Collection[str]) -> AgreedModels:
-    """What the catalog says of models; `here` are the model files that this node has."""
+def agreed_models(catalog: Catalog, node: str) -> AgreedModels:
+    """What the catalog says of models; a file counts as here once `node` has told the catalog that it verified it."""
     tenants = {name: tenant.settings for name, tenant in catalog.tenants.items()}
-    return AgreedModels(catalog.revision, tuple(_versions(catalog, here)), tenants)
+    return AgreedModels(catalog.revision, tuple(_versions(catalog, node)), tenants)
 
 
-def _versions(catalog: Catalog, here: Collection[str]) -> Iterator[AgreedVersion]:
+def _versions(catalog: Catalog, node: str) -> Iterator[AgreedVersion]:
     for _, model in sorted(catalog.models.items()):
         for version in sorted(model.versions.values(), key=lambda version: version.revision):
             yield AgreedVersion(
@@ -118,5 +118,5 @@ def _versions(catalog: Catalog, here: Collection[str]) -> Iterator[AgreedVersion
                 version.manifest,
                 version.report,
                 version.state,
-                version.blob in here,
+                node in catalog.holders.get(version.blob, {}),
             )

@@ -1,0 +1,190 @@
+"""What a node has beside its partitions and tenants when it is one of several, joined together.
+
+The catalog says who has what; this hands each change of it on, to the models and to the replicas.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+import structlog
+
+from node.cluster_models import CatalogModels, agreed_models
+from node.cluster_view import LocalClusterView
+from node.config_sections import ClusterSection, Config
+from node.ingest.topics import Topics, TopicSettings
+from node.kernel.broker import ClientOptions
+from node.kernel.clock import Clock
+from node.kernel.limits import CLUSTER_REPORT_MS_MAX
+from node.kernel.supervise import Supervisor
+from node.kernel.types import AgreedModels
+from node.replicas import Held, OpenSession, Replicas, Surroundings
+from node.state.folder import StateFolders
+from replication.blob_exchange import BlobExchange
+from replication.blobs import BlobStore
+from replication.catalog import Assignment
+from replication.cluster import Cluster, ClusterSettings
+from replication.commands import CompleteMove, GrowPartitions, Settings
+from replication.operators import Operators
+from replication.ownership import Progress
+from replication.peers import PeerCall, PeerClient, PeerReply, PeerRoute, PeerServer
+from replication.raft_types import RaftSettings
+from replication.standby import StandbyFolder
+
+log = structlog.get_logger(__name__)
+
+_REPORT_PATH = "/peer/report"
+
+
+class CatalogOwnership:
+    """`node.replicas.Ownership`, as the catalog has it."""
+
+    def __init__(self, cluster: Cluster) -> None:
+        self._cluster = cluster
+
+    @property
+    def leads(self) -> bool:
+        return self._cluster.leads
+
+    def held(self) -> Mapping[int, Held]:
+        """Nothing while the catalog speaks of an earlier incarnation: what that one had is gone with its disk."""
+        catalog, name = self._cluster.catalog, self._cluster.name
+        member = catalog.nodes.get(name)
+        if member is None or member.incarnation != self._cluster.incarnation:
+            return {}
+        return {
+            number: _held(number, assignment, name)
+            for number, assignment in enumerate(catalog.partitions)
+            if name == assignment.owner or name in assignment.standbys
+        }
+
+    def may_own(self, partition: int, epoch: int) -> bool:
+        return self._cluster.may_own(partition, epoch)
+
+    def has_lease(self) -> bool:
+        return self._cluster.has_lease()
+
+    async def released(self, partition: int, epoch: int, to: str, revision: int) -> None:
+        """The leader is told too: it completes the move should this node fail before it has."""
+        self._cluster.report_now()
+        await self._cluster.propose(CompleteMove(revision=revision, partition=partition, epoch=epoch, to=to))
+
+    async def grow(self, count: int) -> None:
+        catalog = self._cluster.catalog
+        if count > len(catalog.partitions):
+            await self._cluster.propose(GrowPartitions(revision=catalog.revision, count=count))
+
+
+def _held(number: int, assignment: Assignment, name: str) -> Held:
+    owner = assignment.owner == name
+    moving_to = assignment.move.to if owner and assignment.move is not None else ""
+    return Held(number, owner, assignment.epoch, assignment.revision, moving_to)
+
+
+class Clustering:
+    """`changelog` is the topic. Raises ConfigError when the secret can't be read or the addresses are not to be had."""
+
+    def __init__(
+        self,
+        config: Config,
+        section: ClusterSection,
+        options: ClientOptions,
+        changelog: str,
+        blobs: BlobStore,
+        clock: Clock,
+        supervisor: Supervisor,
+    ) -> None:
+        self._supervisor = supervisor
+        name, secret = config.node.name, section.secret()
+        self._client = PeerClient(name, secret, clock)
+        settings = _settings(config, section, secret)
+        self.cluster = Cluster(settings, clock, supervisor, self._send_report, self._progress, dict)
+        self.models = CatalogModels(self.cluster, clock)
+        self.view = LocalClusterView(self.cluster, self._client, clock, settings.plan)
+        self._blobs = BlobExchange(blobs, self._client, self.cluster, clock)
+        self._operators = Operators(self.cluster, self.view.encoded, _none, _none)
+        routes = [PeerRoute("POST", _REPORT_PATH, self._take_report), *self._blobs.routes(), *self._operators.routes()]
+        self._server = PeerServer(section.peer_listen, name, secret, clock, routes)
+        self._standbys = StandbyFolder(options, changelog, clock)
+        self._clock = clock
+        self._replicas: Replicas | None = None
+        self._agreed: Callable[[AgreedModels], None] = lambda models: None
+        self.cluster.subscribe(self._changed)
+
+    def replicas(
+        self,
+        folders: StateFolders,
+        open_session: OpenSession,
+        commit_interval_seconds: float,
+        topics: Topics,
+        sources: tuple[str, ...],
+        outputs: Mapping[str, TopicSettings],
+    ) -> Replicas:
+        around = Surroundings(
+            CatalogOwnership(self.cluster), self._standbys, open_session, commit_interval_seconds, self._clock
+        )
+        self._replicas = Replicas(around, folders, topics, sources, outputs, self._supervisor)
+        return self._replicas
+
+    async def start(self, agreed: Callable[[AgreedModels], None]) -> None:
+        """Take part; `agreed` hears at once and then of each change what the catalog says of models.
+
+        Raises ConfigError, CatalogCorrupt, StoreUnavailable.
+        """
+        self._agreed = agreed
+        await self._client.start()
+        await self._server.start()
+        await self.cluster.start()
+        self._supervisor.start("model files", self._blobs.run())
+        self._changed()
+        log.info("cluster joined", node=self.cluster.name, peers=self._server.address)
+
+    async def stop(self) -> None:
+        await self._operators.stop()
+        await self.cluster.stop()
+        await self._server.stop()
+        await self._client.stop()
+
+    def unready(self) -> list[str]:
+        if self.cluster.ready:
+            return []
+        return ["the cluster has no leader that this node can hear, or has not taken it in yet: see /v1/cluster"]
+
+    def _changed(self) -> None:
+        self._agreed(agreed_models(self.cluster.catalog, self.cluster.name))
+        if self._replicas is not None:
+            self._replicas.update()
+
+    def _progress(self) -> Mapping[int, Progress]:
+        told = {} if self._replicas is None else self._replicas.progress()
+        return {
+            number: Progress(one.offset, one.frames_behind, one.ms_behind, one.serving, one.released_revision)
+            for number, one in told.items()
+        }
+
+    async def _send_report(self, address: str, body: bytes) -> None:
+        await self._client.ask(address, "POST", _REPORT_PATH, body, wait_ms_max=CLUSTER_REPORT_MS_MAX)
+
+    async def _take_report(self, call: PeerCall) -> PeerReply:
+        self.cluster.take_report(call.body)
+        return PeerReply()
+
+
+def _settings(config: Config, section: ClusterSection, secret: bytes | None) -> ClusterSettings:
+    folder = Path(config.node.data_dir) / "cluster"
+    return ClusterSettings(
+        name=config.node.name,
+        raft=RaftSettings(config.node.name, section.listen, section.peers, folder / "raft", secret),
+        peer_address=section.peer_address or section.peer_listen,
+        rack=section.rack,
+        weight=section.weight,
+        folder=folder,
+        agreed=Settings(
+            standby_count=section.standbys, lease_ms=section.lease_ms, snapshot_holders_min=section.snapshot_holders_min
+        ),
+    )
+
+
+async def _none(partition: int) -> Mapping[str, object]:
+    return {}
