@@ -234,7 +234,7 @@ SNAPSHOT_ATTEMPTS_MAX = 3
 """Snapshots tried in one restore: one may be removed, or its node go, while it is being fetched."""
 SNAPSHOT_UPLOAD_MS_MAX = 30 * 60 * 1000
 """Of one snapshot, then it is given up and tried again; what was uploaded meanwhile is found there."""
-SNAPSHOT_STORE_KEPT_MS_MIN = 2 * SNAPSHOT_UPLOAD_MS_MAX
+SNAPSHOT_STORE_KEPT_MS_MIN = 3 * SNAPSHOT_UPLOAD_MS_MAX
 """Manifests in the store stay so long, whatever comes after them."""
 SNAPSHOT_INSPECT_MS_MAX = 30 * 60 * 1000
 """Of the process that goes through a copy of a store."""

@@ -1,0 +1,279 @@
+"""Snapshots in a store by URL: a folder, and S3 as a local server speaks it. The snapshots are of real stores."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from moto.server import ThreadedMotoServer
+from snapshot_support import CHANGELOG, damage, digest_folder, fold, frames, open_store
+
+from node.kernel.clock import ManualClock, SystemClock
+from node.kernel.digest import digest_store
+from node.kernel.errors import ConfigError, NotFound, StateCorrupt, StoreUnavailable
+from node.kernel.limits import SNAPSHOT_STORE_KEPT_MS_MIN, SNAPSHOT_UPLOAD_MS_MAX
+from node.state.rocksdb import RocksStore
+from replication.snapshot import Snapshot
+from replication.snapshot_folder import SnapshotFolder
+from replication.snapshot_store import SnapshotStore, _stamp
+
+
+@pytest.fixture(scope="module")
+def s3_address() -> Iterator[str]:
+    server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
+    server.start()
+    host, port = server.get_host_and_port()
+    yield f"http://{host}:{port}"
+    server.stop()
+
+
+@pytest.fixture(params=["file", "s3"])
+def url(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
+    if request.param == "file":
+        return f"file://{tmp_path}/remote"
+    address = request.getfixturevalue("s3_address")
+    for name, value in {
+        "AWS_ENDPOINT_URL": address, "AWS_ACCESS_KEY_ID": "a", "AWS_SECRET_ACCESS_KEY": "b",
+        "AWS_DEFAULT_REGION": "us-east-1",
+    }.items():  # fmt: skip
+        monkeypatch.setenv(name, value)
+    import fsspec
+
+    bucket = f"bucket-{os.getpid()}-{abs(hash(tmp_path))}"
+    fsspec.filesystem("s3", skip_instance_cache=True).mkdir(bucket)
+    return f"s3://{bucket}/snapshots"
+
+
+class Source:
+    """One partition's store and its snapshots on the local disk."""
+
+    def __init__(self, path: Path) -> None:
+        self.store: RocksStore = open_store(path / "store")
+        self._frames = frames(rows=1000)
+        self.folder = SnapshotFolder(path / "local", CHANGELOG, "a", SystemClock())
+        self.folder.open()
+
+    def next(self, count: int = 5, partition: int = 3) -> tuple[Snapshot, Path]:
+        fold(self.store, self._frames, count)
+        snapshot = self.folder.take(partition, self.store.checkpoint)
+        return snapshot, self.folder.place(partition, snapshot.changelog_offset)
+
+
+@pytest.fixture
+def source(tmp_path: Path) -> Iterator[Source]:
+    made = Source(tmp_path)
+    yield made
+    made.store.close()
+
+
+@pytest.fixture
+def clock() -> ManualClock:
+    return ManualClock(SystemClock().now_ms())
+
+
+def opened(url: str, clock: ManualClock, node: str = "a") -> SnapshotStore:
+    return SnapshotStore(url, "shop", CHANGELOG, node, clock)
+
+
+def fetched(store: SnapshotStore, snapshot: Snapshot, folder: Path) -> Path:
+    here = SnapshotFolder(folder / "here", CHANGELOG, "b", SystemClock())
+    here.open()
+    for file in here.wanted(snapshot):
+        store.fetch(snapshot, file, here.fetched(snapshot.partition, file.sha256))
+    here.adopt(snapshot)
+    here.link(snapshot, folder / "restored")
+    return folder / "restored"
+
+
+def test_what_was_uploaded_comes_back(url: str, source: Source, clock: ManualClock, tmp_path: Path) -> None:
+    store = opened(url, clock)
+    assert store.newest(3) is None
+    assert store.offsets(3) == []
+    snapshot, place = source.next()
+    store.upload(snapshot, place)
+    assert (store.newest(3), store.newest(2)) == (snapshot, None)
+    assert digest_folder(fetched(opened(url, clock, "b"), snapshot, tmp_path)) == digest_store(source.store)
+    with pytest.raises(NotFound):
+        store.read(3, 999)
+
+
+def test_only_new_files_are_uploaded(url: str, source: Source, clock: ManualClock) -> None:
+    snapshot, place = source.next()
+    opened(url, clock).upload(snapshot, place)
+    later, later_place = source.next(1)
+    store = opened(url, clock, "b")
+    store.upload(later, later_place)
+    tables = {file.sha256 for file in snapshot.files}
+    told = store.statistics()
+    assert told.bytes_uploaded == sum({f.sha256: f.bytes for f in later.files if f.sha256 not in tables}.values())
+    assert told.files_left_out > 0
+    assert store.newest(3) == later
+    assert store.offsets(3) == [snapshot.changelog_offset, later.changelog_offset]
+
+
+def test_a_file_that_is_missing_or_changed_there_is_noticed(
+    url: str, source: Source, clock: ManualClock, tmp_path: Path
+) -> None:
+    store = opened(url, clock)
+    first, first_place = source.next()
+    store.upload(first, first_place)
+    second, second_place = source.next(1)
+    store.upload(second, second_place)
+    new = next(file for file in second.files if first.file(file.sha256) is None and file.name.endswith(".sst"))
+    remote, path = store._files, f"{store._files_of(3)}/{new.sha256}"
+    content = remote.cat_file(path)
+    remote.rm_file(path)
+    assert store.newest(3) == first
+    remote.pipe_file(path, content[:-1] + bytes([content[-1] ^ 1]))
+    assert store.newest(3) == second
+    with pytest.raises(StateCorrupt, match="other bytes"):
+        store.fetch(second, new, tmp_path / "file")
+    assert not list(tmp_path.glob("file*"))
+    remote.pipe_file(store._manifest(3, second.changelog_offset), b"{}")
+    assert store.newest(3) == first
+
+
+def test_what_changed_on_the_way_is_not_kept(url: str, source: Source, clock: ManualClock) -> None:
+    """The local file was damaged after the manifest was made: the read after the upload shows it."""
+    store = opened(url, clock)
+    snapshot, place = source.next()
+    largest = max(snapshot.files, key=lambda file: file.bytes)
+    damage(place / largest.name)
+    with pytest.raises(StoreUnavailable, match=largest.name):
+        store.upload(snapshot, place)
+    assert store.newest(3) is None
+    assert largest.sha256 not in store._sizes(store._files_of(3))
+
+
+def test_old_snapshots_go_and_their_files_after_them(url: str, source: Source, clock: ManualClock) -> None:
+    store = opened(url, clock)
+    taken = []
+    for _ in range(4):
+        snapshot, place = source.next()
+        store.upload(snapshot, place)
+        taken.append(snapshot)
+    store.collect(3)
+    assert len(store.offsets(3)) == 4
+    clock.advance(SNAPSHOT_STORE_KEPT_MS_MIN + 60_000)
+    store.collect(3)
+    assert store.offsets(3) == [snapshot.changelog_offset for snapshot in taken[2:]]
+    named = {file.sha256 for snapshot in taken[2:] for file in snapshot.files}
+    assert set(store._sizes(store._files_of(3))) > named
+    clock.advance(2 * SNAPSHOT_UPLOAD_MS_MAX - 1)
+    store.collect(3)
+    assert set(store._sizes(store._files_of(3))) > named
+    clock.advance(1)
+    store.collect(3)
+    assert set(store._sizes(store._files_of(3))) == named
+    assert store.newest(3) == taken[-1]
+
+
+def test_a_file_that_is_uploaded_again_is_not_taken_for_waste(url: str, source: Source, clock: ManualClock) -> None:
+    """Another node's files, left by an upload that was given up, are what this node uploads while that one collects."""
+    theirs, ours = opened(url, clock, "b"), opened(url, clock)
+    snapshot, place = source.next()
+    theirs.upload(snapshot, place)
+    theirs._files.rm_file(theirs._manifest(3, snapshot.changelog_offset))
+    theirs.collect(3)
+    clock.advance(2 * SNAPSHOT_UPLOAD_MS_MAX)
+    before = {name: _stamp(entry) for name, entry in theirs._listed(theirs._files_of(3)).items()}
+    for file in ours._missing(snapshot):
+        while _stamp(ours._files.info(f"{ours._files_of(3)}/{file.sha256}")) == before[file.sha256]:
+            ours._put(3, file, place / file.name, clock.monotonic())  # S3 tells times to the second
+    theirs.collect(3)
+    ours.upload(snapshot, place)
+    assert theirs.newest(3) == snapshot
+    assert ours.statistics().files_left_out == len({file.sha256 for file in snapshot.files})
+
+
+def test_an_upload_that_takes_too_long_leaves_no_manifest(url: str, source: Source, clock: ManualClock) -> None:
+    store = opened(url, clock)
+    snapshot, place = source.next()
+    put = store._put
+
+    def slow(*arguments: object) -> None:
+        put(*arguments)  # type: ignore[arg-type]
+        clock.advance(SNAPSHOT_UPLOAD_MS_MAX / 2)
+
+    store._put = slow  # type: ignore[method-assign]
+    with pytest.raises(StoreUnavailable, match="SNAPSHOT_UPLOAD_MS_MAX"):
+        store.upload(snapshot, place)
+    assert store.newest(3) is None
+
+
+PROGRAM = """
+import sys
+from pathlib import Path
+sys.path[:0] = sys.argv[1:3]
+from snapshot_support import CHANGELOG, fold, frames, open_store
+from node.kernel.clock import SystemClock
+from replication.snapshot_folder import SnapshotFolder
+from replication.snapshot_store import SnapshotStore, _stamp
+place, url = Path(sys.argv[3]), sys.argv[4]
+folder = SnapshotFolder(place / "local", CHANGELOG, "a", SystemClock())
+folder.open()
+store, source = open_store(place / "store"), frames(rows=1000)
+remote = SnapshotStore(url, "shop", CHANGELOG, "a", SystemClock())
+while True:
+    fold(store, source, 2)
+    snapshot = folder.take(3, store.checkpoint)
+    print("uploading", snapshot.changelog_offset, flush=True)
+    remote.upload(snapshot, folder.place(3, snapshot.changelog_offset))
+    print("uploaded", snapshot.changelog_offset, flush=True)
+"""
+
+
+@pytest.mark.parametrize("kill_after", ["uploading", "uploaded"])
+def test_kill_9_while_uploading(url: str, tmp_path: Path, clock: ManualClock, kill_after: str) -> None:
+    paths = [str(Path(__file__).parent), str(Path(__file__).resolve().parents[2])]
+    process = subprocess.Popen(
+        [sys.executable, "-c", PROGRAM, *paths, str(tmp_path / "there"), url], stdout=subprocess.PIPE, text=True
+    )
+    assert process.stdout is not None
+    uploaded = 0
+    for line in process.stdout:
+        word, offset = line.split()
+        uploaded = int(offset) if word == "uploaded" else uploaded
+        if word == kill_after and uploaded >= 4:
+            process.kill()
+            break
+    process.stdout.close()
+    process.wait()
+    store = opened(url, clock, "b")
+    newest = store.newest(3)
+    assert newest is not None
+    assert newest.changelog_offset >= uploaded
+    restored = fetched(store, newest, tmp_path)
+    assert digest_folder(restored).changelog_offset == newest.changelog_offset
+    again = Source(tmp_path / "again")
+    snapshot, place = again.next(20)
+    store.upload(snapshot, place)
+    assert store.newest(3) == snapshot
+    again.store.close()
+
+
+def test_a_store_that_does_not_answer_is_unavailable(
+    tmp_path: Path, source: Source, clock: ManualClock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "remote").write_bytes(b"no folder")
+    snapshot, place = source.next()
+    with pytest.raises(StoreUnavailable, match="look whether"):
+        opened(f"file://{tmp_path}/remote", clock).upload(snapshot, place)
+    monkeypatch.setenv("AWS_ENDPOINT_URL", "http://127.0.0.1:1")
+    monkeypatch.setenv("AWS_ACCESS_KEY_ID", "key-id")
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "very-secret")
+    monkeypatch.setenv("AWS_MAX_ATTEMPTS", "1")
+    store = SnapshotStore("s3://bucket/x", "shop", CHANGELOG, "a", clock, {"retries": 0})
+    with pytest.raises(StoreUnavailable, match=r"s3://bucket/x") as refused:
+        store.newest(3)
+    assert "secret" not in str(refused.value)
+
+
+def test_a_url_without_a_driver_is_refused_and_its_secrets_are_not_shown(clock: ManualClock) -> None:
+    with pytest.raises(ConfigError, match="gopher://host/x") as refused:
+        opened("gopher://user:secret@host/x", clock)
+    assert "secret" not in str(refused.value)
