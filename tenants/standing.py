@@ -194,12 +194,12 @@ def _followed(entry: Entry, before: Shared, shared: Shared, at_ms: int) -> Newes
             return None
         manifest = entry.live.manifest if entry.live is not None else None
         return _stands(shared, name, Newest("retired", version, ran.blob, at_ms, manifest=manifest))
-    if newest.state in ("rolling out", "retired"):
-        stands = _stands(shared, name, newest)
-        return newest if stands == newest else stands
     was, now = before.standing(name, newest.version), shared.standing(name, newest.version)
     put_elsewhere = now != was and (now in ("passed", "live") or not was)
-    return _stands(shared, name, newest) if put_elsewhere else newest
+    if newest.state != "rolling out" and not put_elsewhere:
+        return newest
+    stands = _stands(shared, name, newest)
+    return newest if stands == newest else stands
 
 
 def _stands(shared: Shared, name: ModelName, newest: Newest) -> Newest | None:

@@ -1,0 +1,693 @@
+"""Models of a cluster: what is live follows from what was agreed alone, and directories only make wishes.
+
+The catalog here is the real reducer, the nodes are real registries; how they hear of each other is up to chance.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from node.kernel.errors import ManifestError
+from node.kernel.types import AgreedModels, AgreedVersion, EventSchema, ModelName, ModelVersion
+from replication import catalog as catalogs
+from replication.catalog import Catalog
+from replication.commands import Command, ForgetVersion, HoldBlob, JoinNode, PutTenant, PutVersion, RetireVersion
+from replication.rollout import rollout
+from tenants import registry
+from tenants.agreement import TrialReport, decode_report, encode_report, read_version
+from tenants.features import compile_plan
+from tenants.manifest import Manifest, TenantCaps, TenantSettings, parse_manifest, parse_tenant
+from tenants.registry import (
+    NOT_HERE,
+    Action,
+    Agreed,
+    GoLive,
+    NotPublished,
+    PairGone,
+    PairSeen,
+    Published,
+    Retire,
+    Shared,
+    Snapshot,
+    StartTrial,
+    TenantGone,
+    TenantSeen,
+    TrialFailed,
+    TrialPassed,
+    VersionFailing,
+    WriteStatus,
+    publications,
+    status,
+)
+from tenants.registry_file import decode, encode
+from tenants.transitions import apply
+
+SCHEMA = EventSchema(("transaction", "search"), {"amount": "number", "shop": "text"})
+NARROW = EventSchema(("transaction",), {"amount": "number"})
+REPORT = TrialReport(300e-6, 1e-6, 1000, "LogisticRegression", ("no", "yes"), ("a note",))
+BID, FRAUD = ModelName("ads", "bid"), ModelName("grocery", "fraud")
+NODES = ("one", "two", "three")
+Pair = tuple[bytes, int]
+
+
+def manifest(*features: str) -> bytes:
+    lines = "\n".join(f'f{index} = "{feature}"' for index, feature in enumerate(features or ("event.amount",)))
+    return f'on = ["transaction"]\n[features]\n{lines}\n'.encode()
+
+
+def blob(number: int) -> str:
+    return f"{number:064x}"
+
+
+def parsed(name: ModelName, text: bytes) -> Manifest:
+    return parse_manifest("m.toml", name.tenant, name.model, text, SCHEMA)
+
+
+def version_of(name: ModelName, pair: Pair) -> str:
+    return parsed(name, pair[0]).version(blob(pair[1])).version
+
+
+def agreed_version(name: ModelName, pair: Pair, state: str = "live", here: bool = True) -> AgreedVersion:
+    text, number = pair
+    report = encode_report(REPORT)
+    return AgreedVersion(name, version_of(name, pair), blob(number), text.decode(), report, state, here)  # type: ignore[arg-type]
+
+
+class Cluster:
+    """The catalog, and what a leader and a publisher do with it."""
+
+    def __init__(self) -> None:
+        self.catalog = Catalog()
+        for name in NODES:
+            address = f"{name}:1"
+            self.propose(JoinNode(revision=self.revision, name=name, raft_address=address, http_address=address))
+
+    @property
+    def revision(self) -> int:
+        return self.catalog.revision
+
+    def propose(self, command: Command) -> str:
+        problem = catalogs.problem(self.catalog, command)
+        self.catalog = catalogs.apply(self.catalog, command)
+        return problem
+
+    def publish(self, publication: registry.Publication) -> str:
+        match publication:
+            case registry.PutTenant(tenant, text):
+                return self.propose(PutTenant(revision=self.revision, name=tenant, settings=text))
+            case registry.PutVersion(name, version, digest, text, report):
+                return self.propose(
+                    PutVersion(
+                        revision=self.revision, tenant=name.tenant, model=name.model, version=version, blob=digest,
+                        manifest=text, report=encode_report(report),
+                    )
+                )  # fmt: skip
+            case registry.Withdraw(name):
+                return self.withdraw(name)
+
+    def withdraw(self, name: ModelName) -> str:
+        known = self.catalog.models.get(str(name))
+        versions = known.versions.values() if known is not None else ()
+        for version in sorted(versions, key=lambda one: one.state != "passed"):
+            tenant, model, key = name.tenant, name.model, version.version
+            problem = self.propose(RetireVersion(revision=self.revision, tenant=tenant, model=model, version=key))
+            problem = problem or self.propose(
+                ForgetVersion(revision=self.revision, tenant=tenant, model=model, version=key)
+            )
+            if problem:
+                return problem
+        return ""
+
+    def roll_out(self) -> None:
+        for digest, held in self.catalog.holders.items():
+            for node in NODES:
+                if node not in held:
+                    self.propose(HoldBlob(revision=self.revision, node=node, incarnation=1, blob=digest, held=True))
+        while commands := rollout(self.catalog, NODES):
+            for command in commands:
+                assert self.propose(command) == ""
+
+    def told(self, node: str) -> AgreedModels:
+        return agreed_of(self.catalog, node)
+
+
+def agreed_of(catalog: Catalog, node: str) -> AgreedModels:
+    versions = tuple(
+        AgreedVersion(
+            ModelName(model.tenant, model.model), version.version, version.blob, version.manifest, version.report,
+            version.state, node in catalog.holders[version.blob],
+        )
+        for _, model in sorted(catalog.models.items())
+        for _, version in sorted(model.versions.items())
+    )  # fmt: skip
+    return AgreedModels(
+        catalog.revision, versions, {name: tenant.settings for name, tenant in sorted(catalog.tenants.items())}
+    )
+
+
+class Node:
+    """One node's registry with its directory, and a checker of what the pool is told."""
+
+    def __init__(self, name: str, cluster: Cluster) -> None:
+        self.name, self.cluster = name, cluster
+        self.directory: dict[ModelName, Pair] = {}
+        self.tenant_files: dict[str, str] = {}
+        self.snapshot = Snapshot(shared=Shared())
+        self.pool: dict[ModelName, str] = {}
+        self.tenants: dict[str, TenantSettings] = {}
+        self.told = -1
+        self.time_ms = 0
+        self.hear()
+
+    def __call__(self, event: registry.Event) -> tuple[Action, ...]:
+        before = self.snapshot
+        self.snapshot, actions = apply(before, event, SCHEMA)
+        assert (self.snapshot is before) == (self.snapshot.number == before.number)
+        for action in actions:
+            match action:
+                case GoLive(version, _):
+                    self.pool[version.name] = version.version
+                case Retire(version) if self.pool.get(version.name) == version.version:
+                    del self.pool[version.name]
+                case registry.ConfigureTenant(configured):
+                    self.tenants[configured.tenant] = configured
+                case WriteStatus(name) if name in self.snapshot.models:
+                    assert status(self.snapshot, name)["state"]
+                case _:
+                    pass
+        assert {version.name: version.version for version, _ in self.snapshot.live} == self.pool
+        assert self.snapshot.tenants == self.tenants
+        return actions
+
+    def hear(self) -> None:
+        told = self.cluster.told(self.name)
+        configured = {
+            tenant: parse_tenant("t", tenant, text.encode(), TenantCaps()) for tenant, text in told.tenants.items()
+        }
+        self(Agreed(told, configured, self.time_ms))
+        self.told = told.revision
+
+    def look(self, at_start: bool = False) -> None:
+        """What the watcher does: every pair that changed, then what is gone."""
+        self.time_ms += 1
+        if not self.directory and not self.tenant_files:
+            return  # an empty directory says nothing
+        for tenant in sorted({name.tenant for name in self.directory} | self.tenant_files.keys()):
+            text = self.tenant_files.get(tenant, "")
+            self(TenantSeen(parse_tenant("t", tenant, text.encode(), TenantCaps()), text, at_start))
+        for name, (text_, number) in sorted(self.directory.items()):
+            self(PairSeen(name, text_, blob(number), self.time_ms, at_start))
+        assert self.snapshot.shared is not None
+        for name in sorted(self.snapshot.watched - self.directory.keys() - self.snapshot.shared.gone):
+            self(PairGone(name))
+
+    def try_all(self) -> None:
+        for name, entry in sorted(self.snapshot.models.items()):
+            if entry.newest is not None and entry.newest.state == "candidate":
+                self(TrialPassed(name, entry.newest.version, REPORT, self.time_ms))
+
+    def publish(self) -> None:
+        for publication in publications(self.snapshot):
+            if publication in publications(self.snapshot):
+                problem = self.cluster.publish(publication)
+                self.hear()
+                self(NotPublished(publication, problem) if problem else Published(publication))
+
+    def restart(self, disk_lost: bool = False) -> None:
+        kept = encode(self.snapshot)
+        self.snapshot = Snapshot(shared=Shared())
+        if not disk_lost:
+            self.snapshot, problems = decode(kept, SCHEMA, in_cluster=True)
+            assert problems == ()
+        self.pool, self.tenants = {}, {}
+        self.hear()
+        self.look(at_start=True)
+
+    def state(self, name: ModelName) -> object:
+        return status(self.snapshot, name)["state"]
+
+
+def settle(cluster: Cluster, nodes: list[Node]) -> None:
+    """Until nobody has anything to say; it must come to that."""
+    for _ in range(12):
+        before = cluster.revision
+        for node in nodes:
+            node.look()
+            node.try_all()
+            node.publish()
+        cluster.roll_out()
+        for node in nodes:
+            node.hear()
+        if cluster.revision == before and not any(publications(node.snapshot) for node in nodes):
+            return
+    raise AssertionError("the nodes never stop to change what was agreed")
+
+
+def started() -> tuple[Cluster, list[Node]]:
+    cluster = Cluster()
+    return cluster, [Node(name, cluster) for name in NODES]
+
+
+def plan_of(node: Node) -> list[tuple[ModelVersion, bytes]]:
+    return [(version, manifest_.text) for version, manifest_ in node.snapshot.live]
+
+
+# --- one after another ----------------------------------------------------------------------------------------------
+
+
+def test_a_pair_that_passed_is_published_and_live_once_it_is_agreed() -> None:
+    cluster, nodes = started()
+    one, two, _ = nodes
+    one.directory[BID] = manifest(), 1
+    one.look()
+    assert one.state(BID) == "candidate"
+    one.try_all()
+    assert one.state(BID) == "passed"
+    assert one.pool == {}, "what one node found good is not live yet"
+    assert [type(what).__name__ for what in publications(one.snapshot)] == ["PutTenant", "PutVersion"]
+    one.publish()
+    assert one.state(BID) == "rolling out"
+    assert one.pool == {}
+    cluster.roll_out()
+    two.hear()
+    assert two.pool == {BID: version_of(BID, (manifest(), 1))}
+    assert two.snapshot.live[0][0].labels == REPORT.labels
+    assert BID not in two.snapshot.watched, "its status file is the other node's to write"
+    one.hear()
+    assert one.state(BID) == "live"
+    assert plan_of(one) == plan_of(two)
+
+
+def test_what_the_cluster_refuses_is_told_and_tried_again() -> None:
+    _, nodes = started()
+    one = nodes[0]
+    one.directory[BID] = manifest(), 1
+    one.look()
+    one.try_all()
+    wanted = publications(one.snapshot)
+    put = wanted[-1]
+    one(NotPublished(put, "there is no quorum"))
+    assert "there is no quorum" in str(status(one.snapshot, BID)["problems"])
+    assert publications(one.snapshot) == wanted
+    assert one(NotPublished(put, "there is no quorum")) == ()
+
+
+def test_the_same_directory_on_all_nodes_is_one_wish() -> None:
+    cluster, nodes = started()
+    for node in nodes:
+        node.directory[BID] = manifest(), 1
+        node.tenant_files["ads"] = "weight = 2.0\n"
+    settle(cluster, nodes)
+    revision = cluster.revision
+    assert all(node.state(BID) == "live" for node in nodes)
+    assert all(node.tenants["ads"].weight == 2.0 for node in nodes)
+    settle(cluster, nodes)
+    assert cluster.revision == revision
+    for node in nodes:
+        del node.directory[BID]
+        node.directory[FRAUD] = manifest(), 2
+    settle(cluster, nodes)
+    assert all(node.pool.keys() == {FRAUD} for node in nodes)
+    assert str(BID) not in cluster.catalog.models
+
+
+def test_a_newer_version_of_another_node_wins_and_its_deletion_withdraws_the_model() -> None:
+    cluster, nodes = started()
+    one, two, _ = nodes
+    one.directory[BID] = manifest(), 1
+    settle(cluster, nodes)
+    two.directory[BID] = manifest(), 2
+    settle(cluster, nodes)
+    assert all(node.pool == {BID: version_of(BID, (manifest(), 2))} for node in nodes)
+    assert one.state(BID) == "retired"
+    assert two.state(BID) == "live"
+    one.restart()
+    settle(cluster, nodes)
+    assert two.pool == {BID: version_of(BID, (manifest(), 2))}, "an old pair that still lies there is no wish"
+    one.directory = {FRAUD: (manifest(), 3)}
+    settle(cluster, nodes)
+    assert BID in two.pool, "tidying an old pair away is not deleting the model"
+    two.directory = {FRAUD: (manifest(), 3)}
+    settle(cluster, nodes)
+    assert [list(node.pool) for node in nodes] == [[FRAUD]] * 3
+
+
+def test_a_pair_dropped_again_after_it_was_removed_is_put_again_without_a_trial() -> None:
+    cluster, nodes = started()
+    one, two, _ = nodes
+    one.directory[BID] = one.directory[FRAUD] = manifest(), 1
+    settle(cluster, nodes)
+    two.directory[BID] = manifest(), 2
+    settle(cluster, nodes)
+    first = one.directory.pop(BID)
+    settle(cluster, nodes)
+    one.directory[BID] = first
+    one.look()
+    assert one.state(BID) == "passed"
+    settle(cluster, nodes)
+    assert all(node.pool[BID] == version_of(BID, first) for node in nodes)
+    assert two.state(BID) == "retired"
+
+
+def test_a_node_that_lost_its_disk_or_its_directory_withdraws_nothing() -> None:
+    cluster, nodes = started()
+    one, two, _ = nodes
+    one.directory[BID] = manifest(), 1
+    one.tenant_files["ads"] = "weight = 2.0\n"
+    settle(cluster, nodes)
+    two.directory[BID] = manifest(), 2
+    settle(cluster, nodes)
+    one.restart(disk_lost=True)
+    settle(cluster, nodes)
+    assert one.state(BID) == "retired", "what it finds when it starts may be old"
+    assert two.pool[BID] == version_of(BID, (manifest(), 2))
+    two.directory.clear()
+    two.restart()
+    settle(cluster, nodes)
+    two.directory[FRAUD] = manifest(), 3
+    two.restart(disk_lost=True)
+    settle(cluster, nodes)
+    assert all(node.pool.keys() == {BID, FRAUD} for node in nodes)
+
+
+def test_a_pair_deleted_while_its_node_was_down_is_withdrawn_when_it_is_back() -> None:
+    cluster, nodes = started()
+    one = nodes[0]
+    one.directory[BID] = one.directory[FRAUD] = manifest(), 1
+    settle(cluster, nodes)
+    del one.directory[BID]
+    one.restart()
+    settle(cluster, nodes)
+    assert all(node.pool.keys() == {FRAUD} for node in nodes)
+
+
+def test_a_model_waits_for_the_models_it_uses_wherever_they_come_from() -> None:
+    cluster, nodes = started()
+    one, two, _ = nodes
+    one.directory[FRAUD] = manifest("models.ads.bid.score"), 1
+    settle(cluster, nodes)
+    assert one.state(FRAUD) == "waiting"
+    two.directory[BID] = manifest(), 2
+    two.look()
+    two.try_all()
+    two.publish()
+    one.hear()
+    assert one.state(FRAUD) == "waiting", "what is not live yet gives no outputs"
+    cluster.roll_out()
+    told = cluster.told("one")
+    actions = one(Agreed(told, one.tenants | {"ads": TenantSettings("ads")}, 9))
+    assert [type(action) for action in actions if isinstance(action, StartTrial)] == [StartTrial]
+    settle(cluster, nodes)
+    assert all(node.pool.keys() == {BID, FRAUD} for node in nodes)
+
+
+def test_a_file_that_is_not_here_is_said_and_the_plan_is_the_same() -> None:
+    cluster, nodes = started()
+    one = nodes[0]
+    lacking = AgreedModels(100, (agreed_version(BID, (manifest(), 1), here=False),), {"ads": ""})
+    actions = one(Agreed(lacking, {"ads": TenantSettings("ads")}, 1))
+    assert any(isinstance(action, GoLive) for action in actions)
+    assert status(one.snapshot, BID)["problems"] == [NOT_HERE]
+    assert one.state(BID) == "failing"
+    held = AgreedModels(101, (agreed_version(BID, (manifest(), 1)),), {"ads": ""})
+    actions = one(Agreed(held, {"ads": TenantSettings("ads")}, 2))
+    assert [type(action) for action in actions] == [WriteStatus], "the pool has it already, and waits for the file"
+    assert one.state(BID) == "live"
+    one(VersionFailing(BID, version_of(BID, (manifest(), 1)), "can't load"))
+    one(
+        Agreed(
+            AgreedModels(102, held.versions, {"ads": "", "other": ""}),
+            {"ads": TenantSettings("ads"), "other": TenantSettings("other")},
+            3,
+        )
+    )
+    assert one.state(BID) == "failing", "what the pool found is not forgotten when something else changes"
+    assert cluster.revision < 100
+
+
+def test_a_version_that_cannot_be_read_here_is_told_and_in_no_plan() -> None:
+    agreed = AgreedModels(
+        1, (agreed_version(BID, (manifest("event.shop"), 1)), agreed_version(FRAUD, (manifest(), 1))), {}
+    )
+    snapshot, actions = apply(Snapshot(shared=Shared()), Agreed(agreed, {}, 1), NARROW)
+    assert [version.name for version, _ in snapshot.live] == [FRAUD]
+    told = status(snapshot, BID)
+    assert told["state"] == "failing"
+    assert "shop" in str(told["problems"])
+    assert WriteStatus(BID) in actions
+    damaged = dataclasses.replace(agreed.versions[1], report="{}")
+    snapshot, _ = apply(Snapshot(shared=Shared()), Agreed(AgreedModels(1, (damaged,), {}), {}, 1), SCHEMA)
+    assert snapshot.live == ()
+    assert "upgrade" in str(status(snapshot, FRAUD)["problems"])
+
+
+def test_a_live_model_that_does_not_fit_is_left_out_and_comes_back() -> None:
+    agreed = AgreedModels(1, (agreed_version(BID, (manifest(), 1)), agreed_version(FRAUD, (manifest(), 1))), {})
+    snapshot, _ = apply(Snapshot(shared=Shared()), Agreed(agreed, {}, 1), SCHEMA)
+    snapshot, actions = apply(snapshot, Agreed(agreed, {}, 1, {FRAUD: "a row is too long"}), SCHEMA)
+    assert [type(action) for action in actions] == [Retire, WriteStatus]
+    assert "a row is too long" in str(status(snapshot, FRAUD)["problems"])
+    snapshot, actions = apply(snapshot, Agreed(agreed, {}, 1), SCHEMA)
+    assert [type(action) for action in actions] == [GoLive, WriteStatus]
+
+
+def test_a_report_travels_whole_and_a_version_is_what_its_name_says() -> None:
+    assert decode_report(encode_report(REPORT)) == REPORT
+    agreed = agreed_version(BID, (manifest(), 1))
+    read = read_version(agreed, SCHEMA)
+    assert (read.version.version, read.version.labels, read.report) == (agreed.version, REPORT.labels, REPORT)
+    with pytest.raises(ManifestError, match="put it again"):
+        read_version(dataclasses.replace(agreed, blob=blob(2)), SCHEMA)
+
+
+def test_settings_of_the_cluster_hold_until_a_tenant_toml_changes() -> None:
+    cluster, nodes = started()
+    one, two, _ = nodes
+    one.tenant_files["ads"] = "weight = 2.0\n"
+    settle(cluster, nodes)
+    two.directory[BID] = manifest(), 1  # a folder without a tenant.toml
+    settle(cluster, nodes)
+    assert two.tenants["ads"].weight == 2.0
+    two.tenant_files["ads"] = "weight = 3.0\n"
+    settle(cluster, nodes)
+    one.restart()
+    settle(cluster, nodes)
+    assert all(node.tenants["ads"].weight == 3.0 for node in nodes)
+    del two.tenant_files["ads"]
+    settle(cluster, nodes)
+    assert all(node.tenants["ads"].weight == 1.0 for node in nodes), "a tenant.toml that is removed gives the defaults"
+
+
+def test_what_another_node_put_meanwhile_counts_as_put_and_can_be_deleted_here() -> None:
+    _, nodes = started()
+    one, two, _ = nodes
+    for node in (one, two):
+        node.directory[BID] = manifest(), 1
+        node.look()
+    one.try_all()
+    one.publish()
+    two.hear()
+    assert two.state(BID) == "rolling out", "it needs no trial any more"
+    assert publications(two.snapshot) == ()
+    two.directory = {FRAUD: (manifest(), 2)}
+    two.look()
+    assert registry.Withdraw(BID) in publications(two.snapshot)
+
+
+def test_a_wish_for_the_live_version_holds_against_one_that_waits_to_go_live() -> None:
+    cluster, nodes = started()
+    one, two, three = nodes
+    one.directory[BID] = manifest(), 1
+    settle(cluster, nodes)
+    two.directory[BID] = manifest(), 2
+    two.look()
+    two.try_all()
+    two.publish()
+    three.hear()
+    three.directory[BID] = manifest(), 1
+    three.look()
+    cluster.publish(registry.PutTenant("other", ""))
+    three.hear()
+    assert three.state(BID) == "passed"
+    three.publish()
+    assert three.state(BID) == "live"
+    cluster.roll_out()
+    for node in nodes:
+        node.hear()
+    assert all(node.pool[BID] == version_of(BID, (manifest(), 1)) for node in nodes)
+    assert (one.state(BID), two.state(BID)) == ("live", "retired")
+
+
+def test_a_deletion_counts_once_it_is_agreed_and_not_against_a_newer_version() -> None:
+    cluster, nodes = started()
+    one, two, _ = nodes
+    one.directory[BID] = one.directory[FRAUD] = manifest(), 1
+    settle(cluster, nodes)
+    pair = one.directory.pop(BID)
+    one.look()
+    assert publications(one.snapshot) == (registry.Withdraw(BID),)
+    assert BID in one.pool, "until the cluster has taken it"
+    one.directory[BID] = pair
+    one.look()
+    assert publications(one.snapshot) == (), "the files are there again"
+    two.directory[BID] = manifest(), 2
+    two.look()
+    two.try_all()
+    two.publish()
+    one.hear()
+    del one.directory[BID]
+    one.look()
+    assert publications(one.snapshot) == (), "another version waits to go live"
+    settle(cluster, nodes)
+    two.directory = {FRAUD: (manifest(), 1)}
+    two.look()
+    two.publish()
+    assert BID not in two.snapshot.models
+
+
+def test_a_retired_pair_is_live_again_when_another_node_puts_it() -> None:
+    cluster, nodes = started()
+    one, two, three = nodes
+    one.directory[BID] = manifest(), 1
+    settle(cluster, nodes)
+    two.directory[BID] = manifest(), 2
+    settle(cluster, nodes)
+    assert one.state(BID) == "retired"
+    three.directory[BID] = manifest(), 1
+    three.look()
+    three.publish()
+    one.hear()
+    assert one.state(BID) == "rolling out"
+    settle(cluster, nodes)
+    assert (one.state(BID), two.state(BID), three.state(BID)) == ("live", "retired", "live")
+
+
+def test_an_old_tenant_toml_of_a_node_that_lost_its_disk_is_no_wish() -> None:
+    cluster, nodes = started()
+    one, two, _ = nodes
+    one.tenant_files["ads"] = "weight = 2.0\n"
+    settle(cluster, nodes)
+    two.tenant_files["ads"] = "weight = 3.0\n"
+    settle(cluster, nodes)
+    one.restart(disk_lost=True)
+    settle(cluster, nodes)
+    assert all(node.tenants["ads"].weight == 3.0 for node in nodes)
+
+
+# --- any order ------------------------------------------------------------------------------------------------------
+
+names = st.sampled_from([BID, FRAUD])
+texts = st.sampled_from([manifest(), manifest("event.shop"), manifest("models.ads.bid.score"), manifest("nonsense(")])
+valid_texts = st.sampled_from([manifest(), manifest("event.shop"), manifest("models.ads.bid.score")])
+which = st.sampled_from(range(len(NODES)))
+happenings = st.one_of(
+    st.tuples(st.just("drop"), which, names, texts, st.integers(0, 2)),
+    st.tuples(st.just("drop"), which, names, texts, st.integers(0, 2)),
+    st.tuples(st.just("remove"), which, names),
+    st.tuples(st.just("settings"), which, st.sampled_from(["", "weight = 2.0\n", "weight = 3.0\n"])),
+    st.tuples(st.sampled_from(["look", "try", "fail", "publish", "hear", "restart", "lose", "unmount"]), which),
+    st.tuples(st.sampled_from(["look", "try", "publish", "hear"]), which),
+    st.tuples(st.just("roll out")),
+)
+
+
+def happen(cluster: Cluster, nodes: list[Node], happening: tuple[object, ...]) -> None:
+    match happening:
+        case ("drop", int(at), ModelName() as name, bytes(text), int(number)):
+            nodes[at].directory[name] = text, number
+        case ("remove", int(at), ModelName() as name):
+            nodes[at].directory.pop(name, None)
+        case ("settings", int(at), str(text)):
+            nodes[at].tenant_files["ads"] = text
+        case ("look", int(at)):
+            nodes[at].look()
+        case ("try", int(at)):
+            nodes[at].try_all()
+        case ("fail", int(at)):
+            for name, entry in sorted(nodes[at].snapshot.models.items()):
+                if entry.newest is not None:
+                    nodes[at](TrialFailed(name, entry.newest.version, "no", 1))
+        case ("publish", int(at)):
+            nodes[at].publish()
+        case ("hear", int(at)):
+            nodes[at].hear()
+        case ("restart", int(at)):
+            nodes[at].restart()
+        case ("lose", int(at)):
+            nodes[at].restart(disk_lost=True)
+        case ("unmount", int(at)):
+            nodes[at].directory, nodes[at].tenant_files = {}, {}
+        case ("roll out",):
+            cluster.roll_out()
+
+
+@settings(max_examples=300, deadline=None)
+@given(st.lists(happenings, min_size=12, max_size=50))
+def test_nodes_that_were_told_the_same_run_the_same_and_come_to_rest(run: list[tuple[object, ...]]) -> None:
+    cluster, nodes = started()
+    plans: dict[int, list[tuple[ModelVersion, bytes]]] = {}
+    for happening in run:
+        happen(cluster, nodes, happening)
+        for node in nodes:
+            if node.told >= 0:
+                assert plans.setdefault(node.told, plan_of(node)) == plan_of(node)
+    settle(cluster, nodes)
+    for node in nodes:
+        assert plan_of(node) == plan_of(nodes[0])
+        assert node.tenants == nodes[0].tenants
+        for name, entry in node.snapshot.models.items():
+            assert entry.newest is None or entry.newest.state in ("refused", "waiting", "retired"), str(name)
+    revision = cluster.revision
+    settle(cluster, nodes)
+    assert cluster.revision == revision
+
+
+@st.composite
+def agreements(draw: st.DrawFn) -> AgreedModels:
+    versions: list[AgreedVersion] = []
+    for name in (BID, FRAUD):
+        pairs = draw(st.lists(st.tuples(valid_texts, st.integers(0, 2)), max_size=3, unique=True))
+        live = draw(st.integers(0, 3))
+        for at, pair in enumerate(pairs):
+            state = "live" if at == live else draw(st.sampled_from(["retired", "retired", "passed"]))
+            versions.append(agreed_version(name, pair, state, draw(st.booleans())))
+    return AgreedModels(draw(st.integers(0, 9)), tuple(versions), {"ads": "", "grocery": ""})
+
+
+def histories() -> Iterator[st.SearchStrategy[registry.Event]]:
+    version = st.builds(version_of, names, st.tuples(valid_texts, st.integers(0, 2)))
+    digests = st.integers(0, 2).map(blob)
+    yield st.builds(PairSeen, names, texts, digests, st.just(1), st.booleans())
+    yield st.builds(PairGone, names)
+    yield st.builds(TrialPassed, names, version, st.just(REPORT), st.just(2))
+    yield st.builds(TrialFailed, names, version, st.just("no"), st.just(2))
+    yield st.builds(VersionFailing, names, version, st.sampled_from(["why", ""]))
+    yield st.builds(TenantGone, st.sampled_from(["ads", "grocery"]))
+    yield st.builds(Agreed, agreements(), st.just({}), st.just(3), st.sampled_from([{}, {BID: "too long"}]))
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.lists(st.one_of(*histories()), max_size=15), agreements(), st.randoms(use_true_random=False))
+def test_equal_agreements_give_equal_plans_whatever_a_node_went_through(
+    history: list[registry.Event], agreed: AgreedModels, chance: object
+) -> None:
+    node, fresh = Snapshot(shared=Shared()), Snapshot(shared=Shared())
+    for event in history:
+        node, _ = apply(node, event, SCHEMA)
+    last = Agreed(agreed, {}, 10)
+    node, _ = apply(node, last, SCHEMA)
+    fresh, _ = apply(fresh, last, SCHEMA)
+    assert node.live == fresh.live
+    ours, theirs = compile_plan(node.live, SCHEMA), compile_plan(fresh.live, SCHEMA)
+    assert (ours.models, ours.aggregates, ours.stored_models) == (
+        theirs.models,
+        theirs.aggregates,
+        theirs.stored_models,
+    )
+    live = {version.name: version.version for version in agreed.versions if version.state == "live"}
+    assert {version.name: version.version for version, _ in node.live} == live
