@@ -7,6 +7,7 @@ time goes into the sha256. Classes here block; `abort` may be called from any th
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import hashlib
 import http.client
@@ -16,7 +17,7 @@ import select
 import socket
 import stat
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
@@ -90,7 +91,7 @@ class Sending:
         return sent
 
     def abort(self) -> None:
-        with suppress(OSError):
+        with contextlib.suppress(OSError):
             self._socket.shutdown(socket.SHUT_RDWR)
 
 
@@ -121,7 +122,7 @@ class Download:
         self._clock = clock
         self._digest = hashlib.sha256()
         self._file: BinaryIO | None = None
-        self._connection: http.client.HTTPConnection | None = None
+        self._socket: socket.socket | None = None
         self._aborted = False
         self.offset = 0
         self.resumed = 0
@@ -160,28 +161,30 @@ class Download:
 
         `proven` tells whether an answer with a file of so many bytes is of the cluster's; others are not taken.
         """
-        self.deadline = self._clock.monotonic() + (limits.PEER_CONNECT_MS_MAX + limits.PEER_STALL_MS_MAX) / 1000
-        with _connection_problems(address):
-            host, _, port = address.rpartition(":")
-            connection = http.client.HTTPConnection(
-                host.strip("[]"), int(port), timeout=limits.PEER_CONNECT_MS_MAX / 1000
-            )
-        try:
-            with _connection_problems(address):
-                connection.connect()
-                connection.sock.settimeout(limits.PEER_STALL_MS_MAX / 1000)
-                self._connection = connection
-                self._check_aborted(address)
-                partial = {"Range": f"bytes={self.offset}-"} if self.offset else {}
-                connection.request("GET", raw_path, headers={**headers, **partial})
-                response = connection.getresponse()
+        partial = {"Range": f"bytes={self.offset}-"} if self.offset else {}
+        with _connection_problems(address), self._connected(address) as connection:
+            connection.request("GET", raw_path, headers={**headers, **partial})
+            with contextlib.closing(connection.getresponse()) as response:
                 answer = Answer(response.status, {k.lower(): v for k, v in response.getheaders()}, b"")
                 if not answer.file:
                     return self._ended(answer, response.read(_PROBLEM_BYTES_MAX))
-            self._take(address, response, answer, proven)
-            return answer
+                self._take(address, response, answer, proven)
+                return answer
+
+    @contextmanager
+    def _connected(self, address: str) -> Iterator[http.client.HTTPConnection]:
+        connect_s_max, stall_s_max = limits.PEER_CONNECT_MS_MAX / 1000, limits.PEER_STALL_MS_MAX / 1000
+        host, _, port = address.rpartition(":")
+        connection = http.client.HTTPConnection(host.strip("[]"), int(port), timeout=connect_s_max)
+        self.deadline = self._clock.monotonic() + connect_s_max + stall_s_max
+        try:
+            connection.connect()
+            connection.sock.settimeout(stall_s_max)
+            self._socket = connection.sock  # which the connection forgets once the answer has begun
+            self._check_aborted(address)
+            yield connection
         finally:
-            self._connection = None
+            self._socket = None
             self.deadline = float("inf")
             connection.close()
 
@@ -206,8 +209,7 @@ class Download:
         self.deadline = self._clock.monotonic() + seconds_max(count)
         buffer = memoryview(bytearray(min(_PIECE_BYTES, count) or 1))
         while count:
-            with _connection_problems(address):
-                got = response.readinto(buffer[: min(count, len(buffer))])
+            got = response.readinto(buffer[: min(count, len(buffer))])
             self._check_aborted(address)
             if not got:
                 raise PeerUnavailable(f"{address} ended the file {count} bytes early; it is resumed when asked again")
@@ -244,10 +246,10 @@ class Download:
     def abort(self) -> None:
         """Make the attempt in progress, and any later one, fail soon."""
         self._aborted = True
-        connection = self._connection
-        if connection is not None and connection.sock is not None:
-            with suppress(OSError):
-                connection.sock.shutdown(socket.SHUT_RDWR)
+        connected = self._socket
+        if connected is not None:
+            with contextlib.suppress(OSError):
+                connected.shutdown(socket.SHUT_RDWR)
 
     def finish(self, target: Path, sha256: str, sync: bool) -> None:
         """Rename the whole file into place. With another hash it is removed. Raises PeerUnavailable then."""
