@@ -12,6 +12,15 @@ not depend on it.
 The plan makes one step for each partition at most, the most urgent first: a dead owner's partitions go at once to the
 standby that is furthest; moves under way end or are cancelled; draining and balancing prepare a standby, wait for it to
 catch up, and only then move. It keeps no memory: given the same catalog and reports it says the same again.
+
+A restart copies nothing: a silent node's partitions go to their standbys, but until it has been silent for
+`standby_replace_ms` it keeps its standbys and nobody balances. It is the standby of what it owned, so what it gets back
+later it has already. To restart a node without even a takeover: drain it, restart it once it owns nothing,
+undrain it. A draining node gives up what it owns first and, while it runs, then its standbys: it ends with nothing.
+
+A move in the owner's time: it sees the move, ends and commits its cycle, closes, and reports `released_revision`; the
+leader (or the owner itself) proposes `CompleteMove`; the new owner sees that it owns, fences, folds the tail, goes on.
+Only between the close and the fold's end does the partition stand still: two messages and one agreed command.
 """
 
 from __future__ import annotations
@@ -146,6 +155,11 @@ class _Planner:
             if (at_ms := self.heard[name].reported_ms) is not None and now_ms - at_ms < wait_ms
         }
         self.moving = sum(held.move is not None for held in catalog.partitions)
+        replace_ms = max(settings.standby_replace_ms, wait_ms)
+        self.gone = {name for name, silent_ms in self.silent_ms.items() if silent_ms >= replace_ms}
+        emptying = any(held.owner and self.draining(held.owner) for held in catalog.partitions)
+        self.balance = self.dead <= self.gone and not emptying
+        """A node that may come back any moment finds its copies where they were, and nothing rearranged."""
 
     def _is_member(self, name: str, report: NodeReport) -> bool:
         """A report of an earlier incarnation is of a disk that is gone."""
@@ -242,7 +256,7 @@ class _Planner:
             taken = command.to if isinstance(command, TakeOver) else held.owner
             owners.append(held.move.to if held.move and not cancelled and taken == held.owner else taken)
             standbys.append(held.standbys)
-        return target_owners(members, owners, standbys, self._ready_standbys)
+        return target_owners(members, owners, standbys, self._ready_standbys, self.balance)
 
     def _ready_standbys(self, partition: int) -> list[str]:
         return [name for name in self.catalog.partitions[partition].standbys if self.ready(partition, name)]
@@ -286,13 +300,16 @@ class _Planner:
     # standbys
 
     def place_standbys(self, targets: list[str]) -> None:
+        """A draining node keeps its standbys until it owns nothing: whoever drains it to restart it does so then."""
+        owners = {held.owner for held in self.catalog.partitions}
         members = [
             Member(node.name, node.rack, node.weight)
             for node in self.catalog.nodes.values()
-            if not node.draining and self.silent_ms[node.name] < self._replace_ms
+            if node.name not in self.gone and (not node.draining or node.name in owners or node.name in self.dead)
         ]
+        takers = frozenset(name for name in self.fresh if not self.draining(name))
         wanted = target_standbys(
-            members, frozenset(self.fresh), targets, self._candidates(targets), self.catalog.settings.standby_count
+            members, takers, targets, self._candidates(targets), self.catalog.settings.standby_count, self.balance
         )
         building = self._building()
         for partition, held in self.undecided():
@@ -309,11 +326,6 @@ class _Planner:
                 self.commands[partition] = SetStandbys(
                     revision=self.catalog.revision, partition=partition, epoch=held.epoch, standbys=standbys
                 )
-
-    @property
-    def _replace_ms(self) -> float:
-        wait_ms = takeover_wait_ms(self.catalog.settings.lease_ms, self.settings)
-        return max(self.settings.standby_replace_ms, wait_ms)
 
     def _candidates(self, targets: list[str]) -> list[tuple[str, ...]]:
         """Today's standbys as they will be after the change of owner that is wanted: roles are swapped."""

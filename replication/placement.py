@@ -26,11 +26,13 @@ def target_owners(
     owners: Sequence[str],
     standbys: Sequence[Sequence[str]],
     ready: Callable[[int], Collection[str]],
+    balance: bool = True,
 ) -> list[str]:
     """The owner each partition should have, by partition; all of `members` may own.
 
     `owners` are today's ('' or a name outside `members`: to be given away), `ready` gives a partition's standbys that
-    have caught up. Without members, today's.
+    have caught up. Without `balance` all others stay where they are and counts
+    do not matter. Without members, today's.
     """
     if not members:
         return list(owners)
@@ -39,8 +41,9 @@ def target_owners(
     owned = Counter(owners)
     room = {name: share - owned[name] for name, share in shares.items()}
     homeless = [partition for partition, owner in enumerate(owners) if owner not in shares]
-    _fill(homeless, targets, room, standbys, ready)
-    _shed(targets, room, standbys, ready)
+    _fill(homeless, targets, room, standbys, ready, balance)
+    if balance:
+        _shed(targets, room, standbys, ready)
     return targets
 
 
@@ -61,11 +64,13 @@ def _fill(
     room: dict[str, int],
     standbys: Sequence[Sequence[str]],
     ready: Callable[[int], Collection[str]],
+    balance: bool,
 ) -> None:
-    """Give homeless partitions to nodes with room, those that have one's state first."""
+    """Give homeless partitions to nodes with room, those that have one's state first; without `balance` to these anyway."""
     for wanted in (ready, standbys.__getitem__, lambda _: room):
         for partition in list(partitions):
             free = [name for name in wanted(partition) if room.get(name, 0) > 0]
+            free = free or [name for name in wanted(partition) if name in room and not balance]
             if free:
                 targets[partition] = max(free, key=lambda name: (room[name], name))
                 room[targets[partition]] -= 1
@@ -95,10 +100,12 @@ def target_standbys(
     owners: Sequence[str],
     standbys: Sequence[Sequence[str]],
     count: int,
+    balance: bool = True,
 ) -> list[tuple[str, ...]]:
     """The standbys each partition should have, today's first, given its target owner.
 
-    All of `members` may keep a standby, those in `fresh` may also get one.
+    All of `members` may keep a standby, those in `fresh` may also get one. Without `balance` only what is missing is
+    given out: neither racks nor counts are made better.
     """
     racks = {member.name: member.rack for member in members}
     loads = {member.name: 0 for member in members}
@@ -111,8 +118,9 @@ def target_standbys(
             if (len(kept) <= count) is exact:
                 chosen[partition] = _keep(kept, costs[partition], loads, count)
     for partition, mine in enumerate(chosen):
-        _complete(mine, costs[partition], loads, fresh, racks, count)
-    _even(chosen, costs, loads, fresh)
+        _complete(mine, costs[partition], loads, fresh, racks, count, balance)
+    if balance:
+        _even(chosen, costs, loads, fresh)
     return [_in_order(before, mine) for before, mine in zip(standbys, chosen, strict=True)]
 
 
@@ -138,8 +146,9 @@ def _complete(
     fresh: frozenset[str],
     racks: Mapping[str, str],
     count: int,
+    balance: bool,
 ) -> None:
-    """Fill up to `count`, then swap standbys in the owner's rack for such in others."""
+    """Fill up to `count`, then, for balance, swap standbys in the owner's rack for such in others."""
 
     def best() -> str | None:
         used = {racks[name] for name in mine}
@@ -149,7 +158,7 @@ def _complete(
     while len(mine) < count and (name := best()) is not None:
         mine.append(name)
         loads[name] += 1
-    while any(costs[name] for name in mine) and (name := best()) is not None:
+    while balance and any(costs[name] for name in mine) and (name := best()) is not None:
         worst = max(mine, key=lambda held: (costs[held], loads[held]))
         if costs[name] >= costs[worst]:
             return

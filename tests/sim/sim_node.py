@@ -12,7 +12,7 @@ from sim_session import Replica
 from replication.catalog import Assignment, Catalog, apply, decode_catalog, encode_catalog, problem
 from replication.commands import Command, CompleteMove, JoinNode, RenewLease
 from replication.ownership import NodeReport, Progress, Reports, may_own, plan
-from replication.retention import cut_offset
+from replication.retention import cut_offset, may_forget
 
 if TYPE_CHECKING:
     from sim_world import World
@@ -206,7 +206,10 @@ class SimNode:
         """Of what is no longer here: closed at once, and after a while off the disk."""
         self.replicas.pop(partition, None)
         since_ms = self.unused_since.setdefault(partition, self.local_ms)
-        if self.local_ms - since_ms > DROP_MS and self.disk.restores_from(partition) >= 0:
+        if self.local_ms - since_ms <= DROP_MS or self.disk.restores_from(partition) < 0:
+            return
+        start = self.world.logs[partition].start
+        if may_forget(self.world.replicas_verified(self, partition), start, self.catalog.settings.snapshot_holders_min):
             self.disk.flushed.pop(partition, None)
             self.disk.snapshots.pop(partition, None)
             self.world.checks.can_be_restored()

@@ -193,6 +193,18 @@ class World:
                 lambda: self._to_node(node, boots, lambda: replica.restore(snapshot)), self.random.uniform(100, 700)
             )
 
+    def replicas_verified(self, asker: SimNode, partition: int) -> dict[str, int]:
+        """What those that have the partition, as the asker knows, answer it of their snapshots."""
+        held = asker.catalog.partitions[partition]
+        return {
+            name: self.nodes[name].disk.snapshots[partition].offset
+            for name in (held.owner, *held.standbys)
+            if name in self.nodes
+            and self.nodes[name].running()
+            and self.group[name] == self.group[asker.name]
+            and partition in self.nodes[name].disk.snapshots
+        }
+
     def cut(self, node: SimNode, partition: int, before: int) -> None:
         def at_broker() -> None:
             if before > self.logs[partition].start:

@@ -35,7 +35,7 @@ from replication.ownership import (
     takeover_wait_ms,
 )
 from replication.placement import Member, target_owners, target_standbys
-from replication.retention import cut_offset
+from replication.retention import cut_offset, may_forget
 
 NOW_MS = 1_000_000
 PLAN = PlanSettings()
@@ -329,6 +329,15 @@ def test_the_changelog_is_cut_only_behind_enough_snapshots(
     assert not (enough and all(higher <= offset for offset in needed)), "as far as may be"
 
 
+@given(st.dictionaries(st.sampled_from("abcd"), st.integers(0, 9)), st.integers(1, 3), st.sampled_from("abcd"))
+def test_whoever_forgets_leaves_enough_snapshots(verified: dict[str, int], holders_min: int, leaver: str) -> None:
+    """The changelog is cut as far as may be, and then one of those that it was cut behind is no replica any more."""
+    start = cut_offset(verified, [], holders_min)
+    left = {name: offset for name, offset in verified.items() if name != leaver}
+    enough = sum(offset >= start for offset in left.values()) >= holders_min
+    assert may_forget(left, start, holders_min) is (enough or start == 0)
+
+
 @pytest.mark.parametrize("partitions", [1, 7, 64])
 def test_a_drained_node_ends_with_nothing(partitions: int) -> None:
     cluster = Cluster(make({"a": "x", "b": "y", "c": "x"}, partitions))
@@ -337,3 +346,63 @@ def test_a_drained_node_ends_with_nothing(partitions: int) -> None:
     cluster.settle()
     assert "b" not in cluster.owners()
     assert "b" not in cluster.standbys()
+
+
+def copies(before: Catalog, after: Catalog) -> list[tuple[int, str]]:
+    """(partition, node) that has it now and did not before."""
+    return [
+        (partition, name)
+        for partition, (old, new) in enumerate(zip(before.partitions, after.partitions, strict=True))
+        for name in (new.owner, *new.standbys)
+        if name not in (old.owner, *old.standbys)
+    ]
+
+
+@pytest.mark.parametrize("racks", [1, 3])
+@pytest.mark.parametrize("standby_count", [1, 2])
+def test_a_rolling_restart_copies_nothing(racks: int, standby_count: int) -> None:
+    members = {name: f"r{place % racks}" for place, name in enumerate("abcdef")}
+    cluster = Cluster(make(members, 30, standby_count))
+    cluster.settle()
+    for name in members:
+        before = cluster.catalog
+        cluster.dead[name] = PLAN.standby_replace_ms // 2
+        cluster.settle()
+        assert cluster.owners()[name] == 0, "its partitions go on elsewhere"
+        assert copies(before, cluster.catalog) == []
+        del cluster.dead[name]
+        cluster.settle()
+        assert copies(before, cluster.catalog) == []
+        assert spread(cluster.owners(), list(members)) == 0
+
+
+def test_a_rolling_restart_by_draining_copies_nothing_either() -> None:
+    members = dict.fromkeys("abcdef", "")
+    cluster = Cluster(make(members, 30))
+    cluster.settle()
+    for name in members:
+        before = cluster.catalog
+        cluster.catalog = drain(cluster.catalog, name)
+        while cluster.owners()[name]:
+            assert any(isinstance(command, StartMove | CompleteMove) for command in cluster.step())
+        assert copies(before, cluster.catalog) == []
+        cluster.dead[name] = PLAN.standby_replace_ms // 2
+        cluster.settle()
+        assert copies(before, cluster.catalog) == []
+        del cluster.dead[name]
+        undrained = DrainNode(revision=cluster.catalog.revision, name=name, draining=False)
+        cluster.catalog = apply(cluster.catalog, undrained)
+        cluster.settle()
+        assert copies(before, cluster.catalog) == []
+
+
+def test_a_node_that_stays_away_is_replaced() -> None:
+    cluster = Cluster(make(dict.fromkeys("abcd", ""), 12))
+    cluster.settle()
+    cluster.dead["a"] = PLAN.standby_replace_ms - 1
+    cluster.settle()
+    assert cluster.standbys()["a"] == 6, "of what it owned and what it stood by for"
+    cluster.dead["a"] = PLAN.standby_replace_ms
+    cluster.settle()
+    assert cluster.standbys()["a"] == 0
+    assert spread(cluster.standbys(), ["b", "c", "d"]) == 0
