@@ -66,7 +66,7 @@ def _fill(
     ready: Callable[[int], Collection[str]],
     balance: bool,
 ) -> None:
-    """Give homeless partitions to nodes with room, those that have one's state first; without `balance` to these anyway."""
+    """Give homeless partitions to nodes with room, those with one's state first; without `balance` to those anyway."""
     for wanted in (ready, standbys.__getitem__, lambda _: room):
         for partition in list(partitions):
             free = [name for name in wanted(partition) if room.get(name, 0) > 0]
