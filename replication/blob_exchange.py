@@ -76,8 +76,11 @@ class _Retry:
 
     failures: int = 0
     at_s: float = 0.0
+    asked: frozenset[str] = frozenset()
+    """Addresses that did not give a file; another one is asked at once."""
 
-    def failed(self, now_s: float) -> None:
+    def failed(self, now_s: float, asked: frozenset[str] = frozenset()) -> None:
+        self.asked = asked
         wait_ms = min(limits.BLOB_RETRY_MS_MIN * 2 ** min(self.failures, 16), limits.BLOB_RETRY_MS_MAX)
         self.failures += 1
         self.at_s = now_s + wait_ms / 1000
@@ -181,8 +184,8 @@ class BlobExchange:
         log.warning("a model file is gone or damaged; it is fetched again", sha256=sha256)
         self._changed.set()
 
-    def _fail(self, sha256: str, failure: BaseException) -> None:
-        self._retries.setdefault(sha256, _Retry()).failed(self._clock.monotonic())
+    def _fail(self, sha256: str, failure: BaseException, asked: frozenset[str] = frozenset()) -> None:
+        self._retries.setdefault(sha256, _Retry()).failed(self._clock.monotonic(), asked)
         self._note(str(failure))
 
     def _note(self, reason: str) -> None:
@@ -193,10 +196,16 @@ class BlobExchange:
 
     def _fetch_some(self, missing: Set[str], now_s: float) -> None:
         """Start on those due, the ones that failed least first."""
-        due = [sha256 for sha256 in missing - self._fetches.keys() if self._is_due(sha256, now_s)]
+        due = [sha256 for sha256 in missing - self._fetches.keys() if self._can_come(sha256, now_s)]
         order = sorted((self._retries[sha256].failures if sha256 in self._retries else 0, sha256) for sha256 in due)
         for _, sha256 in order[: max(0, limits.BLOB_FETCHES_MAX - len(self._fetches))]:
             self._start_fetch(sha256)
+
+    def _can_come(self, sha256: str, now_s: float) -> bool:
+        """Whether somebody has it, and was not asked yet or may be asked again."""
+        addresses = frozenset(self._addresses(sha256))
+        retry = self._retries.get(sha256) or _Retry()
+        return bool(addresses - retry.asked if retry.at_s > now_s else addresses)
 
     def _start_fetch(self, sha256: str) -> asyncio.Task[None]:
         task = asyncio.get_running_loop().create_task(self._fetch(sha256), name=f"fetch model file {sha256[:12]}")
@@ -216,7 +225,7 @@ class BlobExchange:
             self._retries.pop(sha256, None)
             return
         self._failed += 1
-        self._fail(sha256, failure)
+        self._fail(sha256, failure, frozenset(self._addresses(sha256)))
 
     async def _fetch(self, sha256: str) -> None:
         """From the first holder that gives it. Raises what the last one said."""

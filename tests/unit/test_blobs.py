@@ -72,3 +72,26 @@ def test_a_disk_that_refuses_is_told(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("in the way")
     with pytest.raises(StoreUnavailable, match="can't be opened"):
         BlobStore(tmp_path / "file")
+
+
+def test_a_check_reads_the_bytes_and_removes_what_is_damaged(tmp_path: Path) -> None:
+    store = BlobStore(tmp_path)
+    sha256 = store.put(b"good")
+    assert store.check(sha256)
+    store.path(sha256).write_bytes(b"bad!")
+    assert not store.check(sha256)
+    assert not store.has(sha256)
+    assert not store.check(sha256)
+    with pytest.raises(NotFound):
+        store.check("../secret")
+
+
+def test_parts_of_files_stay_over_a_start_and_go_when_no_longer_wanted(tmp_path: Path) -> None:
+    wanted, other = "1" * 64, "2" * 64
+    for sha256 in (wanted, other):
+        (tmp_path / f".{sha256}.part").write_bytes(b"half")
+    store = BlobStore(tmp_path)
+    assert store.names() == []
+    assert store.statistics().files == 0
+    store.delete_parts({wanted})
+    assert [path.name for path in tmp_path.iterdir()] == [f".{wanted}.part"]
