@@ -1,9 +1,9 @@
-"""A state machine replicated by Raft: the catalog's shell, and the only module that knows pysyncobj.
+"""A state machine replicated by Raft: the catalog's shell.
 
-pysyncobj runs on a thread of its own, so that a busy event loop does not cost the node its place in the cluster. The
-state machine is called on that thread only. What other threads read of it must be one immutable value that `apply` and
-`restore` put in place by one assignment; it is in place before `propose` or `read_barrier` return and before `changed`
-is called.
+Raft (`raft_replica`) runs on a thread of its own, so that a busy event loop does not cost the node its place in the
+cluster. The state machine is called on that thread only. What other threads read of it must be one immutable value that
+`apply` and `restore` put in place by one assignment; it is in place before `propose` or `read_barrier` return and
+before `changed` is called.
 
 Raft here decides who and what. A command may be applied twice when its outcome was unknown and it was proposed again,
 so commands are idempotent. On a port without a secret whoever reaches it runs code as this process (the wire format is
@@ -20,19 +20,15 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Mapping
-from pathlib import Path
 from typing import Any
 
-import pysyncobj.syncobj
 import structlog
-from pysyncobj import FAIL_REASON, SyncObj, SyncObjConf, replicated
-from pysyncobj.node import TCPNode
-from pysyncobj.transport import TCPTransport
 
 from node.kernel import limits
 from node.kernel.clock import Clock, SystemClock
 from node.kernel.errors import BoundExceeded, CatalogCorrupt, ClusterUnavailable, ConfigError, HeadraceError
-from replication.raft_journal import Dump, Journal, RaftFolder, write_dump
+from replication.raft_journal import RaftFolder
+from replication.raft_replica import DENIED, NOT_APPLIED, SUCCESS, Answer, Replica
 from replication.raft_types import (
     CommandRate,
     RaftSettings,
@@ -45,239 +41,9 @@ from replication.raft_types import (
 
 log = structlog.get_logger(__name__)
 
-_TICK_S = 0.05
 _RETRY_S = 0.02
 _ATTEMPT_S = 1.0
 _STEP_DOWN_S_MAX = 0.5
-_DUMP_RETRY_S = 10.0
-_LISTEN_QUEUE = 128
-_BATCH_SPARE_BYTES = 64 * limits.KIB
-"""pysyncobj sends an entry over its batch size in pieces, and cuts some of them wrongly: none may be that large. Its
-pickle protocol writes a byte over 127 as two."""
-_EMPTY_LOG = (1, 0)
-"""Index and term of the last entry of a log in which nothing happened yet."""
-_REFUSED = {"last_log_index": 0, "last_log_term": -1}
-"""A log that no voter finds good enough; the candidate's term still reaches it."""
-
-
-_pysyncobj_journal = pysyncobj.syncobj.createJournal
-
-
-def _journal(given: Journal | str | None) -> Any:
-    return given if isinstance(given, Journal) else _pysyncobj_journal(given)
-
-
-pysyncobj.syncobj.createJournal = _journal
-
-
-class _Replica(SyncObj):  # type: ignore[misc]
-    """pysyncobj's node; the two names with its prefix replace private methods of it."""
-
-    def __init__(self, settings: RaftSettings, folder: RaftFolder, machine: StateMachine, clock: Clock) -> None:
-        self.failure: BaseException | None = None
-        self.settings = settings
-        self.folder = folder
-        self.clock = clock
-        self.machine = machine
-        self.compactions = 0
-        self.compactions_failed = 0
-        self.dump_failed_s = float("-inf")
-        self.recorded: dict[str, str] | None = folder.members(settings.members())
-        others = [TCPNode(address, name=name) for address, name in self.recorded.items() if address != settings.address]
-        super().__init__(
-            TCPNode(settings.address, name=settings.name), others, self._configuration(), transportClass=_Transport
-        )
-
-    def _configuration(self) -> Any:
-        settings = self.settings
-        return SyncObjConf(
-            password=settings.secret,
-            bindAddress=settings.listen,
-            maxBindRetries=1,
-            autoTick=False,
-            appendEntriesUseBatch=False,
-            appendEntriesPeriod=settings.heartbeat_ms / 1000,
-            appendEntriesBatchSizeBytes=2 * settings.command_bytes_max + _BATCH_SPARE_BYTES,
-            raftMinTimeout=settings.election_ms_min / 1000,
-            raftMaxTimeout=settings.election_ms_max / 1000,
-            leaderFallbackTimeout=settings.quorum_lost_ms / 1000,
-            connectionTimeout=settings.connection_lost_ms / 1000,
-            connectionRetryTime=settings.reconnect_ms / 1000,
-            commandsQueueSize=limits.CLUSTER_PROPOSALS_MAX * limits.CLUSTER_NODES_MAX,
-            commandsWaitLeader=False,
-            dynamicMembershipChange=True,
-            journalFile=self.folder.journal,
-            fullDumpFile=str(self.folder.dump_path),
-            logCompactionMinEntries=settings.compaction_entries,
-            logCompactionMinTime=settings.compaction_ms / 1000,
-            useFork=False,
-            serializer=self._dump,
-            deserializer=self._load,
-        )
-
-    @replicated  # type: ignore[untyped-decorator]
-    def run(self, command: bytes | None) -> str:
-        """Apply one command, None for a read barrier, and give its answer. pysyncobj would repeat a raise for ever."""
-        if command is not None and self.failure is None:
-            try:
-                return self.machine.apply(command)
-            except Exception as error:
-                self.failure = error
-        return ""
-
-    def _dump(self, path: str, log_state: tuple[Any, Any, Any]) -> None:
-        last, before, members = log_state
-        if self.clock.monotonic() - self.dump_failed_s < _DUMP_RETRY_S:
-            raise TimeoutError("a dump failed a moment ago")
-        try:
-            named = [(node.id, name_of(node)) for node in members]
-            write_dump(Path(path), Dump(self.machine.dump(), tuple(before), tuple(last), named))
-        except Exception as error:
-            self.compactions_failed += 1
-            self.dump_failed_s = self.clock.monotonic()
-            log.error("the catalog's log was not compacted", error=str(error))
-            raise
-        self.compactions += 1
-
-    def _load(self, path: str) -> tuple[Any, Any, Any]:
-        """Read the dump of this node, at the start, or one the leader sent.
-
-        Of its own the journal goes on after it, and the members are those of the journal's end, committed or not: with
-        the dump's older ones, two halves of a cluster that grew could each take itself for a majority.
-        pysyncobj goes on with an empty state when this raises; the thread sees `failure` and does not.
-        """
-        try:
-            dump = self.folder.read_dump()
-            self.machine.restore(dump.state)
-        except Exception as error:
-            self.failure = error
-            raise
-        members = self.recorded or dict(dump.members)
-        return dump.last, dump.before, {TCPNode(address, name=name) for address, name in members.items()}
-
-    def _SyncObj__changeCluster(self, request: Any) -> bool:  # noqa: N802
-        """One change of members at a time: pysyncobj means to check that, and never notes which is under way."""
-        index = self.log()[-1][1] + 1
-        done: bool = super()._SyncObj__changeCluster(request)
-        if done:
-            self._SyncObj__changeClusterIDx = index
-        return done
-
-    def log(self) -> Any:
-        return self._SyncObj__raftLog
-
-    def log_is_empty(self) -> bool:
-        index, term = self.log()[-1][1:]
-        return (index, term) == _EMPTY_LOG
-
-    def caught_up(self) -> bool:
-        """Whether an entry of the current leader's term is applied, and so all that was committed before it."""
-        if self._getLeader() is None:
-            return False
-        entries = self.log()
-        position = self.raftLastApplied - entries[0][1]
-        return 0 <= position < len(entries) and bool(entries[position][2] == self.raftCurrentTerm)
-
-    def read_status(self) -> RaftStatus:
-        leader = self._getLeader()
-        members = {name_of(node): node.id for node in self.otherNodes | {self.selfNode}}
-        return RaftStatus(
-            leader=None if leader is None else name_of(leader),
-            is_leader=self._isLeader(),
-            ready=self.caught_up(),
-            members=members,
-            term=self.raftCurrentTerm,
-            index=self.raftLastApplied,
-            commit_index=self.raftCommitIndex,
-        )
-
-
-def name_of(node: Any) -> str:
-    return str(getattr(node, "name", node.id))
-
-
-class _Transport(TCPTransport):  # type: ignore[misc]
-    """pysyncobj's transport with answers bound to their term, and rules for strangers and voters.
-
-    Terms: an answer counts only in the term it was given in, which pysyncobj does not check. Voters: see
-    `RaftFolder.trusted`.
-    """
-
-    def __init__(self, replica: _Replica, own: Any, others: Any) -> None:
-        self._replica = replica
-        self._strangers: dict[Any, float] = {}
-        self.strangers_refused = 0
-        super().__init__(replica, own, others)
-
-    def send(self, node: Any, message: dict[str, Any]) -> bool:
-        replica = self._replica
-        if replica.failure is not None:
-            return False
-        replica.folder.journal.sync()
-        kind = message["type"]
-        if kind == "next_node_idx":
-            message["term"] = replica.raftCurrentTerm
-        elif kind == "request_vote" and not replica.folder.trusted and not replica.log_is_empty():
-            message |= _REFUSED
-        return bool(super().send(node, message))
-
-    def _onMessageReceived(self, node: Any, message: Any) -> None:  # noqa: N802
-        replica = self._replica
-        kind = message["type"]
-        if kind == "next_node_idx":
-            if message["term"] != replica.raftCurrentTerm or not replica._isLeader():
-                return
-        elif kind == "request_vote" and not replica.folder.trusted:
-            self._judge(message)
-        elif kind == "response_vote" and replica.log_is_empty():
-            replica.folder.trust()
-        elif kind == "step_down":
-            replica.transferLeadership()
-            return
-        super()._onMessageReceived(node, message)
-
-    def _judge(self, message: dict[str, Any]) -> None:
-        """What a node does with a request for its vote while its own log is not trusted: it founds, or refuses."""
-        if self._replica.log_is_empty() and (message["last_log_index"], message["last_log_term"]) == _EMPTY_LOG:
-            self._replica.folder.trust()
-        else:
-            message |= _REFUSED
-
-    def _maybeBind(self) -> None:  # noqa: N802
-        """Listen with a queue for all that may come at once: pysyncobj's holds five, and a sixth waits a second."""
-        bound = self._ready
-        super()._maybeBind()
-        if self._ready and not bound:
-            self._server._TcpServer__socket.listen(_LISTEN_QUEUE)
-
-    # --- connections that have not shown the secret
-
-    def _onNewIncomingConnection(self, connection: Any) -> None:  # noqa: N802
-        super()._onNewIncomingConnection(connection)
-        read = connection._TcpConnection__processRead
-
-        def read_bounded() -> bool:
-            if connection in self._unknownConnections and _unread(connection) > limits.CLUSTER_STRANGER_BYTES_MAX:
-                return False
-            return bool(read())
-
-        connection._TcpConnection__processRead = read_bounded
-        self._strangers[connection] = self._replica.clock.monotonic()
-
-    def _onTick(self) -> None:  # noqa: N802
-        super()._onTick()
-        self._strangers = {c: since for c, since in self._strangers.items() if c in self._unknownConnections}
-        oldest_s = self._replica.clock.monotonic() - limits.CLUSTER_STRANGER_MS_MAX / 1000
-        spare = len(self._strangers) - limits.CLUSTER_STRANGERS_MAX
-        for position, (connection, since) in enumerate(list(self._strangers.items())):
-            if position < spare or since < oldest_s or _unread(connection) > limits.CLUSTER_STRANGER_BYTES_MAX:
-                self.strangers_refused += 1
-                connection.disconnect()
-                self._unknownConnections.discard(connection)
-
-
-def _unread(connection: Any) -> int:
-    return len(connection._TcpConnection__readBuffer)
 
 
 class CatalogRaft:
@@ -299,10 +65,11 @@ class CatalogRaft:
         self._machine = machine
         self._changed = changed
         self._clock = clock or SystemClock()
-        self._replica: _Replica | None = None
+        self._replica: Replica | None = None
         self._status = RaftStatus()
+        self._state: object = None
         self._stopping = threading.Event()
-        self._calls: deque[Callable[[_Replica], None]] = deque()
+        self._calls: deque[Callable[[Replica], None]] = deque()
         self._told = threading.Event()
         self._turn = asyncio.Event()
         self._waiting = 0
@@ -334,6 +101,8 @@ class CatalogRaft:
         self._stopping.set()
         if self._ended is None:
             return
+        if self._replica is not None and not self._ended.done():
+            self._replica.wake()
         with contextlib.suppress(HeadraceError, TimeoutError):
             async with asyncio.timeout(limits.CLUSTER_STOP_MS_MAX / 1000):
                 await asyncio.shield(self._ended)
@@ -398,7 +167,7 @@ class CatalogRaft:
             proposals_retried=self._retried,
             proposals_failed=self._failed,
             ticks_failed=self._ticks_failed,
-            strangers_refused=0 if replica is None else replica._SyncObj__transport.strangers_refused,
+            strangers_refused=0 if replica is None else replica.strangers_refused,
         )
 
     # --- commands
@@ -416,14 +185,14 @@ class CatalogRaft:
         return await self._replicate(command, wait_seconds_max)
 
     def offer(self, command: bytes) -> None:
-        """Replicate a command if there is a leader, and wait for nothing: it may be lost, or applied late.
+        """Replicate a command with the leader's next heartbeat, if there is one: it may be lost, or applied late.
 
         Raises ClusterUnavailable before the start and after the end, BoundExceeded.
         """
         replica = self._running()
         self._rate.take(self._clock.monotonic())
-        with contextlib.suppress(BlockingIOError):
-            replica.run(command)
+        replica.run(command)
+        replica.wake()
 
     async def read_barrier(self, wait_seconds_max: float = 5.0) -> None:
         """Return once all that was committed anywhere before this call is applied here: replicates a no-op.
@@ -449,7 +218,7 @@ class CatalogRaft:
             )
         self._rate.take(self._clock.monotonic())
 
-    def _running(self) -> _Replica:
+    def _running(self) -> Replica:
         if self._ended is not None and self._ended.done():
             self._ended.result()
             raise self._unavailable("this node's catalog has been stopped")
@@ -463,9 +232,9 @@ class CatalogRaft:
         unknown = False
         while (left_s := deadline_s - self._clock.monotonic()) > 0:
             result, reason = await self._attempt(ask, min(left_s, _ATTEMPT_S))
-            if reason == FAIL_REASON.SUCCESS or (until is not None and until()):
+            if reason == SUCCESS or (until is not None and until()):
                 return result
-            unknown |= reason not in (FAIL_REASON.MISSING_LEADER, FAIL_REASON.QUEUE_FULL, FAIL_REASON.REQUEST_DENIED)
+            unknown |= reason not in NOT_APPLIED
             self._retried += 1
             self._running()
             await self._change(_RETRY_S)
@@ -474,15 +243,15 @@ class CatalogRaft:
         raise self._unavailable(f"no quorum took the command in {wait_seconds_max} s, and {fate}")
 
     async def _attempt(self, ask: Callable[..., None], wait_s: float) -> tuple[Any, int | None]:
-        """One try: its result and pysyncobj's reason, None when nothing came back in time."""
+        """One try: its result and the reason, None when nothing came back in time."""
         answer: asyncio.Future[tuple[Any, int]] = self._loop.create_future()
 
         def settle(result: Any, reason: int) -> None:
             if not answer.done():
                 answer.set_result((result, reason))
 
-        with contextlib.suppress(BlockingIOError):  # the pipe that wakes the thread is full: the thread is awake
-            ask(callback=lambda result, reason: self._on_loop(settle, result, reason))
+        ask(callback=lambda result, reason: self._on_loop(settle, result, reason))
+        self._running().wake()
         try:
             async with asyncio.timeout(wait_s):
                 return await answer
@@ -523,8 +292,7 @@ class CatalogRaft:
             raise ConfigError(problems)
         if name in members:
             return
-        node = TCPNode(address, name=name)
-        ask = functools.partial(self._running().addNodeToCluster, node)
+        ask = functools.partial(self._running().add, name, address)
         await self._insist(ask, wait_seconds_max, until=lambda: self.members.get(name) == address)
 
     async def leave(self, name: str, wait_seconds_max: float = 10.0) -> None:
@@ -537,15 +305,14 @@ class CatalogRaft:
         address = self.members.get(name)
         if address is None:
             return
-        node = TCPNode(address, name=name)
         replica = self._running()
 
-        def ask(callback: Any) -> None:
+        def ask(callback: Answer) -> None:
             if self.leader == name:
-                self._calls.append(lambda replica: replica._SyncObj__transport.send(node, {"type": "step_down"}))
-                callback(None, FAIL_REASON.REQUEST_DENIED)
+                self._calls.append(lambda replica: replica.ask_to_step_down(name, address))
+                callback(None, DENIED)
             else:
-                replica.removeNodeFromCluster(node, callback)
+                replica.remove(name, address, callback)
 
         await self._insist(ask, wait_seconds_max, until=lambda: name not in self.members)
 
@@ -568,7 +335,7 @@ class CatalogRaft:
             self._close(folder)
         self._on_loop(self._end, failure)
 
-    def _build(self, folder: RaftFolder) -> _Replica:
+    def _build(self, folder: RaftFolder) -> Replica:
         settings = self.settings
         members = folder.members(settings.members())
         problems = secret_problems(settings.secret, list(members))
@@ -580,23 +347,18 @@ class CatalogRaft:
                 recorded=sorted(members.values()),
                 configured=sorted(settings.members().values()),
             )
-        try:
-            self._replica = replica = _Replica(settings, folder, self._machine, self._clock)
-        except pysyncobj.SyncObjException as error:
-            raise ConfigError(
-                [f"the cluster address {settings.listen} can't be listened on ({error}); free it or choose another"]
-            ) from error
+        self._replica = replica = Replica(settings, folder, self._machine, self._clock)
         replica.doTick(0.0)
         replica.recorded = None
         self._check(replica)
         self._publish(replica)
         return replica
 
-    def _tick(self, replica: _Replica) -> None:
+    def _tick(self, replica: Replica) -> None:
         while self._calls:
             self._calls.popleft()(replica)
         try:
-            replica.doTick(_TICK_S)
+            replica.doTick(replica.round_s())
             self._ticks_failed_in_row = 0
         except HeadraceError:
             raise
@@ -606,11 +368,11 @@ class CatalogRaft:
             if self._ticks_failed_in_row > limits.CLUSTER_TICKS_FAILED_MAX:
                 raise
             log.error("a step of the catalog's Raft failed and is tried again", error=repr(error))
-            time.sleep(_TICK_S)
+            time.sleep(_RETRY_S)
         self._check(replica)
         self._publish(replica)
 
-    def _check(self, replica: _Replica) -> None:
+    def _check(self, replica: Replica) -> None:
         if replica.failure is None:
             return
         if isinstance(replica.failure, HeadraceError):
@@ -620,23 +382,24 @@ class CatalogRaft:
             "update this node, then start it"
         ) from replica.failure
 
-    def _publish(self, replica: _Replica) -> None:
-        status = replica.read_status()
-        if status.ready:
+    def _publish(self, replica: Replica) -> None:
+        state = replica.read_state()
+        if state == self._state:
+            return
+        self._state, self._status = state, replica.read_status()
+        if self._status.ready:
             replica.folder.trust()
-        if status != self._status:
-            self._status = status
-            if not self._told.is_set():
-                self._told.set()
-                self._on_loop(self._tell)
+        if not self._told.is_set():
+            self._told.set()
+            self._on_loop(self._tell)
 
-    def _step_down(self, replica: _Replica) -> None:
+    def _step_down(self, replica: Replica) -> None:
         """A stopping leader hands on, so that nobody waits for an election timeout."""
         deadline_s = self._clock.monotonic() + _STEP_DOWN_S_MAX
         if replica._isLeader() and replica.otherNodes:
             replica.transferLeadership()
             while replica._isLeader() and self._clock.monotonic() < deadline_s:
-                replica.doTick(_TICK_S)
+                replica.doTick(_RETRY_S)
 
     def _close(self, folder: RaftFolder | None) -> None:
         with contextlib.suppress(Exception):

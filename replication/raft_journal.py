@@ -36,6 +36,7 @@ _JOURNAL_MAGIC = b"headrace raft journal 1\n"
 _DUMP_MAGIC = b"headrace raft dump 1\n"
 _HEAD = struct.Struct("<IIQQ")
 _MEMBERSHIP = b"\x02"
+_COMMIT_INDEX_S = 10
 _FILES = ("journal", "vote", "dump", "node")
 
 
@@ -142,6 +143,7 @@ class Journal:
         self._end = self._read()
         self._vote = self._read_vote(existed)
         self._vote_saved = True
+        self._seconds_unsaved = 0
         if self._entries and self._vote.term < self._entries[-1].term:
             raise _corrupt(self._vote_path, "is older than the journal")
 
@@ -261,7 +263,7 @@ class Journal:
 
     def _keep(self, vote: Vote) -> None:
         replace_file(self._vote_path, msgspec.json.encode(vote))
-        self._vote, self._vote_saved = vote, True
+        self._vote, self._vote_saved, self._seconds_unsaved = vote, True, 0
 
     def setCurrentTerm(self, term: int, voted_for: str | None) -> None:  # noqa: N802
         """Durable on return: a vote is never given twice in a term."""
@@ -283,12 +285,15 @@ class Journal:
         return self._vote.commit_index
 
     def onOneSecondTimer(self) -> None:  # noqa: N802
-        if not self._vote_saved:
+        """The commit index is only a bound that the journal is checked by, so it may lag."""
+        self._seconds_unsaved += not self._vote_saved
+        if self._seconds_unsaved >= _COMMIT_INDEX_S:
             self._keep(self._vote)
 
     def _destroy(self) -> None:
         self.sync()
-        self.onOneSecondTimer()
+        if not self._vote_saved:
+            self._keep(self._vote)
         self._file.close()
 
     # --- what pysyncobj does not check

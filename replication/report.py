@@ -20,7 +20,7 @@ from replication.commands import Name
 from replication.lease import same_process
 from replication.ownership import NodeReport, Progress, Reports
 
-REPORT_QUIET_S: Final = 2.0
+REPORT_QUIET_S: Final = 4.0
 
 
 class PeerReport(msgspec.Struct, frozen=True):

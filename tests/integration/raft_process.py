@@ -8,15 +8,12 @@ from __future__ import annotations
 
 import asyncio
 import json
-import logging
-import sys
 import time
 from pathlib import Path
 from typing import Any
 
-import structlog
+from order_lines import run
 
-from node.kernel.errors import HeadraceError
 from replication.catalog_raft import CatalogRaft
 from replication.raft_types import RaftSettings
 
@@ -49,17 +46,22 @@ class KeyValues:
         self.state = (number, values, frozenset(seen))
 
 
-def settings_of(text: str) -> RaftSettings:
-    given = json.loads(text)
+def settings_of(given: dict[str, Any]) -> RaftSettings:
     secret = given.pop("secret", None)
     return RaftSettings(**given | {"folder": Path(given["folder"]), "secret": secret.encode() if secret else None})
 
 
 class Process:
-    def __init__(self, settings: RaftSettings) -> None:
+    def __init__(self, given: dict[str, Any]) -> None:
         self.machine = KeyValues()
         self.changes = 0
-        self.raft = CatalogRaft(settings, self.machine, self.changed)
+        self.raft = CatalogRaft(settings_of(given), self.machine, self.changed)
+
+    async def start(self) -> None:
+        await self.raft.start()
+
+    async def stop(self) -> None:
+        await self.raft.stop()
 
     def changed(self) -> None:
         self.changes += 1
@@ -119,33 +121,6 @@ class Process:
             "repr": repr(self.raft.settings),
         }
 
-    async def answer(self, line: bytes) -> None:
-        order = json.loads(line)
-        try:
-            reply = {"n": order["n"], "result": await getattr(self, order["do"])(order)}
-        except HeadraceError as error:
-            reply = {"n": order["n"], "error": type(error).__name__, "message": str(error)}
-        print(json.dumps(reply), flush=True)
-
-
-async def main() -> None:
-    process = Process(settings_of(sys.argv[1]))
-    await process.raft.start()
-    print(json.dumps({"n": 0, "result": "started"}), flush=True)
-    reader = asyncio.StreamReader(limit=1 << 22)
-    await asyncio.get_running_loop().connect_read_pipe(lambda: asyncio.StreamReaderProtocol(reader), sys.stdin)
-    tasks = set()
-    while line := await reader.readline():
-        task = asyncio.create_task(process.answer(line))
-        tasks.add(task)
-        task.add_done_callback(tasks.discard)
-    await process.raft.stop()
-
 
 if __name__ == "__main__":
-    logging.basicConfig(level=logging.DEBUG, stream=sys.stderr)
-    structlog.configure(logger_factory=structlog.PrintLoggerFactory(sys.stderr))
-    try:
-        asyncio.run(main())
-    except HeadraceError as failure:
-        print(json.dumps({"n": 0, "error": type(failure).__name__, "message": str(failure)}), flush=True)
+    run(Process)

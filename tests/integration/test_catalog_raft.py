@@ -4,106 +4,31 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
-import json
 import pickle
 import shutil
 import signal
-import socket
 import struct
-import sys
-import time
 import zlib
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+from order_lines import WAIT_S, Failed, OrderedProcess, free_address, until
 
 from node.kernel.errors import BoundExceeded, CatalogCorrupt, ClusterUnavailable, ConfigError
 from replication.catalog_raft import CatalogRaft
 from replication.raft_types import RaftSettings, is_loopback
 
-PROGRAM = Path(__file__).with_name("raft_process.py")
-ROOT = PROGRAM.parent.parent.parent
 SECRET = "a secret that no log may show"
-WAIT_S = 20.0
 NAMES = ("a", "b", "c")
 
 
-def free_address() -> str:
-    with socket.socket() as taken:
-        taken.bind(("127.0.0.1", 0))
-        return f"127.0.0.1:{taken.getsockname()[1]}"
-
-
-async def until(what: str, condition: Callable[[], Awaitable[Any]]) -> Any:
-    """The first truthy answer of the condition."""
-    deadline_s = time.monotonic() + WAIT_S
-    while time.monotonic() < deadline_s:
-        answer = await condition()
-        if answer:
-            return answer
-        await asyncio.sleep(0.02)
-    raise AssertionError(f"waited {WAIT_S} s for {what}")
-
-
-class Failed(Exception):
-    """A node's answer was an error; `name` is that of its class."""
-
-    def __init__(self, name: str, message: str) -> None:
-        super().__init__(f"{name}: {message}")
-        self.name = name
-
-
-class Node:
+class Node(OrderedProcess):
     def __init__(self, settings: dict[str, Any], log: Path) -> None:
-        self.settings = settings
+        super().__init__(Path(__file__).with_name("raft_process.py"), settings, log)
         self.name = settings["name"]
         self.folder = Path(settings["folder"])
-        self.log = log
-        self.answers: dict[int, asyncio.Future[Any]] = {}
-        self.number = 0
-        self.process: asyncio.subprocess.Process | None = None
-
-    async def start(self) -> Node:
-        self.number = 0
-        with self.log.open("ab") as log:
-            self.process = await asyncio.create_subprocess_exec(
-                *(sys.executable, str(PROGRAM), json.dumps(self.settings)),
-                stdin=asyncio.subprocess.PIPE,
-                stdout=asyncio.subprocess.PIPE,
-                stderr=log,
-                env={"PYTHONPATH": str(ROOT), "PATH": ""},
-                limit=1 << 22,
-            )
-        self.answers = {0: asyncio.get_running_loop().create_future()}
-        self.reading = asyncio.create_task(self._read(self.process))
-        await asyncio.wait_for(self.answers[0], WAIT_S)
-        return self
-
-    async def _read(self, process: asyncio.subprocess.Process) -> None:
-        assert process.stdout is not None
-        while line := await process.stdout.readline():
-            reply = json.loads(line)
-            future = self.answers[reply["n"]]
-            if future.done():
-                continue
-            if "error" in reply:
-                future.set_exception(Failed(reply["error"], reply["message"]))
-            else:
-                future.set_result(reply["result"])
-        for future in self.answers.values():
-            if not future.done():
-                future.set_exception(Failed("Ended", self.log.read_text()[-2000:]))
-                future.exception()
-
-    async def ask(self, do: str, **order: Any) -> Any:
-        assert self.process is not None
-        assert self.process.stdin is not None
-        self.number += 1
-        answer = self.answers[self.number] = asyncio.get_running_loop().create_future()
-        self.process.stdin.write(json.dumps({"n": self.number, "do": do, **order}).encode() + b"\n")
-        return await asyncio.wait_for(answer, WAIT_S)
 
     async def put(self, key: str, value: Any, identity: str = "", wait_s: float = 10.0) -> Any:
         command = {"id": identity or f"{key}={value}", "key": key, "value": value}
@@ -117,24 +42,6 @@ class Node:
     async def status(self) -> dict[str, Any]:
         status: dict[str, Any] = await self.ask("status")
         return status
-
-    def signal(self, number: int) -> None:
-        assert self.process is not None
-        self.process.send_signal(number)
-
-    async def kill(self) -> None:
-        if self.process is not None and self.process.returncode is None:
-            self.signal(signal.SIGCONT)
-            self.signal(signal.SIGKILL)
-            await self.process.wait()
-            await self.reading
-
-    async def stop(self) -> None:
-        assert self.process is not None
-        assert self.process.stdin is not None
-        self.process.stdin.close()
-        await asyncio.wait_for(self.process.wait(), WAIT_S)
-        await self.reading
 
 
 class Cluster:
