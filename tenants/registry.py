@@ -99,10 +99,10 @@ class Shared:
         known = self.version(name, version)
         return known.state if known is not None else ""
 
-    def is_newest(self, name: ModelName, version: str) -> bool:
-        """Whether no other version of the model was put after this one."""
-        waits = any(known.state == "passed" for known in self.versions.get(name, {}).values())
-        return self.standing(name, version) == ("passed" if waits else "live")
+    def newest(self, name: ModelName) -> str:
+        """The version of the model that was put last, unless it was taken back; '' without one."""
+        by_state = {known.state: version for version, known in self.versions.get(name, {}).items()}
+        return by_state.get("passed") or by_state.get("live") or ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -119,6 +119,10 @@ class Snapshot:
         """What `compile_plan` takes, in order of the models' names."""
         entries = sorted(self.models.items())
         return tuple((entry.live.version, entry.live.manifest) for _, entry in entries if entry.live is not None)
+
+    def on_trial(self, name: ModelName, version: str) -> bool:
+        newest = self.models[name].newest if name in self.models else None
+        return newest is not None and newest.state == "candidate" and newest.version == version
 
     def with_entry(self, entry: Entry) -> Snapshot:
         return replace(self, number=self.number + 1, models={**self.models, entry.name: entry})

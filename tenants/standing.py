@@ -64,7 +64,7 @@ def pair_known(snapshot: Snapshot, shared: Shared, event: PairSeen, manifest: Ma
     assert newest is not None
     # What a node without memory finds when it starts may be older than what the cluster has: no wish of now.
     wished = taken != version and not (event.first and taken is None)
-    if agreed is not None and wished and not shared.is_newest(name, version):
+    if agreed is not None and wished and shared.newest(name) != version:
         newest = replace(newest, state="passed", report=decode_report(agreed.report))
     else:
         newest = _stands(shared, name, newest)
@@ -76,10 +76,10 @@ def pair_known(snapshot: Snapshot, shared: Shared, event: PairSeen, manifest: Ma
 
 
 def pair_gone(snapshot: Snapshot, shared: Shared, entry: Entry) -> Snapshot:
-    """The pair's files are gone: the model is withdrawn if it was this pair that the cluster runs, or is about to."""
+    """The pair's files are gone: the model is withdrawn, unless the cluster has taken another node's pair since."""
     name = entry.name
     taken = shared.taken.get(name)
-    if taken is not None and shared.is_newest(name, taken):
+    if taken is not None and name in shared.versions and shared.newest(name) in (taken, ""):
         snapshot = snapshot.sharing(gone=shared.gone | {name})
     else:
         snapshot = snapshot.sharing(taken=_less(shared.taken, name))
@@ -167,6 +167,9 @@ def agreed(snapshot: Snapshot, before: Shared, event: Agreed, schema: EventSchem
         actions.extend(_swapped(entry, after))
         if after != Entry(name):
             models[name] = after
+    for name in [name for name in shared.gone if shared.newest(name) not in (taken.get(name), "")]:
+        shared = replace(shared, gone=shared.gone - {name})  # put anew by another node: no longer this one's to delete
+        taken.pop(name, None)
     actions.extend(RemoveTenant(tenant) for tenant in sorted(snapshot.tenants.keys() - event.settings.keys()))
     shared = replace(shared, taken=taken)
     return Snapshot(snapshot.number + 1, models, dict(event.settings), shared), tuple(actions)

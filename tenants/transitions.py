@@ -119,8 +119,8 @@ def _(event: PairGone, snapshot: Snapshot, schema: EventSchema) -> Step:
 @_apply.register
 def _(event: TrialPassed, snapshot: Snapshot, schema: EventSchema) -> Step:
     entry = snapshot.models.get(event.name)
-    tried = entry.newest if entry is not None else None
-    if entry is None or tried is None or tried.manifest is None or not _on_trial(tried, event.version):
+    tried = entry.newest if entry is not None and snapshot.on_trial(event.name, event.version) else None
+    if entry is None or tried is None or tried.manifest is None:
         return snapshot, ()
     if snapshot.shared is not None:
         passed = replace(tried, state="passed", report=event.report)
@@ -138,7 +138,7 @@ def _(event: TrialPassed, snapshot: Snapshot, schema: EventSchema) -> Step:
 @_apply.register
 def _(event: TrialFailed, snapshot: Snapshot, schema: EventSchema) -> Step:
     entry = snapshot.models.get(event.name)
-    if entry is None or entry.newest is None or not _on_trial(entry.newest, event.version):
+    if entry is None or entry.newest is None or not snapshot.on_trial(event.name, event.version):
         return snapshot, ()
     refused = replace(entry.newest, state="refused", problems=(f"{event.name.model}{event.suffix}: {event.reason}",))
     return snapshot.with_entry(replace(entry, newest=refused)), (WriteStatus(event.name),)
@@ -211,10 +211,6 @@ def _without_wait(snapshot: Snapshot) -> Step:
             snapshot, more = _tried(snapshot, name)
             actions.extend(more)
     return snapshot, tuple(actions)
-
-
-def _on_trial(newest: Newest, version: str) -> bool:
-    return newest.state == "candidate" and newest.version == version
 
 
 def _checked(snapshot: Snapshot, name: ModelName, manifest: bytes, schema: EventSchema) -> Manifest:

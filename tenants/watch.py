@@ -312,6 +312,8 @@ class ModelWatcher:
                 await self._apply(TenantSeen(TenantSettings(tenant)))
             if self._settled(key, signature, now):
                 seen = await asyncio.to_thread(self._read_tenant, tenant, signature)
+                if seen is None and tenant not in self._snapshot.tenants:
+                    seen = TenantSeen(TenantSettings(tenant))  # its models need not wait until the file is mended
                 if seen is not None:
                     await self._apply(seen)
 
@@ -579,6 +581,8 @@ class ModelWatcher:
     async def _try(self, trial: StartTrial) -> None:
         version = trial.version
         async with self._trial_slots:
+            if not self._snapshot.on_trial(version.name, version.version):
+                return  # meanwhile it is gone, or the cluster has it from another node
             self._counters.trials += 1
             try:
                 report = await self._loaded(version, trial.text_features)

@@ -550,6 +550,34 @@ def test_a_deletion_counts_once_it_is_agreed_and_not_against_a_newer_version() -
     assert BID not in two.snapshot.models
 
 
+def test_a_withdrawal_that_was_overtaken_or_cut_off_ends_as_the_cluster_wants() -> None:
+    cluster, nodes = started()
+    one, two, three = nodes
+    one.directory[BID] = one.directory[FRAUD] = manifest(), 1
+    settle(cluster, nodes)
+    first = one.directory.pop(BID)
+    one.look()
+    two.directory[BID] = manifest(), 2
+    two.look()
+    two.try_all()
+    two.publish()
+    one.hear()
+    assert publications(one.snapshot) == (), "it is the other node's model now"
+    del two.directory[BID]
+    two.directory[FRAUD] = manifest(), 1
+    settle(cluster, nodes)
+    assert str(BID) not in cluster.catalog.models
+
+    three.directory = {BID: first, FRAUD: (manifest(), 1)}
+    settle(cluster, nodes)
+    version, key = three.pool[BID], BID
+    cluster.propose(RetireVersion(revision=cluster.revision, tenant=key.tenant, model=key.model, version=version))
+    del three.directory[BID]
+    three.restart()
+    settle(cluster, nodes)
+    assert str(BID) not in cluster.catalog.models, "a withdrawal that was half done is done"
+
+
 def test_a_retired_pair_is_live_again_when_another_node_puts_it() -> None:
     cluster, nodes = started()
     one, two, three = nodes
