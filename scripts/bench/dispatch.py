@@ -10,6 +10,7 @@ import argparse
 import contextlib
 import importlib
 import json
+import signal
 import sys
 from pathlib import Path
 
