@@ -50,6 +50,10 @@ _LOOK_SECONDS = 15.0
 """How often the leader looks at the source topics for added partitions."""
 _TELL_SECONDS = 0.4
 """A release that could not be told is told again after this."""
+_LEASE_LOST = (
+    "this node has not heard from the quorum for its lease, or is no longer the owner; it goes on by itself once it "
+    "is back, see the cluster's status"
+)
 Guard = Callable[[], None]
 OpenSession = Callable[[int, StateFolder, Guard], Awaitable[PartitionSession]]
 """Opens a session of a partition on its state; the guard is for its outbox."""
@@ -150,7 +154,7 @@ class Replica:
     def __init__(self, number: int, state: StateFolder, around: Surroundings) -> None:
         self.number = number
         self.condition = Condition()
-        self.epoch = 0
+        self.held: Held | None = None
         self.duty = NO_DUTY
         self.released_revision = 0
         self._state = state
@@ -161,8 +165,8 @@ class Replica:
         self._layout: tuple[bytes | None, Layout] = (None, Layout.empty())
         self._opening_since = 0.0
 
-    def assign(self, duty: Duty, epoch: int) -> None:
-        self.epoch = epoch
+    def assign(self, held: Held | None, duty: Duty) -> None:
+        self.held = held
         if duty != self.duty:
             self.duty = duty
             self._changed.set()
@@ -228,10 +232,7 @@ class Replica:
 
         def guard() -> None:
             if not around.ownership.may_own(self.number, epoch):
-                raise LeaseLost(
-                    f"partition {self.number}: the lease is over or another node owns it now; this node goes on by "
-                    "itself once it hears from the quorum, see the cluster's status"
-                )
+                raise LeaseLost(_LEASE_LOST)
 
         return Partition(
             self.number,
@@ -278,7 +279,7 @@ class Replica:
 
         changed = asyncio.ensure_future(self._until_other(duty))
         self._around.standbys.add(self.number, store, fail)
-        self.condition.phase, self.condition.reason = "running", ""
+        self._tell_standing_by(duty)
         try:
             await asyncio.wait({failed, changed}, return_when=asyncio.FIRST_COMPLETED)
         finally:
@@ -286,6 +287,15 @@ class Replica:
             await self._around.standbys.remove(self.number)
         if failed.done():
             failed.result()
+
+    def _tell_standing_by(self, duty: Duty) -> None:
+        condition = self.condition
+        if duty.role == "release":
+            condition.phase, condition.reason = "waiting", f"it moves to {duty.to}"
+        elif self.role == "owner":
+            condition.phase, condition.reason = "waiting", _LEASE_LOST
+        else:
+            condition.phase, condition.reason = "running", ""
 
     async def _mend(self, failure: Exception) -> None:
         """What a failure asks for before the next attempt; whatever it was, the store is opened again."""
@@ -332,10 +342,14 @@ class Replica:
 
     @property
     def role(self) -> Role:
-        """What this node is, whatever it may do at present."""
-        if self.duty.role in ("own", "release"):
-            return "owner"
-        return "none" if self.duty.role == "none" else "standby"
+        """What this node is by the catalog, whatever it may do at present."""
+        if self.held is None:
+            return "none"
+        return "owner" if self.held.owner else "standby"
+
+    @property
+    def epoch(self) -> int:
+        return 0 if self.held is None else self.held.epoch
 
     @property
     def session(self) -> PartitionSession | None:
@@ -425,8 +439,7 @@ class Replicas:
         held = ownership.held()
         for number in [*held, *(number for number in self._all if number not in held)]:
             mine = held.get(number)
-            replica = self._replica(number)
-            replica.assign(duty_of(mine, ownership.may_own), mine.epoch if mine else replica.epoch)
+            self._replica(number).assign(mine, duty_of(mine, ownership.may_own))
         if ownership.leads and not self._led:
             self._look_now.set()
         self._led = ownership.leads
@@ -473,7 +486,7 @@ class Replicas:
         reasons = [self.reason] if self.reason and self._led else []
         for number, replica in sorted(self._all.items()):
             condition = replica.condition
-            if replica.duty.role == "own" and condition.phase != "running":
+            if replica.role == "owner" and replica.duty.role != "release" and condition.phase != "running":
                 reasons.append(f"partition {number} is {condition.phase}: {condition.reason or 'recovering'}")
         return reasons
 

@@ -32,7 +32,9 @@ class PartitionView(Protocol):
 
     number: int
     condition: Condition
-    epoch: int
+
+    @property
+    def epoch(self) -> int: ...
 
     @property
     def role(self) -> Role: ...

@@ -55,16 +55,29 @@ async def broker_call(what: str, call: Awaitable[Result], wait_ms_max: int = BRO
 
 
 async def close_quietly(what: str, call: Awaitable[Any], wait_ms_max: int = 2_000) -> None:
-    """Stop a client that is given up; a failure is logged, since there is nobody left to handle it."""
-    try:
-        async with asyncio.timeout(wait_ms_max / 1000):
-            await call
-    except asyncio.CancelledError:
-        if _cancelled():
-            raise
+    """Stop a client that is given up; a failure is logged, since there is nobody left to handle it.
+
+    In a task of its own: the client awaits tasks that it has cancelled and drops what that raises, so it would also
+    drop a cancellation of ours, and a caller that is cancelled meanwhile would go on for ever.
+    """
+    closing = asyncio.ensure_future(call)
+    _closing.add(closing)
+    closing.add_done_callback(lambda closed: _closed(what, closed))
+    done, _ = await asyncio.wait({closing}, timeout=wait_ms_max / 1000)
+    if not done:
+        closing.cancel()
+
+
+_closing: set[asyncio.Future[Any]] = set()
+"""The loop itself does not keep tasks alive."""
+
+
+def _closed(what: str, closed: asyncio.Future[Any]) -> None:
+    _closing.discard(closed)
+    if closed.cancelled():
         log.debug("client stopped with a cancelled task", what=what)
-    except Exception as failure:  # the client raises whatever its inner tasks raised
-        log.debug("client did not stop cleanly", what=what, error=repr(failure))
+    elif closed.exception() is not None:  # the client raises whatever its inner tasks raised
+        log.debug("client did not stop cleanly", what=what, error=repr(closed.exception()))
 
 
 def _cancelled() -> bool:
