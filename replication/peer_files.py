@@ -141,6 +141,7 @@ class Download:
             self._file.seek(0)
             buffer = memoryview(bytearray(_PIECE_BYTES))
             while count := self._file.readinto(buffer):
+                self._check_aborted()
                 self._digest.update(buffer[:count])
                 self.offset += count
         if self.offset > (self._bytes_max if self._size is None else self._size):
@@ -181,7 +182,7 @@ class Download:
             connection.connect()
             connection.sock.settimeout(stall_s_max)
             self._socket = connection.sock  # which the connection forgets once the answer has begun
-            self._check_aborted(address)
+            self._check_aborted()
             yield connection
         finally:
             self._socket = None
@@ -210,7 +211,7 @@ class Download:
         buffer = memoryview(bytearray(min(_PIECE_BYTES, count) or 1))
         while count:
             got = response.readinto(buffer[: min(count, len(buffer))])
-            self._check_aborted(address)
+            self._check_aborted()
             if not got:
                 raise PeerUnavailable(f"{address} ended the file {count} bytes early; it is resumed when asked again")
             self._write(buffer[:got])
@@ -239,9 +240,9 @@ class Download:
                 written += self._file.write(piece[written:])
         self.offset += written
 
-    def _check_aborted(self, address: str) -> None:
+    def _check_aborted(self) -> None:
         if self._aborted:
-            raise PeerUnavailable(f"the transfer from {address} was given up: too slow, or stopped; ask again")
+            raise PeerUnavailable(f"{self._part.name} was given up: its peer is too slow, or the node stops; ask again")
 
     def abort(self) -> None:
         """Make the attempt in progress, and any later one, fail soon."""

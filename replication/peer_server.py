@@ -52,6 +52,7 @@ _RANGE = re.compile(r"bytes=([0-9]{1,15})-")
 _UNSAFE = re.compile(r"[\x00-\x1f\x7f/\\]")
 _KEPT_ALIVE_SECONDS = 30.0
 _STOP_SECONDS_MAX = 5.0
+_SILENT_SECONDS = 60.0
 _HEADERS_PROBE_SECONDS = 0.005
 
 
@@ -128,6 +129,7 @@ class PeerServer:
         self._bytes_sent = 0
         self._answered: Counter[str] = Counter()
         self._refused: Counter[str] = Counter()
+        self._silent_until_s: dict[str, float] = {}
         self._server: _Server | None = None
         self._runner: web.ServerRunner | None = None
 
@@ -204,9 +206,16 @@ class PeerServer:
     async def _turned_away(self, request: web.BaseRequest, failure: NotAuthentic) -> web.StreamResponse:
         """Its body is not read. A stranger is told why, without proof that this node has the secret."""
         self._refused[failure.kind] += 1
-        log.info("peer call refused", kind=failure.kind, reason=str(failure), remote=request.remote)
+        self._say(failure, request.remote)
         status = _AUTHENTICATION_STATUS.get(failure.kind, HTTPStatus.UNAUTHORIZED)
         return self._problem(_Refusal(status, failure.kind, str(failure), close=request.can_read_body), failure.nonce)
+
+    def _say(self, failure: NotAuthentic, remote: str | None) -> None:
+        """Each kind once a minute: whoever reaches the port can have calls refused, and must not fill the disk."""
+        now_s = self._clock.monotonic()
+        if failure.kind != "misdirected" and now_s >= self._silent_until_s.get(failure.kind, now_s):
+            self._silent_until_s[failure.kind] = now_s + _SILENT_SECONDS
+            log.warning("peer call refused", kind=failure.kind, reason=str(failure), remote=remote)
 
     async def _bounded(self, request: web.BaseRequest, claims: Claims) -> web.StreamResponse | Path:
         """The reply, sent unless it is a file."""
@@ -444,7 +453,7 @@ class _Connection(web.RequestHandler):
     ) -> web.StreamResponse:
         if request.writer.output_size > 0:
             raise ConnectionError("part of an answer is sent already")
-        log.info("peer call malformed", error=repr(exc), remote=request.remote)
+        log.debug("peer call malformed", error=repr(exc), remote=request.remote)
         refusal = _Refusal(HTTPStatus.BAD_REQUEST, "refused", "this is not a call as nodes make them", close=True)
         response = web.Response(status=400, body=refusal.document(), headers={"Content-Type": PROBLEM_TYPE})
         response.force_close()

@@ -180,7 +180,7 @@ PEER_CONNECTIONS_MAX = 256
 PEER_REQUESTS_MAX = 128
 """In progress, files being sent left aside; one more is answered 503."""
 PEER_REQUEST_MS_MAX = 30_000
-PEER_BODY_BYTES_MAX = 4 * MIB
+PEER_BODY_BYTES_MAX = 1 * MIB
 PEER_REPLY_BYTES_MAX = 16 * MIB
 """Of a reply that is no file."""
 PEER_ASKS_MAX = 256
@@ -229,7 +229,10 @@ SNAPSHOT_FETCHES_MAX = 4
 SNAPSHOT_THREADS_MAX = 4
 SNAPSHOT_PIN_MS_MAX = 120_000
 """A snapshot whose manifest or file a peer asked for within it is not removed."""
-SNAPSHOT_TAKE_MS_MAX = 3600 * 1000
+SNAPSHOT_LOOK_MS = 1_000
+"""How often it is looked which partitions are due for a snapshot."""
+SNAPSHOT_RETRY_MS = 30_000
+"""A snapshot that could not be taken or uploaded is tried again after this."""
 SNAPSHOT_ATTEMPTS_MAX = 3
 """Snapshots tried in one restore: one may be removed, or its node go, while it is being fetched."""
 SNAPSHOT_UPLOAD_MS_MAX = 30 * 60 * 1000
@@ -241,14 +244,19 @@ SNAPSHOT_INSPECT_MS_MAX = 30 * 60 * 1000
 CUT_INTERVAL_MS = 10_000
 CUT_DELAY_MS = 600_000
 """A changelog is cut where it could have been so long ago: who restores a snapshot still finds what follows it."""
+CUT_CANDIDATES_MAX = 64
+"""Of one partition: places to cut that wait for the delay to pass; while there are so many, no newer is noted."""
+CUT_STORE_MS_MIN = 60_000
+"""How often the store by URL is asked for a partition's newest snapshot, where nodes have too few: asking costs."""
 DIGEST_BUCKETS = 4096
 DIGEST_BUCKET_ENTRIES_MAX = 65_536
 DIGEST_DIFFERENCES_MAX = 10
 """Customers named of stores that differ."""
 VERIFY_HOLD_MS_MAX = 60_000
 """A standby that is held for a comparison goes on after this, whatever became of it."""
-VERIFIES_KEPT_MAX = 64
-"""Outcomes of comparisons remembered."""
+VERIFY_ANSWER_MS = 20_000
+"""A call of a comparison that takes longer is answered with nothing and made again."""
+VERIFY_LOOK_MS = 20
 OPERATOR_JOBS_MAX = 8
 """Snapshots and checks that operators have started on a node and that run; one more is refused."""
 OPERATOR_JOBS_KEPT_MAX = 1024

@@ -580,7 +580,7 @@ async def test_a_peer_that_does_not_read_holds_no_thread(peer: FilePeer, monkeyp
     await until(lambda: peer.server.statistics().files_in_progress == 1)
     await until(lambda: peer.server.statistics().files_in_progress == 0)
     assert peer.server.statistics().bytes_sent == 0
-    writer.close()
+    writer.transport.abort()
 
 
 async def test_more_files_than_may_be_sent_are_refused(
