@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 from sim_broker import Row, plain_fold
+from sim_models import ModelChecks
 
 from node.state.memory import MemoryStore
 from replication.catalog import Catalog, apply, problem
@@ -28,6 +29,7 @@ class InvariantBroken(AssertionError):
 class Checks:
     def __init__(self, world: World) -> None:
         self.world = world
+        self.models = ModelChecks(world)
         self.catalogs: list[Catalog] = [Catalog()]
         self.effective: set[Command] = set()
         self.history: list[dict[int, dict[bytes, bytes]]] = []
@@ -54,6 +56,7 @@ class Checks:
             if command in self.effective:
                 self.fail("(e) a command counted twice", command)
             self.effective.add(command)
+            self.models.changed(command, before, catalog)
         self._changes_are_sound(before, catalog)
         self.catalogs.append(catalog)
 
@@ -75,18 +78,22 @@ class Checks:
         twice = [partition for partition, count in Counter(c.partition for c in commands).items() if count > 1]
         if twice:
             self.fail("(f) two steps of one partition at once", twice)
+        self.all_is_valid(catalog, commands)
+        for command in commands:
+            if isinstance(command, StartMove):
+                self._target_has_caught_up(command)
+
+    def all_is_valid(self, catalog: Catalog, commands: Sequence[Command]) -> None:
         for command in commands:
             reason = problem(catalog, command)
             if reason:
-                self.fail("(f) the plan proposes what the catalog refuses", command, reason)
+                self.fail("(f) the leader proposes what the catalog refuses", command, reason)
             catalog = apply(catalog, command)
-            if isinstance(command, StartMove):
-                self._target_has_caught_up(command)
 
     def _target_has_caught_up(self, command: StartMove) -> None:
         world, partition = self.world, command.partition
         node = world.nodes[command.to]
-        if world.now_ms - world.fault_ms[command.to] < STALE_MS:
+        if not world.is_well(node):
             return
         replica = node.replicas.get(partition)
         offset = -1 if replica is None else replica.store.changelog_offset()
@@ -169,7 +176,9 @@ class Checks:
                     return f"partition {partition} on {name} is at event {progress} of {log.source_end}"
         owned = Counter(held.owner for held in catalog.partitions)
         counts = [owned[name] for name in able] or [0]
-        return "" if max(counts) - min(counts) <= 1 else f"owners are not balanced: {dict(owned)}"
+        if max(counts) - min(counts) > 1:
+            return f"owners are not balanced: {dict(owned)}"
+        return self.models.unfinished(catalog)
 
     def at_the_end(self) -> None:
         for partition, log in enumerate(self.world.logs):

@@ -31,6 +31,9 @@ class Disk:
     snapshots: dict[int, Snapshot] = field(default_factory=dict)
     """Partition -> the newest snapshot that was verified; an older one is dropped only then."""
 
+    blobs: set[str] = field(default_factory=set)
+    """Model files."""
+
     def keep(self, partition: int, snapshot: Snapshot) -> None:
         """A node that has just come back may make one that is older than what it has; that is not kept."""
         held = self.snapshots.get(partition)

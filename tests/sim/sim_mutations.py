@@ -7,6 +7,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
+import msgspec
+import sim_models
 import sim_node
 import sim_session
 from sim_broker import PartitionLog, Transaction
@@ -16,8 +18,9 @@ from sim_world import simulate
 
 from replication import catalog as catalog_module
 from replication import ownership
-from replication.catalog import Assignment, Catalog
-from replication.commands import CompleteMove, RenewLease, StartMove, TakeOver
+from replication import rollout as rollout_module
+from replication.catalog import Assignment, Catalog, Version
+from replication.commands import CompleteMove, GoLive, RenewLease, StartMove, TakeOver
 from replication.frame import FrameAssembler
 from replication.ownership import Reports
 
@@ -244,6 +247,35 @@ def _go_on_while_moving(node: SimNode, replica: Replica, held: Assignment) -> No
     replica.own(held.epoch)
 
 
+# models
+
+
+def _live_whoever_has_it(catalog: Catalog, command: GoLive) -> Catalog | str:
+    """Without a look at who has the file."""
+    some = catalog_module.replace(catalog, holders=dict.fromkeys(catalog.holders, dict.fromkeys(command.holders, 0)))
+    after = catalog_module._go_live(some, command)
+    return after if isinstance(after, str) or after is some else catalog_module.replace(after, holders=catalog.holders)
+
+
+def _live_though_stale(catalog: Catalog, command: GoLive) -> Catalog | str:
+    """Also when another version was put since."""
+    fresh = msgspec.structs.replace(command, revision=catalog.revision)
+    return catalog_module._go_live(catalog, fresh)
+
+
+def _keep_what_waits(versions: Mapping[str, Version], _who: str, _at_ms: int) -> dict[str, Version]:
+    return dict(versions)
+
+
+def _everything_newest(catalog: Catalog, members: tuple[str, ...]) -> Iterator[Any]:
+    """Goes live wherever the file is, and whether or not it was taken back or replaced."""
+    for model in catalog.models.values():
+        for version in model.versions.values():
+            if version.state != "live" and members and catalog.holders[version.blob].keys() >= set(members):
+                yield rollout_module._go_live(catalog, model, version, members)
+                break
+
+
 CATALOG = catalog_module._HANDLERS
 
 MUTATIONS = (
@@ -251,7 +283,7 @@ MUTATIONS = (
     Mutation(
         "lease not compared",
         "a takeover of an owner that has renewed since",
-        ((CATALOG, TakeOver, _take_over_of_the_living), (ownership, "takeover_wait_ms", _always(900))),
+        ((CATALOG, TakeOver, _take_over_of_the_living),),
     ),
     Mutation(
         "owner twice", "the new owner stays its own standby", ((catalog_module, "_with_owner", _owner_stays_standby),)
@@ -282,6 +314,16 @@ MUTATIONS = (
         "the broker takes what a fenced producer sends",
         ((PartitionLog, "commit", _commit_whoever), (PartitionLog, "send", _send_whoever)),
     ),
+    Mutation(
+        "live without file",
+        "the leader asks one node only, the catalog none",
+        ((CATALOG, GoLive, _live_whoever_has_it), (sim_models, "living", lambda *_: frozenset("a"))),
+    ),
+    Mutation("live though replaced", "an older version goes live late", ((CATALOG, GoLive, _live_though_stale),)),
+    Mutation(
+        "many wait", "what waited stays when a newer is put", ((catalog_module, "_without_passed", _keep_what_waits),)
+    ),
+    Mutation("old versions too", "the leader takes any version", ((rollout_module, "_commands", _everything_newest),)),
     Mutation("no fold", "a new owner serves before the tail is folded", ((Replica, "_inited", _serve_unfolded),)),
     Mutation(
         "fold, then fence",

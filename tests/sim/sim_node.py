@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+import sim_models
 from sim_disk import Disk
 from sim_session import Replica
 
@@ -47,6 +48,7 @@ class SimNode:
         self.start_at_ms = 0.0
         self.folds = 1.0
         self.boots = 0
+        self.joined = 0
         self.boot()
 
     def boot(self) -> None:
@@ -115,7 +117,8 @@ class SimNode:
 
     def step(self) -> None:
         member = self.catalog.nodes.get(self.name)
-        if member is None or member.incarnation != self.disk.incarnation:
+        self.joined = 0 if member is None else member.incarnation
+        if self.joined != self.disk.incarnation:
             if self.is_due("join", 1000):
                 self.propose(self._join_command())
             return
@@ -126,6 +129,8 @@ class SimNode:
                 self._attend(partition, held)
             else:
                 self._clean(partition)
+        if self.is_due("models", sim_models.LOOK_MS):
+            sim_models.look(self)
         if self.is_due("report", REPORT_MS):
             self.reported += 1
             number = (self.boots << 20) + self.reported
@@ -261,7 +266,9 @@ class SimNode:
 
     def _lead(self) -> None:
         if self.is_due("plan", PLAN_MS):
-            commands = plan(self.catalog, self._reports(), int(self.local_ms), self.world.plan_settings)
+            reports = self._reports()
+            sim_models.lead(self, reports)
+            commands = plan(self.catalog, reports, int(self.local_ms), self.world.plan_settings)
             self.world.checks.plan_is_right(self.catalog, commands)
             for command in commands:
                 self.world.propose(self, command)

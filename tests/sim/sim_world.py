@@ -5,11 +5,12 @@ from __future__ import annotations
 import heapq
 import itertools
 import random
-from collections import Counter, deque
+from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
+import sim_models
 from sim_broker import PartitionLog
 from sim_checks import STALE_MS, Checks, InvariantBroken
 from sim_node import SimNode, Told
@@ -20,6 +21,7 @@ from replication.commands import (
     Command,
     DrainNode,
     GrowPartitions,
+    PutTenant,
     RenewLease,
     SetSettings,
     decode_command,
@@ -88,7 +90,7 @@ class World:
         self.fault_ms = dict.fromkeys(self.nodes, -1e9)
         self.loss_ms = -1e9
         self.group = dict.fromkeys(self.nodes, 0)
-        self.running_in: Counter[int] = Counter()
+        self.running_in = [0, 0]
         """Side of the network -> nodes there that run in this step."""
         self.without_kafka: set[str] = set()
         self.logs = [PartitionLog() for _ in range(self.random.choice((2, 3, 4)))]
@@ -97,6 +99,7 @@ class World:
         self.raft.log += [
             SetSettings(revision=0, settings=self.settings),
             GrowPartitions(revision=1, count=len(self.logs)),
+            PutTenant(revision=2, name=sim_models.TENANT, settings=""),
         ]
 
     def note(self, *facts: object) -> None:
@@ -193,6 +196,16 @@ class World:
                 lambda: self._to_node(node, boots, lambda: replica.restore(snapshot)), self.random.uniform(100, 700)
             )
 
+    def ask_blob(self, node: SimNode, blob: str) -> None:
+        disk = node.disk
+        near = (
+            other
+            for other in self.nodes.values()
+            if other.running() and self.group[other.name] == self.group[node.name]
+        )
+        if any(blob in other.disk.blobs for other in near) and not self._lost():
+            self._send(lambda: disk.blobs.add(blob), self.random.uniform(50, 900))
+
     def replicas_verified(self, asker: SimNode, partition: int) -> dict[str, int]:
         """What those that have the partition, as the asker knows, answer it of their snapshots."""
         held = asker.catalog.partitions[partition]
@@ -274,6 +287,15 @@ class World:
             node.folds = self.random.choice((0.05, 0.3, 1.0))
         elif choice < 0.100:
             self._drain(node)
+        elif choice < 0.120 and node.running():
+            sim_models.put(node)
+        elif choice < 0.123 and node.disk.blobs:
+            node.disk.blobs.discard(self.random.choice(sorted(node.disk.blobs)))
+            self._fault("file lost", node)
+
+    def is_well(self, node: SimNode) -> bool:
+        """Whether a leader's view of it may be expected to be right: nothing has been wrong with it for a while."""
+        return self.now_ms - self.fault_ms[node.name] >= STALE_MS
 
     def _fault(self, what: str, *nodes: SimNode) -> None:
         self.note("fault", what, *(node.name for node in nodes))
@@ -323,6 +345,17 @@ class World:
             node.start_at_ms = min(node.start_at_ms, self.now_ms)
         self.note("healed")
 
+    def _look_around(self) -> None:
+        """Who runs, and who is not well in this step."""
+        apart = any(self.group.values())
+        self.running_in = [0, 0]
+        for name, node in self.nodes.items():
+            if node.running():
+                self.running_in[self.group[name]] += 1
+                if not apart and node.joined == node.disk.incarnation:
+                    continue
+            self.fault_ms[name] = self.now_ms
+
     # the loop
 
     def step(self) -> None:
@@ -338,7 +371,7 @@ class World:
             if not node.alive and self.now_ms >= node.start_at_ms:
                 node.boot()
                 self.note("start", node.name)
-        self.running_in = Counter(self.group[name] for name, node in self.nodes.items() if node.running())
+        self._look_around()
         self._elect()
         while self.messages and self.messages[0][0] <= self.now_ms:
             heapq.heappop(self.messages)[2]()

@@ -12,8 +12,8 @@ from sim_mutations import MUTATIONS, Mutation, seeds_until_caught
 from sim_world import Outcome, World, simulate
 
 STEPS = 200
-SEEDS = 3000
-SEEDS_A_TEST = 300
+SEEDS = 2500
+SEEDS_A_TEST = 250
 MUTATED_SEEDS_MAX = 300
 
 
