@@ -79,6 +79,11 @@ class LocalClusterView:
         except (HeadraceError, msgspec.MsgspecError):
             return self.local()
 
+    def unready(self) -> list[str]:
+        if self._cluster.ready:
+            return []
+        return ["the cluster has no leader that this node can hear, or has not taken it in yet: see /v1/cluster"]
+
     def encoded(self) -> bytes:
         return msgspec.json.encode(self.local())
 

@@ -6,6 +6,7 @@ says; while that can't be reached, with what the catalog says, and `complete` is
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Literal, Protocol, TypeAlias
 
 from node.serving.view import Body
@@ -122,3 +123,7 @@ class ClusterStatus(Body, frozen=True):
 
 class ClusterView(Protocol):
     async def cluster(self) -> ClusterStatus: ...
+
+    def unready(self) -> Sequence[str]:
+        """Why this node is no part of the cluster now, one line each; empty: it is."""
+        ...

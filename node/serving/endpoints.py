@@ -95,15 +95,18 @@ class Endpoints:
         return routes
 
     def node_status(self) -> NodeStatus:
-        reasons = list(self._view.unready())
+        reasons = self._unready()
         status = self._view.status()
         return msgspec.structs.replace(status, ready=not reasons, reasons=reasons, http=self._http())
+
+    def _unready(self) -> list[str]:
+        return [*(() if self._cluster is None else self._cluster.unready()), *self._view.unready()]
 
     async def _health(self, call: Call) -> Reply:
         return _reply(Health(alive=True))
 
     async def _readiness(self, call: Call) -> Reply:
-        reasons = self._view.unready()
+        reasons = self._unready()
         if reasons:
             raise unavailable("not-ready", "the node does not do all of its work now", reasons=reasons)
         return _reply(Readiness(ready=True))

@@ -111,6 +111,9 @@ class ThreeNodes:
 
     complete = True
 
+    def unready(self) -> Sequence[str]:
+        return [] if self.complete else ["no leader is heard"]
+
     async def cluster(self) -> ClusterStatus:
         move = ClusterMove(source="n2", to="n1", why="n2 is draining", since_ms=1_500, waits_for="n1 to take over")
         return ClusterStatus(
@@ -241,6 +244,7 @@ async def test_status_of_a_cluster(cluster_url: str, monkeypatch: pytest.MonkeyP
     monkeypatch.setattr(ThreeNodes, "complete", False)
     ran = await headrace("status", "--url", cluster_url)
     assert row(ran.out, "cluster").startswith("cluster no leader as n1 knows it")
+    assert row(ran.out, "  no leader is heard")
 
 
 @pytest.mark.parametrize("command", ["status", "models"])

@@ -141,6 +141,12 @@ async def test_another_node_passes_the_leaders_answer_on(answer: bytes | Excepti
     assert peers.asked == []
 
 
+def test_a_node_that_is_no_part_of_it_says_so() -> None:
+    assert view().unready() == []
+    (reason,) = view(ready=False).unready()
+    assert "no leader" in reason
+
+
 def test_silent_nodes_and_earlier_incarnations_count_for_nothing() -> None:
     heard = Reports(0, {**HEARD.nodes, "n2": NodeReport(NOW_MS - 5_000, 1, {1: progress(serving=True)})})
     found = view(heard=heard).local()
