@@ -111,6 +111,8 @@ class PeerClient:
 
         Raises NotFound, PeerRefused, and PeerUnavailable, after which the call may or may not have had its effect.
         """
+        if len(body) > limits.PEER_BODY_BYTES_MAX:
+            raise PeerRefused(f"a call of {len(body)} bytes is over PEER_BODY_BYTES_MAX; {address} is not asked")
         with self._counted(address):
             try:
                 async with asyncio.timeout(wait_ms_max / 1000):
