@@ -116,7 +116,10 @@ def costs(
     generated = workload.generate(events)
     asyncio.run(workload.produce(broker.address, application, workload.PARTITIONS, generated))
     deadline = started + RUN_S_MAX
-    while not all_folded([throughput.status(node.url) for node in nodes.values()], events, standbys):
+    urls = [node.url for node in nodes.values()]
+    while events_done(map(throughput.status, urls)) < events or (
+        standbys and not folded_by_standbys(cluster.get(f"{urls[0]}/v1/cluster"))
+    ):
         if time.monotonic() > deadline:
             tails = "\n".join(node.log_tail(10) for node in nodes.values())
             raise RuntimeError(f"{application}: {events} events not done within {RUN_S_MAX} s; logs end:\n{tails}")
@@ -135,14 +138,23 @@ def costs(
     )
 
 
-def all_folded(statuses: Iterable[Mapping[str, Any]], events: int, standbys: int) -> bool:
-    """Whether owners, and so many standbys of each partition, have all events: their counters come with the frames."""
-    seen = {"owner": 0, "standby": 0}
-    for status in statuses:
-        for partition in status["partitions"]:
-            if partition["role"] in seen:
-                seen[partition["role"]] += partition["counters"].get("events", 0)
-    return seen["owner"] >= events and seen["standby"] >= events * standbys
+def events_done(statuses: Iterable[Mapping[str, Any]]) -> int:
+    """Events that the owners have committed since the changelog began."""
+    return sum(
+        partition["counters"].get("events", 0)
+        for status in statuses
+        for partition in status["partitions"]
+        if partition["role"] == "owner"
+    )
+
+
+def folded_by_standbys(status: Mapping[str, Any]) -> bool:
+    """Whether all standbys are as far as their owners, by what the leader was told."""
+    for partition in status["partitions"]:
+        offsets = {copy["offset"] for copy in partition["replicas"] if copy["role"] in ("owner", "standby")}
+        if len(offsets) != 1 or None in offsets:
+            return False
+    return True
 
 
 # --- the run --------------------------------------------------------------------------------------------------------

@@ -188,14 +188,15 @@ def test_bytes_on_disk_are_those_of_the_records(tmp_path: Path) -> None:
     assert overhead.folder_bytes([tmp_path / "events-1", tmp_path / "missing"]) == 4116
 
 
-def test_all_copies_have_all_events() -> None:
+def test_what_owners_have_done_counts_and_standbys_must_be_as_far() -> None:
     def node(*partitions: tuple[str, int]) -> dict[str, Any]:
         return {"partitions": [{"role": role, "counters": {"events": count}} for role, count in partitions]}
 
-    assert overhead.all_folded([node(("owner", 6), ("owner", 4))], 10, 0)
-    assert not overhead.all_folded([node(("owner", 6), ("owner", 4))], 10, 1)
-    assert not overhead.all_folded([node(("owner", 6), ("standby", 4))], 10, 0)
-    assert overhead.all_folded([node(("owner", 6), ("standby", 4)), node(("owner", 4), ("standby", 6))], 10, 1)
+    assert overhead.events_done([node(("owner", 6), ("standby", 4)), node(("owner", 3))]) == 9
+    even = status([copy("a", "owner", offset=7), copy("b", "standby", offset=7), copy("c", "left", offset=3)])
+    assert overhead.folded_by_standbys(even)
+    for offset in (6, None):
+        assert not overhead.folded_by_standbys(status([OWNER], [OWNER, copy("b", "standby", offset=offset)]))
 
 
 def test_what_is_added_is_the_difference() -> None:
