@@ -11,7 +11,7 @@ from typing import Protocol
 from node.kernel.clock import Clock
 from node.kernel.errors import PeerRefused
 from node.kernel.types import AgreedModels, AgreedVersion, ModelName
-from replication.catalog import Catalog, Model, model_key
+from replication.catalog import Catalog, model_key
 from replication.commands import Command, ForgetVersion, PutTenant, PutVersion, RetireVersion
 
 _DECISIONS_MAX = 8
@@ -29,6 +29,8 @@ class Proposer(Protocol):
 
     async def propose(self, command: Command) -> None: ...
 
+    async def agreed(self) -> Catalog: ...
+
 
 class CatalogModels:
     """Puts this node's findings into the catalog: `tenants.agreement.ModelPublisher`."""
@@ -36,6 +38,9 @@ class CatalogModels:
     def __init__(self, cluster: Proposer, clock: Clock) -> None:
         self._cluster = cluster
         self._clock = clock
+
+    async def current(self) -> None:
+        await self._cluster.agreed()
 
     async def put(self, name: ModelName, version: str, blob: str, manifest: str, report: str) -> None:
         await self._insist(
@@ -52,14 +57,16 @@ class CatalogModels:
             )
         )
 
-    async def withdraw(self, name: ModelName) -> None:
-        while (model := self._cluster.catalog.models.get(model_key(name.tenant, name.model))) is not None:
-            await self._insist(lambda catalog, model=model: self._withdrawal(catalog, model))  # type: ignore[misc]
+    async def withdraw(self, name: ModelName, version: str) -> None:
+        while self._withdrawal(self._cluster.catalog, name, version) is not None:
+            await self._insist(lambda catalog: self._withdrawal(catalog, name, version))
 
-    def _withdrawal(self, catalog: Catalog, seen: Model) -> Command | None:
-        """The next step: a version retires before it is forgotten."""
-        model = catalog.models.get(model_key(seen.tenant, seen.model))
-        if model is None:
+    def _withdrawal(self, catalog: Catalog, name: ModelName, deleted: str) -> Command | None:
+        """The next step: a version retires before it is forgotten. None when all is done, or overtaken by a put."""
+        model = catalog.models.get(model_key(name.tenant, name.model))
+        if model is None or any(
+            version.state != "retired" and version.version != deleted for version in model.versions.values()
+        ):
             return None
         version = next(iter(model.versions.values()))
         if version.state == "retired":

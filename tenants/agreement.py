@@ -23,6 +23,10 @@ class ModelPublisher(Protocol):
     PeerRefused with the catalog's reason; the caller tries again.
     """
 
+    async def current(self) -> None:
+        """Return once `TenantService.agreed` has been told all that the cluster had agreed before this call."""
+        ...
+
     async def put(self, name: ModelName, version: str, blob: str, manifest: str, report: str) -> None:
         """A version that passed its trial becomes the newest of its model, also one that had retired.
 
@@ -30,8 +34,11 @@ class ModelPublisher(Protocol):
         """
         ...
 
-    async def withdraw(self, name: ModelName) -> None:
-        """The model was deleted: retire and forget all its versions. One that is not known is no error."""
+    async def withdraw(self, name: ModelName, version: str) -> None:
+        """The model was deleted when `version` was its newest: retire and forget all its versions.
+
+        Nothing is done, and that is no error, when another version waits or is live by now, or the model is not known.
+        """
         ...
 
     async def tenant(self, name: str, settings: str) -> None:

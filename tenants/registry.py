@@ -320,6 +320,7 @@ class PutVersion:
 @dataclass(frozen=True, slots=True)
 class Withdraw:
     name: ModelName
+    version: str
 
 
 Publication: TypeAlias = PutTenant | PutVersion | Withdraw
@@ -350,7 +351,7 @@ def publications(snapshot: Snapshot) -> tuple[Publication, ...]:
         for name, entry in sorted(snapshot.models.items())
         if (newest := entry.newest) is not None and newest.state == "passed" and newest.manifest and newest.report
     ]
-    return (*tenants, *versions, *(Withdraw(name) for name in sorted(shared.gone)))
+    return (*tenants, *versions, *(Withdraw(name, shared.taken.get(name, "")) for name in sorted(shared.gone)))
 
 
 def text_features(manifest: Manifest) -> tuple[str, ...]:

@@ -119,7 +119,7 @@ def published(snapshot: Snapshot, shared: Shared, event: Published) -> Step:
         case PutTenant(tenant, text):
             asked = {other: seen for other, seen in shared.asked.items() if (other, seen.text) != (tenant, text)}
             return snapshot.sharing(asked=asked, taken_settings={**shared.taken_settings, tenant: text}), ()
-        case Withdraw(name):
+        case Withdraw(name, _):
             return snapshot.sharing(gone=shared.gone - {name}, taken=_less(shared.taken, name)), ()
         case PutVersion(name=name):
             snapshot = snapshot.sharing(taken={**shared.taken, name: event.publication.version})

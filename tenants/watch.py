@@ -228,15 +228,28 @@ class ModelWatcher:
     async def _run(self) -> None:
         """One turn: look, take what has settled, sleep until something happens or is due."""
         if self._publish is not None:
-            with contextlib.suppress(OSError):
-                self._at_start = await asyncio.to_thread(folder.scan, self._settings.root)
-            await self._heard.wait()
+            await self._wait_for_catalog(self._publish)
         while True:
             self._wake.clear()
             due_seconds = await self._look()
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(due_seconds):
                     await self._wake.wait()
+
+    async def _wait_for_catalog(self, publish: ModelPublisher) -> None:
+        """What is put, and what counts as deleted, must not be decided on a catalog of before the restart."""
+        with contextlib.suppress(OSError):
+            self._at_start = await asyncio.to_thread(folder.scan, self._settings.root)
+        await self._heard.wait()
+        retry_ms = limits.PUBLISH_RETRY_MS_MIN
+        while True:
+            try:
+                return await publish.current()
+            except HeadraceError as error:
+                self._counters.last_error = f"the cluster can't be asked yet, so no files are taken: {error}"
+                log.warning("models are not looked at yet", error=str(error))
+            await asyncio.sleep(retry_ms / 1000)
+            retry_ms = min(retry_ms * 2, limits.PUBLISH_RETRY_MS_MAX)
 
     async def _watch_events(self) -> None:
         while True:
@@ -545,8 +558,8 @@ class ModelWatcher:
                     await publish.tenant(tenant, text)
                 case registry.PutVersion(name, version, blob, manifest, report):
                     await publish.put(name, version, blob, manifest, encode_report(report))
-                case registry.Withdraw(name):
-                    await publish.withdraw(name)
+                case registry.Withdraw(name, version):
+                    await publish.withdraw(name, version)
         except HeadraceError as error:
             self._counters.last_error = f"not agreed by the cluster yet: {error}"
             log.warning("not published", what=type(what).__name__, of=_subject(what), error=str(error))

@@ -100,6 +100,10 @@ class Publisher:
     def __init__(self, cluster: Cluster) -> None:
         self.cluster = cluster
 
+    async def current(self) -> None:
+        if self.cluster.unavailable:
+            raise ClusterUnavailable("no quorum answered; ask again")
+
     async def put(self, name: ModelName, version: str, blob: str, manifest: str, report: str) -> None:
         self.cluster.propose(
             PutVersion(
@@ -108,10 +112,13 @@ class Publisher:
             )
         )  # fmt: skip
 
-    async def withdraw(self, name: ModelName) -> None:
+    async def withdraw(self, name: ModelName, version: str) -> None:
         known = self.cluster.catalog.models.get(str(name))
-        for version in known.versions.values() if known is not None else ():
-            tenant, model, key = name.tenant, name.model, version.version
+        versions = list(known.versions.values()) if known is not None else []
+        if any(other.version != version and other.state != "retired" for other in versions):
+            return
+        for other in versions:
+            tenant, model, key = name.tenant, name.model, other.version
             self.cluster.propose(RetireVersion(revision=self.cluster.revision, tenant=tenant, model=model, version=key))
             self.cluster.propose(ForgetVersion(revision=self.cluster.revision, tenant=tenant, model=model, version=key))
 
@@ -308,12 +315,13 @@ async def test_a_file_that_comes_late_is_waited_for(tmp_path: Path, cluster: Clu
 
 async def test_what_the_cluster_does_not_take_is_told_and_tried_again(tmp_path: Path, cluster: Cluster) -> None:
     one, two = await two_members(tmp_path, cluster)
+    service = one.service
+    assert service is not None
+    await until(lambda: service.statistics().watch.scans)
     cluster.unavailable = True
     one.drop()
-    await until(lambda: one.service is not None and one.service.watcher.snapshot.models)
-    await until(lambda: one.service is not None and "no quorum" in one.service.statistics().watch.last_error)
-    assert one.service is not None
-    assert one.service.statistics().watch.to_publish > 0
+    await until(lambda: "no quorum" in service.statistics().watch.last_error)
+    assert service.statistics().watch.to_publish > 0
     await until(lambda: one.status().get("state") == "passed" and one.status().get("problems"))
     assert "no quorum" in str(one.status()["problems"])
     cluster.unavailable = False
@@ -345,6 +353,29 @@ async def test_deletion_withdraws_a_model_and_an_empty_directory_does_not(tmp_pa
     one.remove(OTHER)
     await until(lambda: not two.live(OTHER))
     await until(lambda: not one.blobs.names() and not two.blobs.names())
+
+
+async def test_nothing_is_decided_on_a_catalog_of_before_the_restart(tmp_path: Path, cluster: Cluster) -> None:
+    one, two = await two_members(tmp_path, cluster)
+    one.drop()
+    one.drop(OTHER)
+    await live_on(cluster, (one, two), BID, "")
+    await live_on(cluster, (one, two), OTHER, "")
+    await one.stop()
+    one.remove()
+    cluster.unavailable = True
+    service = await one.start(told=False)
+    service.agreed(AgreedModels(1))
+    await until(lambda: "can't be asked yet" in service.statistics().watch.last_error)
+    assert service.statistics().watch.scans == 0
+    one.tell()
+    assert one.version(OTHER) == two.version(OTHER)
+    cluster.unavailable = False
+    await until(lambda: not two.live(BID))
+    assert two.live(OTHER)
+    assert service.statistics().watch.trials == 0
+    service.agreed(AgreedModels(1))
+    assert one.live(OTHER), "what was told later holds"
 
 
 async def test_a_version_that_this_node_cannot_read_is_told_and_not_run(tmp_path: Path, cluster: Cluster) -> None:

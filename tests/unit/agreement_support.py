@@ -90,7 +90,7 @@ class Cluster:
                         manifest=text, report=encode_report(report),
                     )
                 )  # fmt: skip
-            case registry.Withdraw(name):
+            case registry.Withdraw(name, _):
                 return self.withdraw(name)
 
     def withdraw(self, name: ModelName) -> str:

@@ -296,7 +296,7 @@ def test_what_another_node_put_meanwhile_counts_as_put_and_can_be_deleted_here()
     assert publications(two.snapshot) == ()
     two.directory = {FRAUD: (manifest(), 2)}
     two.look()
-    assert registry.Withdraw(BID) in publications(two.snapshot)
+    assert registry.Withdraw(BID, version_of(BID, (manifest(), 1))) in publications(two.snapshot)
 
 
 def test_a_wish_for_the_live_version_holds_against_one_that_waits_to_go_live() -> None:
@@ -330,7 +330,7 @@ def test_a_deletion_counts_once_it_is_agreed_and_not_against_a_newer_version() -
     settle(cluster, nodes)
     pair = one.directory.pop(BID)
     one.look()
-    assert publications(one.snapshot) == (registry.Withdraw(BID),)
+    assert publications(one.snapshot) == (registry.Withdraw(BID, version_of(BID, (manifest(), 1))),)
     assert BID in one.pool, "until the cluster has taken it"
     one.directory[BID] = pair
     one.look()
