@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Coroutine
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, NoReturn
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn, TypeVar
 
 import typer
 
@@ -23,6 +23,10 @@ Url = Annotated[str, typer.Option("--url", help="Address of the node's HTTP inte
 AsJson = Annotated[bool, typer.Option("--json", help="Print the node's answer as it is.")]
 NodeName = Annotated[str, typer.Argument(metavar="NODE", help="Name of a node, as its [node] name.")]
 RaftAddress = Annotated[str, typer.Argument(metavar="RAFT_ADDRESS", help="HOST:PORT of the new node for Raft.")]
+PartitionNumbers = Annotated[
+    list[int] | None, typer.Argument(metavar="PARTITION", help="Its number; without any: all.")
+]
+Outcome = TypeVar("Outcome")
 Wait = Annotated[bool, typer.Option("--wait", help="End only once it is done.")]
 WaitSeconds = Annotated[float, typer.Option("--wait-s", min=1.0, help="Give up waiting after so many seconds.")]
 WAIT_S = 600.0
@@ -166,11 +170,31 @@ def leave(
     _operate(cluster_console.leave(_loaded(config), node, dead, wait_s, typer.echo))
 
 
-def _operate(command: Coroutine[Any, Any, None]) -> None:
+@app.command()
+def snapshot(partitions: PartitionNumbers = None, *, config: ConfigPath) -> None:
+    """Take a snapshot of partitions now, or of all: on each node that has them."""
+    from node import cluster_console
+
+    _operate(cluster_console.snapshot(_loaded(config), partitions or (), typer.echo))
+
+
+@app.command()
+def verify(partitions: PartitionNumbers = None, *, config: ConfigPath, as_json: AsJson = False) -> None:
+    """Verify that each standby has its owner's rows, and that all snapshots are whole.
+
+    The nodes go on with their work meanwhile. Exits 1 if anything differs, is damaged, or could not be compared.
+    """
+    from node import cluster_console
+
+    if not _operate(cluster_console.verify(_loaded(config), partitions or (), as_json, typer.echo)):
+        raise typer.Exit(1)
+
+
+def _operate(command: Coroutine[Any, Any, Outcome]) -> Outcome:
     import asyncio
 
     try:
-        asyncio.run(command)
+        return asyncio.run(command)
     except ConfigError as error:
         _fail(*error.problems)
     except HeadraceError as error:

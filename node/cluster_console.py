@@ -217,3 +217,112 @@ def address_of(status: ClusterStatus, name: str) -> str:
         if member.name == name:
             return member.peer_address
     raise NotFound(f"there is no node {name or 'that owns it'} now; look at `headrace status` and try again")
+
+
+async def snapshot(config: Config, numbers: Iterable[int], say: Say) -> None:
+    """A snapshot now, on each node that has the partition: enough holders let the changelog be cut behind it."""
+    async with operating(config) as operator:
+        status = await operator.status()
+        for partition in chosen(status, numbers):
+            for replica in partition.replicas:
+                if replica.role != "left":
+                    taken = await operator.job(address_of(status, replica.node), "snapshot", partition.number)
+                    say(f"partition {partition.number} on {replica.node}: {_snapshot_line(taken)}")
+
+
+def _snapshot_line(taken: Mapping[str, Any]) -> str:
+    return f"{taken.get('files', 0)} files, {taken.get('bytes', 0):,} bytes, as of {taken.get('changelog_offset', 0):,}"
+
+
+class ComparedStandby(msgspec.Struct, frozen=True):
+    """`equal` is None where it could not be compared, for `reason`."""
+
+    equal: bool | None
+    reason: str = ""
+    differences: list[str] = []
+    first: list[str] = []
+    """Customers and chunks that differ, the first few."""
+
+
+class ReadSnapshots(msgspec.Struct, frozen=True):
+    node: str
+    right: list[int]
+    damaged: list[str]
+
+
+class VerifiedPartition(msgspec.Struct, frozen=True):
+    """What the owner found, as `replication.verification` tells it."""
+
+    partition: int
+    changelog_offset: int
+    rows: int
+    standbys: dict[str, ComparedStandby]
+    snapshots: list[ReadSnapshots]
+
+
+class Verified(msgspec.Struct):
+    """What `verify` found: standbys that `differ` from the owner, what is `unknown` as it was not compared."""
+
+    right: bool = True
+    differ: int = 0
+    unknown: int = 0
+    damaged: int = 0
+    partitions: list[VerifiedPartition] = []
+
+    def count(self, found: VerifiedPartition) -> list[str]:
+        """Take in what was found of one partition; a line for each thing that is not right, or one that all is."""
+        self.partitions.append(found)
+        lines = []
+        for standby, result in found.standbys.items():
+            if result.equal is None:
+                self.unknown += 1
+                lines.append(f"{standby} was not compared: {result.reason}")
+            elif not result.equal:
+                self.differ += 1
+                first = f", first {', '.join(result.first)}" if result.first else ""
+                lines.append(f"{standby} differs from the owner: {'; '.join(result.differences)}{first}")
+        for snapshots in found.snapshots:
+            self.damaged += len(snapshots.damaged)
+            lines += [f"{snapshots.node}: {reason}" for reason in snapshots.damaged]
+        self.right = self.right and not lines
+        kept = sum(len(snapshots.right) for snapshots in found.snapshots)
+        equal = f"{found.rows:,} rows as of {found.changelog_offset:,}, the same on {len(found.standbys)} standbys"
+        return lines or [f"{equal}; {kept} snapshots right"]
+
+    def fail(self, reason: str) -> list[str]:
+        self.right = False
+        self.unknown += 1
+        return [f"not verified: {reason}"]
+
+
+async def verify(config: Config, numbers: Iterable[int], as_json: bool, say: Say) -> bool:
+    """Compare owners and standbys row for row, and read all snapshots again; whether all is right."""
+    verified = Verified()
+    async with operating(config) as operator:
+        for partition in chosen(await operator.status(), numbers):
+            try:
+                lines = verified.count(await _verify(operator, partition.number))
+            except HeadraceError as failure:
+                lines = verified.fail(str(failure))
+            for line in () if as_json else lines:
+                say(f"partition {partition.number}: {line}")
+    if as_json:
+        say(msgspec.json.encode(verified).decode())
+    return verified.right
+
+
+async def _verify(operator: Operator, partition: int) -> VerifiedPartition:
+    """By the owner as it is now: partitions move while others are verified, and once more is worth it then."""
+    try:
+        return await _verify_once(operator, partition)
+    except HeadraceError:
+        return await _verify_once(operator, partition)
+
+
+async def _verify_once(operator: Operator, partition: int) -> VerifiedPartition:
+    status = await operator.status()
+    found = await operator.job(address_of(status, status.partitions[partition].owner), "verify", partition)
+    try:
+        return msgspec.convert(found, VerifiedPartition)
+    except msgspec.ValidationError as failure:
+        raise CommandFailed(f"the owner is of another release: {failure}; use its command line") from None

@@ -367,7 +367,8 @@ def _run(
     return harness.Result(
         {
             "faults": sum(faults.made.values()),
-            "row_mismatches": row_mismatches(nodes, owners, standbys) + verified["differ"],
+            "row_mismatches": row_mismatches(nodes, owners, standbys)
+            + sum(verified[name] for name in ("differ", "unknown", "damaged")),
             "state_mismatches": mismatches,
             **outcome.values,
         },

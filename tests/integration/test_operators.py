@@ -17,7 +17,7 @@ from test_cli import GOOD, headrace
 from node.kernel.clock import SystemClock
 from node.kernel.errors import ConfigError, HeadraceError, NotFound, PeerRefused
 from node.kernel.limits import OPERATOR_JOBS_MAX
-from node.serving.cluster import ClusterAgreement, ClusterMember, ClusterPartition, ClusterStatus
+from node.serving.cluster import ClusterAgreement, ClusterMember, ClusterPartition, ClusterReplica, ClusterStatus
 from replication.catalog import Assignment, Catalog, Node, apply, problem
 from replication.commands import Command
 from replication.operators import OPERATORS_PATH, Job, Operators, PartitionBody
@@ -86,7 +86,13 @@ class Cluster:
             for name, node in catalog.nodes.items()
         ]  # fmt: skip
         partitions = [
-            ClusterPartition(number=number, owner=held.owner, epoch=1, replicas=[], reason="it stays")
+            ClusterPartition(
+                number=number,
+                owner=held.owner,
+                epoch=1,
+                reason="it stays",
+                replicas=[ClusterReplica(node=held.owner, role="owner")],
+            )
             for number, held in enumerate(catalog.partitions)
         ]
         agreement = ClusterAgreement(standbys=1, lease_ms=1, moves_max=1, builds_max=1, snapshot_holders_min=1)
@@ -111,12 +117,22 @@ class Jobs:
 
     async def snapshot(self, partition: int) -> Mapping[str, Any]:
         await self.go.wait()
-        return {"partition": partition, "offset": 40}
+        return {"partition": partition, "changelog_offset": 40, "files": 3, "bytes": 1_234_567}
 
     async def verify(self, partition: int) -> Mapping[str, Any]:
-        if partition == 1:
-            raise NotFound("partition 1 is not held here")
-        raise ZeroDivisionError
+        if partition == 7:
+            raise NotFound("partition 7 is not held here")
+        if partition == 8:
+            raise ZeroDivisionError
+        standbys = {
+            0: {"n2": {"equal": True, "differences": [], "first": []}},
+            1: {"n1": {"equal": False, "differences": ["1 of 1024 buckets of rows"], "first": ["customer bob"]}},
+            2: {"n2": {"equal": None, "reason": "n2 lags"}},
+        }
+        damaged = ["the file 000012.sst is damaged"] if partition == 1 else []
+        snapshots = [{"node": "n1", "right": [30, 20], "damaged": damaged}]
+        return {"partition": partition, "changelog_offset": 50, "rows": 2_000, "standbys": standbys[partition],
+                "snapshots": snapshots}  # fmt: skip
 
 
 @pytest.fixture
@@ -222,6 +238,35 @@ async def test_what_can_not_be_asked_is_one_line(cluster: Cluster, config: Calla
     assert not cluster.catalog.nodes["n1"].draining
 
 
+async def test_verify(config: Callable[..., str]) -> None:
+    ran = await headrace("verify", "0", "--config", config())
+    assert (ran.code, ran.err) == (0, "")
+    assert ran.out == "partition 0: 2,000 rows as of 50, the same on 1 standbys; 2 snapshots right\n"
+    ran = await headrace("verify", "--config", config())
+    assert (ran.code, ran.err) == (1, "")
+    assert ran.out.splitlines()[1:] == [
+        "partition 1: n1 differs from the owner: 1 of 1024 buckets of rows, first customer bob",
+        "partition 1: n1: the file 000012.sst is damaged",
+        "partition 2: n2 was not compared: n2 lags",
+    ]
+    ran = await headrace("verify", "--json", "--config", config())
+    found = msgspec.json.decode(ran.out)
+    assert (ran.code, found["right"]) == (1, False)
+    assert (found["differ"], found["unknown"], found["damaged"], len(found["partitions"])) == (1, 1, 1, 3)
+    ran = await headrace("verify", "9", "--config", config())
+    assert (ran.code, ran.out, ran.err) == (1, "", "there is no partition 9; there are 3\n")
+
+
+async def test_snapshot(config: Callable[..., str], jobs: Jobs) -> None:
+    jobs.go.set()
+    ran = await headrace("snapshot", "1", "0", "--config", config())
+    assert (ran.code, ran.err) == (0, "")
+    assert ran.out.splitlines() == [
+        "partition 0 on n1: 3 files, 1,234,567 bytes, as of 40",
+        "partition 1 on n2: 3 files, 1,234,567 bytes, as of 40",
+    ]
+
+
 # --- the routes -----------------------------------------------------------------------------------------------------
 
 
@@ -283,10 +328,10 @@ async def test_jobs(address: str, jobs: Jobs) -> None:
         assert msgspec.json.decode(await ask("GET", f"jobs/{running[0].job}"), type=Job).state == "running"
         jobs.go.set()
         found = [await ended(job) for job in running]
-        assert {(job.state, job.detail["offset"]) for job in found} == {("done", 40)}
-        failed = await ended(await start("verify", 1))
-        assert (failed.state, failed.reason) == ("failed", "partition 1 is not held here")
-        failed = await ended(await start("verify", 2))
+        assert {(job.state, job.detail["changelog_offset"]) for job in found} == {("done", 40)}
+        failed = await ended(await start("verify", 7))
+        assert (failed.state, failed.reason) == ("failed", "partition 7 is not held here")
+        failed = await ended(await start("verify", 8))
         assert (failed.state, "ZeroDivisionError" in failed.reason) == ("failed", True)
         for number in ("0", "99", "x", "9" * 5000):
             with pytest.raises(HeadraceError):
