@@ -19,15 +19,16 @@ import pytest_asyncio
 from sklearn.linear_model import LogisticRegression
 
 from node.app import row_refusal
+from node.cluster_models import CatalogModels, agreed_models
 from node.kernel.clock import SystemClock
 from node.kernel.errors import ClusterUnavailable, PeerRefused, StoreUnavailable
 from node.kernel.ports import FeaturePlan
 from node.kernel.supervise import Supervisor
-from node.kernel.types import AgreedModels, AgreedVersion, EventSchema, FeatureRows, ModelName, ModelVersion
+from node.kernel.types import AgreedModels, EventSchema, FeatureRows, ModelName, ModelVersion
 from replication import catalog as catalogs
 from replication.blobs import BlobStore
 from replication.catalog import Catalog
-from replication.commands import Command, ForgetVersion, HoldBlob, JoinNode, PutTenant, PutVersion, RetireVersion
+from replication.commands import Command, HoldBlob, JoinNode
 from replication.rollout import rollout
 from tenants.registry import NOT_HERE
 from tenants.sandbox import SandboxSettings
@@ -94,36 +95,24 @@ class Cluster:
             self.propose(command)
 
 
-class Publisher:
-    """What the wiring makes of the cluster for the tenants' side."""
+class Seat:
+    """One member's view of the cluster."""
 
-    def __init__(self, cluster: Cluster) -> None:
-        self.cluster = cluster
+    def __init__(self, cluster: Cluster, name: str) -> None:
+        self.name = name
+        self._cluster = cluster
 
-    async def current(self) -> None:
-        if self.cluster.unavailable:
+    @property
+    def catalog(self) -> Catalog:
+        return self._cluster.catalog
+
+    async def propose(self, command: Command) -> None:
+        self._cluster.propose(command)
+
+    async def agreed(self) -> Catalog:
+        if self._cluster.unavailable:
             raise ClusterUnavailable("no quorum answered; ask again")
-
-    async def put(self, name: ModelName, version: str, blob: str, manifest: str, report: str) -> None:
-        self.cluster.propose(
-            PutVersion(
-                revision=self.cluster.revision, tenant=name.tenant, model=name.model, version=version, blob=blob,
-                manifest=manifest, report=report,
-            )
-        )  # fmt: skip
-
-    async def withdraw(self, name: ModelName, version: str) -> None:
-        known = self.cluster.catalog.models.get(str(name))
-        versions = list(known.versions.values()) if known is not None else []
-        if any(other.version != version and other.state != "retired" for other in versions):
-            return
-        for other in versions:
-            tenant, model, key = name.tenant, name.model, other.version
-            self.cluster.propose(RetireVersion(revision=self.cluster.revision, tenant=tenant, model=model, version=key))
-            self.cluster.propose(ForgetVersion(revision=self.cluster.revision, tenant=tenant, model=model, version=key))
-
-    async def tenant(self, name: str, settings: str) -> None:
-        self.cluster.propose(PutTenant(revision=self.cluster.revision, name=name, settings=settings))
+        return self.catalog
 
 
 class Member:
@@ -156,7 +145,7 @@ class Member:
             Blobs(blobs.put, blobs.get, blobs.names, blobs.delete),
             SystemClock(),
             self.supervisor,
-            Publisher(self.cluster),
+            CatalogModels(Seat(self.cluster, self.name), SystemClock()),
         )
         await service.start()
         self.service = service
@@ -176,18 +165,7 @@ class Member:
             self.service.agreed(self.agreed())
 
     def agreed(self) -> AgreedModels:
-        catalog = self.cluster.catalog
-        versions = tuple(
-            AgreedVersion(
-                ModelName(model.tenant, model.model), version.version, version.blob, version.manifest, version.report,
-                version.state, self.name in catalog.holders[version.blob],
-            )
-            for model in catalog.models.values()
-            for version in model.versions.values()
-        )  # fmt: skip
-        return AgreedModels(
-            catalog.revision, versions, {name: tenant.settings for name, tenant in catalog.tenants.items()}
-        )
+        return agreed_models(self.cluster.catalog, self.name)
 
     def drop(self, name: ModelName = BID, model: bytes | None = None, manifest: bytes = MANIFEST) -> None:
         (self.root / name.tenant).mkdir(exist_ok=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from node.cluster_models import agreed_models
 from node.kernel.types import AgreedModels, AgreedVersion, EventSchema, ModelName, ModelVersion
 from replication import catalog as catalogs
 from replication.catalog import Catalog
@@ -116,21 +117,7 @@ class Cluster:
                 assert self.propose(command) == ""
 
     def told(self, node: str) -> AgreedModels:
-        return agreed_of(self.catalog, node)
-
-
-def agreed_of(catalog: Catalog, node: str) -> AgreedModels:
-    versions = tuple(
-        AgreedVersion(
-            ModelName(model.tenant, model.model), version.version, version.blob, version.manifest, version.report,
-            version.state, node in catalog.holders[version.blob],
-        )
-        for _, model in sorted(catalog.models.items())
-        for _, version in sorted(model.versions.items())
-    )  # fmt: skip
-    return AgreedModels(
-        catalog.revision, versions, {name: tenant.settings for name, tenant in sorted(catalog.tenants.items())}
-    )
+        return agreed_models(self.catalog, node)
 
 
 class Node:
