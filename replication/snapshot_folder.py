@@ -27,6 +27,7 @@ from replication.snapshot import Snapshot, SnapshotFile, decode_snapshot, encode
 
 _HIDDEN = "."
 _NEW = ".new-"
+_OLD = ".old-"
 _FETCHED = ".fetched"
 _SHARED = ".sst"
 """Only tables never change; every other file of a store is copied rather than linked."""
@@ -42,25 +43,18 @@ _FileId = tuple[int, int, int, int]
 """Device, inode, size, time of change in nanoseconds of the content."""
 
 
-@dataclass(frozen=True, slots=True)
-class FolderStatistics:
-    snapshots: int
-    bytes: int
-    bytes_hashed: int
-
-
 class SnapshotFolder:
     """Raises StoreUnavailable when the disk refuses, StateCorrupt when what it holds is damaged, NotFound."""
 
     def __init__(self, folder: Path, changelog: str, node: str, clock: Clock) -> None:
         self._folder = folder
-        self._changelog = changelog
+        self.changelog = changelog
         self._node = node
         self._clock = clock
         self._threads = ThreadPoolExecutor(SNAPSHOT_THREADS_MAX, thread_name_prefix="snapshot")
         self._checked: dict[_FileId, _Checked] = {}
         self._checking = threading.Lock()
-        self._bytes_hashed = 0
+        self.bytes_hashed = 0
 
     def open(self) -> None:
         """Remove what a crash left, but for files on their way here, which are taken up again."""
@@ -98,7 +92,7 @@ class SnapshotFolder:
                 content = self._manifest(partition, changelog_offset).read_bytes()
             except FileNotFoundError:
                 raise NotFound(f"no snapshot of partition {partition} at {changelog_offset} is here") from None
-        return decode_snapshot(content, self._changelog, partition)
+        return decode_snapshot(content, self.changelog, partition)
 
     def newest(self, partition: int) -> Snapshot | None:
         """The newest with a readable manifest."""
@@ -135,7 +129,7 @@ class SnapshotFolder:
                     )
                 files = tuple(self._threads.map(self._described, paths))
                 snapshot = Snapshot(
-                    changelog=self._changelog,
+                    changelog=self.changelog,
                     partition=partition,
                     changelog_offset=offset,
                     created_ms=self._clock.now_ms(),
@@ -217,14 +211,17 @@ class SnapshotFolder:
             offset += count
         found = digest.hexdigest()
         with self._checking:
-            self._bytes_hashed += offset
+            self.bytes_hashed += offset
             self._checked[_file_id(handle)] = _Checked(found, self._clock.monotonic())
         return found
 
     # restoring
 
     def link(self, snapshot: Snapshot, folder: Path) -> None:
-        """Make `folder`, not there yet or empty, a store as of the snapshot: tables are linked, the rest is copied."""
+        """Make `folder` a store as of the snapshot, in place of what is there: tables are linked, the rest is copied.
+
+        After a crash there may be no folder; none is better than half of one. No store may be open on it.
+        """
         source = self.place(snapshot.partition, snapshot.changelog_offset)
         temporary = folder.with_name(f"{_NEW}{folder.name}")
         with self._disk("linked"):
@@ -233,11 +230,14 @@ class SnapshotFolder:
                 temporary.mkdir(parents=True)
                 for file in snapshot.files:
                     _link(source / file.name, temporary / file.name)
+                if folder.exists():
+                    replaced = folder.with_name(f"{_OLD}{folder.name}")
+                    _remove(replaced)
+                    folder.rename(replaced)
+                    _remove(replaced)
                 temporary.rename(folder)
-            except OSError as failure:
+            except OSError:
                 _remove(temporary)
-                if failure.errno in (errno.ENOTEMPTY, errno.EEXIST):
-                    raise StoreUnavailable(f"{folder} is not empty; a snapshot is restored into no folder") from failure
                 raise
 
     # fetching: files arrive under their hash, in any order and over any number of attempts
@@ -298,6 +298,16 @@ class SnapshotFolder:
         _link(source, made / file.name)
         return ""
 
+    def forget_fetched(self, partition: int) -> None:
+        """Remove what was fetched and never became a snapshot."""
+        with self._disk("removed"):
+            _remove(self._of(partition) / _FETCHED)
+
+    def forget(self, partition: int) -> None:
+        """Remove all there is of a partition."""
+        with self._disk("removed"):
+            _remove(self._of(partition))
+
     def remove(self, partition: int, changelog_offset: int) -> None:
         """Its manifest first, so that a crash leaves no snapshot without files."""
         with self._disk("removed"):
@@ -313,13 +323,6 @@ class SnapshotFolder:
             ]
             for key in old:
                 del self._checked[key]
-
-    def statistics(self) -> FolderStatistics:
-        """Bytes count a table once for each snapshot that has it."""
-        snapshots = [
-            self.read(partition, offset) for partition in self.partitions() for offset in self.offsets(partition)
-        ]
-        return FolderStatistics(len(snapshots), sum(snapshot.bytes for snapshot in snapshots), self._bytes_hashed)
 
     def _of(self, partition: int) -> Path:
         return self._folder / str(partition)

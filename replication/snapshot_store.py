@@ -89,12 +89,15 @@ class SnapshotStore:
         self._clock = clock
         self._whole = not _WHOLE_OR_NOT_AT_ALL.isdisjoint(_protocols(self._files))
         self._threads = ThreadPoolExecutor(SNAPSHOT_FETCHES_MAX, thread_name_prefix="snapshot-store")
+        self._closed = False
         self._uploaded: dict[tuple[int, str], float] = {}
         self._unnamed: dict[int, dict[str, tuple[float, str]]] = {}
         """By partition and name: when, by the monotonic clock, it was first seen so, and when it had been written."""
         self._counts = dict.fromkeys(("uploaded", "bytes", "left_out", "removed", "fetched"), 0)
 
     def close(self) -> None:
+        """Uploads in progress end after the file that is on its way."""
+        self._closed = True
         self._threads.shutdown(wait=False, cancel_futures=True)
 
     def offsets(self, partition: int) -> list[int]:
@@ -196,6 +199,8 @@ class SnapshotStore:
         return digest.hexdigest()
 
     def _check_time(self, started_s: float) -> None:
+        if self._closed:
+            raise StoreUnavailable(f"the node stops, no more is uploaded to {self.place}; what arrived is kept")
         if self._clock.monotonic() - started_s >= _seconds(SNAPSHOT_UPLOAD_MS_MAX):
             raise StoreUnavailable(
                 f"a snapshot was not in {self.place} within {SNAPSHOT_UPLOAD_MS_MAX} ms (SNAPSHOT_UPLOAD_MS_MAX); "

@@ -257,6 +257,9 @@ VERIFY_HOLD_MS_MAX = 60_000
 VERIFY_ANSWER_MS = 20_000
 """A call of a comparison that takes longer is answered with nothing and made again."""
 VERIFY_LOOK_MS = 20
+VERIFY_WORKS_MAX = 16
+"""Comparisons that other nodes have started here and not yet fetched the outcome of."""
+
 OPERATOR_JOBS_MAX = 8
 """Snapshots and checks that operators have started on a node and that run; one more is refused."""
 OPERATOR_JOBS_KEPT_MAX = 1024

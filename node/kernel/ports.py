@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Awaitable, Mapping, Sequence
+from pathlib import Path
 from typing import Protocol
 
 from node.kernel.types import (
@@ -55,6 +56,14 @@ class StateStore(Protocol):
         ...
 
     def flush(self) -> None: ...
+
+    def checkpoint(self, folder: Path) -> int:
+        """Copy the store as of one frame into `folder`, which must not be there; the offset it goes on from.
+
+        May run in another thread while frames are applied. Raises StoreUnavailable, also for a store that is closed
+        meanwhile or keeps nothing on disk.
+        """
+        ...
 
     def close(self) -> None: ...
 

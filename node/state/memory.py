@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import bisect
 from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
 
 from node.kernel.chunks import decode_chunk, encode_chunk
+from node.kernel.errors import StoreUnavailable
 from node.kernel.types import Frame, SequenceChunk
 from node.state.codec import sequence_key, sequence_prefix, split
 
@@ -68,6 +70,9 @@ class MemoryStore:
 
     def flush(self) -> None:
         """Nothing is kept on disk."""
+
+    def checkpoint(self, folder: Path) -> int:
+        raise StoreUnavailable(f"a store in memory is not copied to {folder}; its changelog has all of it")
 
     def close(self) -> None:
         """Nothing is open."""

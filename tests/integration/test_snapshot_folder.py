@@ -15,7 +15,7 @@ from snapshot_support import CHANGELOG, damage, digest_folder, fold, frames, ope
 
 from node.kernel.clock import ManualClock
 from node.kernel.digest import digest_store
-from node.kernel.errors import NotFound, StateCorrupt, StoreUnavailable
+from node.kernel.errors import NotFound, StateCorrupt
 from node.kernel.limits import SNAPSHOT_CHECKED_MS_MAX
 from node.state.inspection import changelog_offset_of, digest_of
 from replication.snapshot_folder import SnapshotFolder
@@ -68,18 +68,18 @@ def test_only_what_is_new_is_read_for_the_next_snapshot(
     fold(store, source, 10)
     first = folder.take(0, store.checkpoint)
     folder.verify(first)
-    read = folder.statistics().bytes_hashed
+    read = folder.bytes_hashed
     assert read == first.bytes
     fold(store, source, 1)
     second = folder.take(0, store.checkpoint)
     tables = {file.sha256 for file in first.files if file.name.endswith(".sst")}
     new = [file for file in second.files if file.sha256 not in tables]
     assert sum(file.bytes for file in new) < second.bytes / 2
-    assert 0 < folder.statistics().bytes_hashed - read <= sum(file.bytes for file in new)
+    assert 0 < folder.bytes_hashed - read <= sum(file.bytes for file in new)
     clock.advance(SNAPSHOT_CHECKED_MS_MAX)
-    read = folder.statistics().bytes_hashed
+    read = folder.bytes_hashed
     folder.verify(second)
-    assert folder.statistics().bytes_hashed - read == second.bytes
+    assert folder.bytes_hashed - read == second.bytes
     store.close()
 
 
@@ -184,19 +184,17 @@ def test_fetched_files_become_a_snapshot_once_all_are_there_and_right(tmp_path: 
     store.close()
 
 
-def test_a_snapshot_is_not_linked_over_a_store(tmp_path: Path, folder: SnapshotFolder) -> None:
-    store = open_store(tmp_path / "store")
-    fold(store, frames(), 5)
-    snapshot = folder.take(0, store.checkpoint)
-    before = digest_store(store)
-    with pytest.raises(StoreUnavailable, match="not empty"):
-        folder.link(snapshot, tmp_path / "store")
+def test_a_restored_snapshot_takes_the_place_of_what_is_there(tmp_path: Path, folder: SnapshotFolder) -> None:
+    store, source = open_store(tmp_path / "store"), frames()
+    fold(store, source, 5)
+    snapshot, before = folder.take(0, store.checkpoint), digest_store(store)
+    fold(store, source, 5)
     store.close()
+    (tmp_path / ".old-store").mkdir()
+    (tmp_path / ".new-store").mkdir()
+    folder.link(snapshot, tmp_path / "store")
     assert digest_folder(tmp_path / "store") == before
-    assert not (tmp_path / ".new-store").exists()
-    (tmp_path / "empty").mkdir()
-    folder.link(snapshot, tmp_path / "empty")
-    assert digest_folder(tmp_path / "empty") == before
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["snapshots", "store"]
 
 
 PROGRAM = """
