@@ -185,7 +185,6 @@ def test_bytes_on_disk_are_those_of_the_records(tmp_path: Path) -> None:
         (folder / "00000000000000000000.log").write_bytes(bytes(size))
         (folder / "00000000000000000000.index").write_bytes(bytes(4096))
     assert overhead.topic_bytes(tmp_path, "events", 2) == 120
-    assert overhead.folder_bytes([tmp_path / "events-1", tmp_path / "missing"]) == 4116
 
 
 def test_what_owners_have_done_counts_and_standbys_must_be_as_far() -> None:
@@ -201,10 +200,10 @@ def test_what_owners_have_done_counts_and_standbys_must_be_as_far() -> None:
 
 def test_what_is_added_is_the_difference() -> None:
     found = {
-        name: overhead.Costs(1, cpu, 0, cpu / 2, 0, 0, 0)
+        name: overhead.Costs(9, 1, cpu, 0, cpu / 2, 0, 0, 100 * cpu)
         for name, cpu in zip(("alone", "cluster", "standby"), (10.0, 12.0, 18.0), strict=True)
     }
     assert overhead.added(found) == {
-        "raft": {"nodes_cpu_us": 2.0, "broker_cpu_us": 1.0},
-        "standby": {"nodes_cpu_us": 6.0, "broker_cpu_us": 3.0},
+        "raft": {"nodes_cpu_us": 2.0, "broker_cpu_us": 1.0, "network_bytes": 200.0},
+        "standby": {"nodes_cpu_us": 6.0, "broker_cpu_us": 3.0, "network_bytes": 600.0},
     }
