@@ -3,11 +3,11 @@
 The lease. An owner may own until `lease_ms` of its own clock after the moment it *proposed* the latest `RenewLease`
 that has since come back to it through the Raft log. By then it has applied all that was agreed before, so a renewed
 lease also means that it knows of every change of owner up to then. The leader gives a silent node's partitions away
-`takeover_wait_ms` after it saw the node's last renewal or report, or after it became leader, if that is later (a
-renewal that it has applied by then was proposed earlier still). `TakeOver` names that renewal and is refused if a
-newer one comes before it in the log. So an owner that is cut off, or was paused and wakes, has stopped before another
-starts, as long as no clock runs faster or slower than real time by more than `clock_drift`. Fencing by Kafka does
-not depend on it.
+`takeover_wait_ms` after it applied the node's last renewal (as leader or before: it was proposed earlier still) or got
+its last report; of a node that it has never heard of, after it became leader. `TakeOver` names that renewal and is
+refused if a newer one comes before it in the log. So an owner that is cut off, or was paused and wakes, has stopped
+before another starts, as long as no clock runs faster or slower than real time by more than `clock_drift`. Fencing by
+Kafka does not depend on it.
 
 The plan makes one step for each partition at most, the most urgent first: a dead owner's partitions go at once to the
 standby that is furthest; moves under way end or are cancelled; draining and balancing prepare a standby, wait for it to
@@ -57,7 +57,11 @@ class NodeReport:
     """Only what the incarnation in the catalog says counts: whoever takes reports drops those of any other."""
 
     heard_ms: int
-    """When the leader last got its report or applied its `RenewLease`, whichever is later, by the leader's clock."""
+    """When the leader last got its report or applied its `RenewLease`, whichever is later, by the leader's clock.
+
+    It counts from before it led, too; but it must not be earlier than when the renewal that the catalog names came to
+    this process, by the log or with a dump.
+    """
     incarnation: int
     partitions: Mapping[int, Progress] = field(default_factory=dict)
     reported_ms: int | None = None
@@ -70,7 +74,7 @@ class NodeReport:
 
 @dataclass(frozen=True, slots=True)
 class Reports:
-    """What this leader has heard since it became leader, at `since_ms` of its clock."""
+    """What this leader has heard; it became leader at `since_ms` of its clock. A node it never heard of is left out."""
 
     since_ms: int
     nodes: Mapping[str, NodeReport]
@@ -81,6 +85,8 @@ class PlanSettings:
     clock_drift: float = 0.01
     """Every clock runs within this part of real time; quartz is a hundred times better, virtual machines are not."""
     margin_ms: int = 200
+    leader_wait_ms: int = 500
+    """Nobody is taken for silent so soon after a leader began: while there was none, no lease could be renewed."""
     standby_replace_ms: int = 60_000
     """A silent standby is replaced after this: a restart must not copy its partitions elsewhere."""
     caught_up_frames: int = 20
@@ -104,7 +110,9 @@ def takeover_wait_ms(lease_ms: int, settings: PlanSettings) -> float:
 
 
 def living(catalog: Catalog, reports: Reports, now_ms: int, settings: PlanSettings) -> frozenset[str]:
-    """The members that are not known to be silent for a lease; all of them, for a leader that is younger than that."""
+    """The members that are not known to be silent for a lease; all of them, for a leader that has just begun."""
+    if now_ms - reports.since_ms < settings.leader_wait_ms:
+        return frozenset(catalog.nodes)
     wait_ms = takeover_wait_ms(catalog.settings.lease_ms, settings)
     return frozenset(name for name in catalog.nodes if now_ms - _heard_ms(reports, name) < wait_ms)
 
@@ -112,7 +120,7 @@ def living(catalog: Catalog, reports: Reports, now_ms: int, settings: PlanSettin
 def _heard_ms(reports: Reports, name: str) -> int:
     """Of whichever incarnation: the present one may have renewed its lease and not yet reported."""
     report = reports.nodes.get(name)
-    return reports.since_ms if report is None else max(reports.since_ms, report.heard_ms)
+    return reports.since_ms if report is None else report.heard_ms
 
 
 def caught_up(progress: Progress | None, settings: PlanSettings) -> bool:

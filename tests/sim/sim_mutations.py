@@ -132,13 +132,14 @@ def _plan_again_and_again(
     return _plan(many, reports, now_ms, settings)
 
 
-def _heard_long_ago(reports: Reports, name: str) -> int:
-    """A new leader does not wait."""
-    report = reports.nodes.get(name)
-    return reports.since_ms - 100_000 if report is None else report.heard_ms
-
-
 # the lease
+
+
+def _renewed_unheard(node: SimNode, command: RenewLease) -> None:
+    """Only reports count as signs of life."""
+    before = dict(node.heard)
+    _renewed(node, command)
+    node.heard = before
 
 
 def _lease_from_its_return(node: SimNode, command: RenewLease) -> None:
@@ -293,7 +294,7 @@ MUTATIONS = (
     Mutation("stale commands", "a command decided on old facts counts", ((catalog_module, "_stale", _always("")),)),
     Mutation("lease runs back", "an old renewal counts again", ((CATALOG, RenewLease, _renew_by_any_number),)),
     Mutation("takeover too early", "half the lease is waited", ((ownership, "takeover_wait_ms", _always(500)),)),
-    Mutation("new leader in a hurry", "silence before it led counts", ((ownership, "_heard_ms", _heard_long_ago),)),
+    Mutation("renewals unheard", "only reports count as signs of life", ((SimNode, "_renewed", _renewed_unheard),)),
     Mutation("any standby", "every standby counts as caught up", ((ownership, "caught_up", _said_anything),)),
     Mutation("moves without bound", "more moves than moves_max", ((sim_node, "plan", _plan_again_and_again),)),
     Mutation(

@@ -62,6 +62,7 @@ class SimNode:
         self.replicas: dict[int, Replica] = {}
         self.unused_since: dict[int, float] = {}
         self.due: dict[str, float] = {}
+        self.heard: dict[str, float] = {}
         self.became_leader(0)
 
     def wipe(self) -> None:
@@ -102,7 +103,11 @@ class SimNode:
 
     def install(self, source: SimNode) -> None:
         """A dump, for a node that is far behind."""
+        before = self.catalog.leases
         self.catalog, self.applied = decode_catalog(encode_catalog(source.catalog)), source.applied
+        for name, number in self.catalog.leases.items():
+            if number != before.get(name):
+                self.heard[name] = self.local_ms
 
     # the lease, and what may be done under it
 
@@ -241,7 +246,6 @@ class SimNode:
 
     def became_leader(self, since_ms: float) -> None:
         self.since_ms = since_ms
-        self.heard: dict[str, float] = {}
         self.told: dict[str, Told] = {}
 
     def hear(self, name: str, told: Told) -> None:

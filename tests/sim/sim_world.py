@@ -31,6 +31,8 @@ from replication.ownership import PlanSettings
 
 STEP_MS = 100
 TRACE_EVENTS = 60
+DUMP_ENTRIES = 15
+"""A node that is further behind gets a dump."""
 HEAL_STEPS_MAX = 400
 DRIFT = 0.05
 """Clocks run within this part of real time; what the plan assumes."""
@@ -71,6 +73,7 @@ class World:
         self.plan_settings = PlanSettings(
             clock_drift=DRIFT,
             margin_ms=100,
+            leader_wait_ms=self.random.choice((200, 500)),
             standby_replace_ms=4000,
             caught_up_frames=5,
             caught_up_ms=1500,
@@ -254,7 +257,7 @@ class World:
         leader = self._leader(node) if behind else None
         if leader is None or (self.faulty and self.random.random() < 0.15):
             return
-        if behind > 60 and leader.applied > node.applied:
+        if behind > DUMP_ENTRIES and leader.applied > node.applied:
             node.install(leader)
         else:
             node.catch_up(behind if self.random.random() < 0.7 else self.random.randint(1, behind))

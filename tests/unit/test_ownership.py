@@ -210,13 +210,20 @@ def test_a_dead_owner_is_replaced_by_the_furthest_standby_at_once() -> None:
     nodes[fast] = replace(nodes[fast], partitions={0: Progress(51, 8, 0)})
     wait_ms = takeover_wait_ms(cluster.catalog.settings.lease_ms, PLAN)
     nodes[held.owner] = replace(nodes[held.owner], heard_ms=int(NOW_MS - wait_ms + 1))
-    waiting = plan(cluster.catalog, Reports(0, nodes), NOW_MS, PLAN)
-    assert not any(isinstance(command, TakeOver) for command in waiting)
+
+    def take_overs(reports: Reports) -> list[Command]:
+        commands = plan(cluster.catalog, reports, NOW_MS, PLAN)
+        return [command for command in commands if isinstance(command, TakeOver)]
+
+    assert not take_overs(Reports(0, nodes))
     nodes[held.owner] = replace(nodes[held.owner], heard_ms=int(NOW_MS - wait_ms - 1))
-    taken = [c for c in plan(cluster.catalog, Reports(0, nodes), NOW_MS, PLAN) if isinstance(c, TakeOver)]
+    taken = take_overs(Reports(0, nodes))
     assert [command.to for command in taken if command.partition == 0] == [fast]
-    later = plan(cluster.catalog, Reports(NOW_MS - 10, nodes), NOW_MS, PLAN)
-    assert not any(isinstance(command, TakeOver) for command in later), "a new leader waits as long by itself"
+    assert take_overs(Reports(NOW_MS - PLAN.leader_wait_ms, nodes)) == taken, "a new leader has heard of it before"
+    assert not take_overs(Reports(NOW_MS - PLAN.leader_wait_ms + 1, nodes)), "others may not have renewed yet"
+    never = {name: report for name, report in nodes.items() if name != held.owner}
+    assert not take_overs(Reports(int(NOW_MS - wait_ms + 1), never)), "by its own lease, when it never heard of it"
+    assert take_overs(Reports(int(NOW_MS - wait_ms - 1), never)) == taken
 
 
 def test_without_a_standby_any_live_node_takes_over() -> None:
