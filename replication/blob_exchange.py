@@ -22,6 +22,7 @@ from node.kernel.clock import Clock
 from node.kernel.errors import (
     BoundExceeded,
     ClusterUnavailable,
+    HeadraceError,
     NotFound,
     PeerRefused,
     PeerUnavailable,
@@ -103,6 +104,7 @@ class BlobExchange:
         self._telling = _Retry()
         self._fetched = self._failed = self._lost = 0
         self._last_failure = ""
+        self._fault: BaseException | None = None
         cluster.subscribe(self._changed.set)
 
     def routes(self) -> list[PeerRoute]:
@@ -162,7 +164,12 @@ class BlobExchange:
             await asyncio.gather(*work, return_exceptions=True)
 
     async def _look(self) -> float:
-        """One pass: what is missing is fetched, what is unread is read, what changed is told. Seconds to the next."""
+        """One pass: what is missing is fetched, what is unread is read, what changed is told. Seconds to the next.
+
+        Raises what a task of ours failed with and should not have, and StoreUnavailable.
+        """
+        if self._fault is not None:
+            raise self._fault
         wanted, held, now_s = self.wanted(), set(self._held), self._clock.monotonic()
         here = wanted & set(await asyncio.to_thread(self._blobs.names))
         await asyncio.to_thread(self._blobs.delete_parts, wanted | self._fetches.keys())
@@ -224,6 +231,8 @@ class BlobExchange:
             self._held[sha256] = self._clock.monotonic()
             self._retries.pop(sha256, None)
             return
+        if not isinstance(failure, HeadraceError):
+            self._fault = failure
         self._failed += 1
         self._fail(sha256, failure, frozenset(self._addresses(sha256)))
 
@@ -282,6 +291,8 @@ class BlobExchange:
     def _check_ended(self, task: asyncio.Task[None]) -> None:
         self._check = None
         self._changed.set()
+        if not task.cancelled() and task.exception() is not None:
+            self._fault = task.exception()
 
     # --- telling the catalog
 

@@ -70,6 +70,7 @@ class Sending:
         """Bytes sent, all of them. Raises OSError when the peer is gone, too slow, or the file has shrunk."""
         end = self._offset + self._count
         deadline = self._clock.monotonic() + seconds_max(self._count)
+        os.posix_fadvise(self._file.fileno(), self._offset, self._count, os.POSIX_FADV_SEQUENTIAL)
         writable = select.poll()
         writable.register(self._socket, select.POLLOUT)
         try:

@@ -328,8 +328,7 @@ class PeerServer:
             response.content_length = size - offset
             response.force_close()
             await response.prepare(request)
-            if offset < size:
-                await self._pass_to_kernel(request, file, offset, size - offset)
+            await self._pass_to_kernel(request, file, offset, size - offset)
             await response.write_eof()
         return response
 

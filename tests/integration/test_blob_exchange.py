@@ -380,6 +380,19 @@ async def test_one_fetch_serves_all_who_wait_for_the_file(nodes: Nodes) -> None:
     two.run()
 
 
+async def test_a_fault_of_ours_ends_the_run_loudly(nodes: Nodes, monkeypatch: pytest.MonkeyPatch) -> None:
+    one = await nodes.add("one", run=False)
+
+    def broken(sha256: str) -> bool:
+        raise RuntimeError("a fault of ours")
+
+    monkeypatch.setattr(one.blobs, "check", broken)
+    nodes.agreement.put_version("bid", one.blobs.put(b"a model"))
+    async with asyncio.timeout(10):
+        with pytest.raises(RuntimeError, match="a fault of ours"):
+            await one.exchange.run()
+
+
 async def test_a_disk_that_refuses_is_waited_out(nodes: Nodes) -> None:
     one, two = await nodes.add("one"), await nodes.add("two")
     two.folder.rename(two.folder.with_name("elsewhere"))

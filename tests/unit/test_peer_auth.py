@@ -174,3 +174,12 @@ def test_no_schedule_of_clocks_lets_a_call_in_twice(steps: list[tuple[int, int, 
                 continue
             assert admitted not in taken
             taken.add(admitted)
+
+
+@given(st.lists(st.tuples(st.integers(0, 40_000), st.integers(-PEER_CLOCK_SKEW_MS_MAX, PEER_CLOCK_SKEW_MS_MAX))))
+def test_a_new_call_within_the_skew_is_taken_while_the_clock_goes_on(steps: list[tuple[int, int]]) -> None:
+    key, guard, now_ms = PeerKey(SECRET), CallGuard(PeerKey(SECRET), "two", NOW_MS), NOW_MS + PEER_CLOCK_SKEW_MS_MAX
+    for number, (moved_ms, off_ms) in enumerate(steps):
+        now_ms += moved_ms
+        call = claim(number, now_ms + off_ms)
+        assert guard.admit("GET", "/x", key.header("GET", "/x", call), now_ms) == call
