@@ -190,6 +190,23 @@ def verify(partitions: PartitionNumbers = None, *, config: ConfigPath, as_json: 
         raise typer.Exit(1)
 
 
+@app.command()
+def restore(
+    partition: Annotated[int, typer.Argument(metavar="PARTITION", min=0, help="Its number.")],
+    config: ConfigPath,
+    source: Annotated[
+        str, typer.Option("--from", help="A URL such as [cluster] snapshot_url, or HOST:PORT of a node's peer_listen.")
+    ] = "",
+) -> None:
+    """Replace a stopped node's store of a partition by a snapshot; its own newest one without --from.
+
+    A node that runs does this by itself: it is for a source of your choice.
+    """
+    from node import cluster_console
+
+    _operate(cluster_console.restore(_loaded(config), partition, source, typer.echo))
+
+
 def _operate(command: Coroutine[Any, Any, Outcome]) -> Outcome:
     import asyncio
 

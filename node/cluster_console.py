@@ -9,17 +9,23 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator, Callable, Iterable, Mapping, Sequence
 from contextlib import asynccontextmanager
+from pathlib import Path
 from typing import Any, Final, TypeAlias
 
 import msgspec
 
-from node.config_sections import Config
+from node.config_sections import ClusterSection, Config
 from node.kernel.clock import SystemClock
 from node.kernel.errors import ConfigError, HeadraceError, NotFound, PeerUnavailable
 from node.serving.cluster import ClusterMember, ClusterPartition, ClusterStatus
+from node.state.inspection import changelog_offset_of
+from replication.offline_restore import PeerSource, Source, StoreSource, stopped
+from replication.offline_restore import restore as restore_stopped
 from replication.operators import OPERATORS_PATH, STATUS_PATH, Job, JoinBody, NodeBody, PartitionBody
 from replication.peers import PeerClient
 from replication.raft_types import address_problems
+from replication.snapshot_folder import SnapshotFolder
+from replication.snapshot_store import SnapshotStore
 
 OPERATOR: Final = "operator"
 """The name that operators' calls are signed with."""
@@ -86,15 +92,19 @@ class Operator:
 @asynccontextmanager
 async def operating(config: Config) -> AsyncIterator[Operator]:
     """Raises ConfigError when the config is of a node on its own."""
-    cluster = config.cluster
-    if cluster is None:
-        raise ConfigError(["[cluster] is missing: this node is on its own, and there is no cluster to change"])
+    cluster = _cluster_of(config)
     client = PeerClient(OPERATOR, cluster.secret(), SystemClock())
     await client.start()
     try:
         yield Operator(cluster.peer_address or cluster.peer_listen, client)
     finally:
         await client.stop()
+
+
+def _cluster_of(config: Config) -> ClusterSection:
+    if config.cluster is None:
+        raise ConfigError(["[cluster] is missing: this node is on its own, and there is no cluster to change"])
+    return config.cluster
 
 
 async def watch(operator: Operator, say: Say, left: Callable[[ClusterStatus], Sequence[str]], seconds: float) -> None:
@@ -326,3 +336,49 @@ async def _verify_once(operator: Operator, partition: int) -> VerifiedPartition:
         return msgspec.convert(found, VerifiedPartition)
     except msgspec.ValidationError as failure:
         raise CommandFailed(f"the owner is of another release: {failure}; use its command line") from None
+
+
+async def restore(config: Config, partition: int, source: str, say: Say) -> None:
+    """Replace a stopped node's store of a partition by a snapshot: of a peer (its HOST:PORT), a URL, or its own."""
+    cluster = _cluster_of(config)
+    data, changelog, name = Path(config.node.data_dir), config.kafka.changelog_topic, config.node.name
+    clock = SystemClock()
+    folder = SnapshotFolder(data / "snapshots", changelog, name, clock)
+    client = PeerClient(OPERATOR, cluster.secret(), clock)
+    store: SnapshotStore | None = None
+    try:
+        with stopped(data / "cluster" / "raft" / "lock"):
+            await client.start()
+            found: Source | None = None
+            if "://" in source:
+                store = SnapshotStore(source, config.kafka.application, changelog, name, clock)
+                found = StoreSource(store)
+            elif source:
+                if address_problems(source):
+                    raise CommandFailed(f"{source} is neither a URL nor a peer's HOST:PORT")
+                found = PeerSource(client, source, changelog)
+            target = data / "partitions" / str(partition)
+            snapshot = await restore_stopped(partition, target, folder, found, changelog_offset_of, _Progress(say))
+    finally:
+        await client.stop()
+        folder.close()
+        if store is not None:
+            store.close()
+    say(
+        f"partition {partition} restored from {source or 'its own snapshot'}: {snapshot.bytes:,} bytes as of "
+        f"{snapshot.changelog_offset:,}; the node goes on from there when it is started"
+    )
+
+
+class _Progress:
+    """A line for each tenth."""
+
+    def __init__(self, say: Say) -> None:
+        self._say = say
+        self._tenth = -1
+
+    def __call__(self, here: int, whole: int) -> None:
+        tenth = 10 * here // max(whole, 1)
+        if tenth > self._tenth:
+            self._tenth = tenth
+            self._say(f"{here:,} of {whole:,} bytes are here")
