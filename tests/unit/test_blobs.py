@@ -6,13 +6,14 @@ import hashlib
 from pathlib import Path
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from node.kernel.errors import BoundExceeded, NotFound, StoreUnavailable
 from replication.blobs import BlobStore
 
 
+@settings(deadline=None)  # it waits for the disk
 @given(st.binary(max_size=4096))
 def test_what_is_put_comes_back_under_its_hash(tmp_path_factory: pytest.TempPathFactory, content: bytes) -> None:
     store = BlobStore(tmp_path_factory.mktemp("blobs"))

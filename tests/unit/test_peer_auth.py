@@ -157,7 +157,7 @@ def test_more_calls_than_are_remembered_are_refused_until_some_are_old() -> None
     assert guard.nonces == 1
 
 
-@settings(max_examples=200)
+@settings(max_examples=200, deadline=None)
 @given(st.lists(st.tuples(st.integers(0, 8), st.integers(-40_000, 40_000), st.integers(-50_000, 90_000)), max_size=40))
 def test_no_schedule_of_clocks_lets_a_call_in_twice(steps: list[tuple[int, int, int]]) -> None:
     """Each step: the guard's clock moves (also back), and one of a few calls is sent, perhaps again."""
@@ -176,6 +176,7 @@ def test_no_schedule_of_clocks_lets_a_call_in_twice(steps: list[tuple[int, int, 
             taken.add(admitted)
 
 
+@settings(deadline=None)
 @given(st.lists(st.tuples(st.integers(0, 40_000), st.integers(-PEER_CLOCK_SKEW_MS_MAX, PEER_CLOCK_SKEW_MS_MAX))))
 def test_a_new_call_within_the_skew_is_taken_while_the_clock_goes_on(steps: list[tuple[int, int]]) -> None:
     key, guard, now_ms = PeerKey(SECRET), CallGuard(PeerKey(SECRET), "two", NOW_MS), NOW_MS + PEER_CLOCK_SKEW_MS_MAX
