@@ -131,6 +131,7 @@ def test_no_record_is_cut_that_a_holder_or_a_replica_may_need(
             possible.append((clock.now_ms(), may))
         if cut is not None:
             assert cut.before > start
+            assert offsets.get("a", -1) >= 0, "the owner has said where it is"
             assert all(cut.before <= offset for offset in useful)
             assert sum(offset >= cut.before for offset in holding) >= holders_min
             assert any(at <= clock.now_ms() - DELAY_MS and cut.before <= may for at, may in possible)
