@@ -35,7 +35,7 @@ from node.partitions import Partitions
 from node.replicas import Replicas
 from node.serving.server import HttpServer
 from node.serving.view import ModelCost, ModelInfo, TenantStatus
-from node.session import PartitionSession, Parts, open_session
+from node.session import ChangelogReader, PartitionSession, Parts, open_session
 from node.state.folder import StateFolder, StateFolders
 from node.state.layout import Layout
 from node.state.rocksdb import RocksEnvironment, RocksStore
@@ -159,12 +159,21 @@ class Node:
 
         return Partitions(topics, config.kafka.topics, outputs, config.kafka.partitions, partition, self._supervisor)
 
-    async def _open(self, number: int, state: StateFolder, guard: Callable[[], None] = unguarded) -> PartitionSession:
+    async def _open(
+        self,
+        number: int,
+        state: StateFolder,
+        guard: Callable[[], None] = unguarded,
+        changelog: ChangelogReader | None = None,
+    ) -> PartitionSession:
         origin = Origin(self._config.node.name, self._config.kafka.topics, number, self._config.schema())
         steps = self._steps.setdefault(number, StepTimes(self._clock))
-        return await open_session(self._parts(number, state, guard), self._engine, origin, steps, self._clock)
+        parts = self._parts(number, state, guard, changelog)
+        return await open_session(parts, self._engine, origin, steps, self._clock)
 
-    def _parts(self, number: int, state: StateFolder, guard: Callable[[], None]) -> Parts:
+    def _parts(
+        self, number: int, state: StateFolder, guard: Callable[[], None], changelog: ChangelogReader | None
+    ) -> Parts:
         config, clock = self._config, self._clock
         traits = self._traits.setdefault(number, BrokerTraits())
         return Parts(
@@ -190,7 +199,7 @@ class Node:
                 config.kafka.on_source_reset,
                 clock,
             ),
-            changelog=lambda: Changelog(self._options, self._outputs.changelog, number, clock),
+            changelog=lambda: changelog or Changelog(self._options, self._outputs.changelog, number, clock),
             versions=self._tenants.version,
             bound=self._bound,
             cache_bytes=config.state.row_cache_mb * MIB,

@@ -11,7 +11,7 @@ import asyncio
 import contextlib
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal, Protocol
+from typing import Any, Literal, Protocol
 
 import structlog
 
@@ -40,7 +40,7 @@ from node.kernel.ports import StateStore
 from node.kernel.supervise import Supervisor
 from node.kernel.types import ReplicaProgress
 from node.partition import RECOVERABLE, Condition, Partition, Role
-from node.session import PartitionSession
+from node.session import ChangelogReader, PartitionSession, Recovered
 from node.state.folder import StateFolder, StateFolders
 from node.state.layout import Layout
 
@@ -55,8 +55,9 @@ _LEASE_LOST = (
     "is back, see the cluster's status"
 )
 Guard = Callable[[], None]
-OpenSession = Callable[[int, StateFolder, Guard], Awaitable[PartitionSession]]
-"""Opens a session of a partition on its state; the guard is for its outbox."""
+OpenSession = Callable[[int, StateFolder, Guard, ChangelogReader | None], Awaitable[PartitionSession]]
+"""Opens a session of a partition on its state; the guard is for its outbox. The reader, if there is one, is that of the
+standby that is promoted, and takes the place of a new one."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,6 +108,10 @@ class Standbys(Protocol):
 
     async def remove(self, partition: int) -> None: ...
 
+    async def finish(self, partition: int) -> Recovered:
+        """Fold all that is committed by now, and remove."""
+        ...
+
     def progress(self, partition: int) -> ReplicaProgress | None: ...
 
     async def run(self) -> None: ...
@@ -148,6 +153,23 @@ class Surroundings:
     clock: Clock
 
 
+class _Tail:
+    """`ChangelogReader` of a partition that is stood by for: connected already, and nearly at the end."""
+
+    def __init__(self, standbys: Standbys, partition: int) -> None:
+        self._standbys = standbys
+        self._partition = partition
+
+    async def connect(self) -> None:
+        """It is."""
+
+    async def fold_into(self, store: StateStore) -> Recovered:
+        return await self._standbys.finish(self._partition)
+
+    async def close(self) -> None:
+        await self._standbys.remove(self._partition)
+
+
 class Replica:
     """One partition on this node. `assign` says what to do; `run` does it."""
 
@@ -164,6 +186,7 @@ class Replica:
         self._stopping = False
         self._layout: tuple[bytes | None, Layout] = (None, Layout.empty())
         self._opening_since = 0.0
+        self._tail: ChangelogReader | None = None
 
     def assign(self, held: Held | None, duty: Duty) -> None:
         self.held = held
@@ -183,13 +206,22 @@ class Replica:
                 self._changed.clear()
                 if duty.role == "own":
                     await self._own(duty)
-                elif duty.role == "none":
+                    continue
+                await self._drop_tail()
+                if duty.role == "none":
                     await self._idle(duty)
                 else:
                     await self._stand_by(duty)
         finally:
+            await self._drop_tail()
             self._state.close()
             self.condition.phase = "stopped"
+
+    async def _drop_tail(self) -> None:
+        """A promotion that was called off before it began."""
+        if self._tail is not None:
+            tail, self._tail = self._tail, None
+            await tail.close()
 
     def _lasts(self, duty: Duty) -> bool:
         return self.duty == duty and not self._stopping
@@ -206,7 +238,8 @@ class Replica:
         self.released_revision = 0
         self._opening_since = self._around.clock.monotonic()
         self.condition.phase, self.condition.reason = "starting", ""
-        term = self._term = self._new_term(duty.epoch)
+        term = self._term = self._new_term(duty.epoch, self._tail)
+        self._tail = None
         work = asyncio.ensure_future(term.run())
         changed = asyncio.ensure_future(self._until_other(duty))
         try:
@@ -218,6 +251,7 @@ class Replica:
             changed.cancel()
             work.cancel()
             await asyncio.wait({work})
+            await self._around.standbys.remove(self.number)
             self._term = None
         if not work.cancelled():
             work.result()  # what no session recovers from stops the node
@@ -227,16 +261,21 @@ class Replica:
             self._changed.clear()
             await self._changed.wait()
 
-    def _new_term(self, epoch: int) -> Partition:
+    def _new_term(self, epoch: int, tail: ChangelogReader | None) -> Partition:
         around = self._around
 
         def guard() -> None:
             if not around.ownership.may_own(self.number, epoch):
                 raise LeaseLost(_LEASE_LOST)
 
+        def open_session() -> Awaitable[PartitionSession]:
+            nonlocal tail
+            reader, tail = tail, None
+            return around.open_session(self.number, self._state, guard, reader)
+
         return Partition(
             self.number,
-            lambda: around.open_session(self.number, self._state, guard),
+            open_session,
             self._state,
             around.commit_interval_seconds,
             around.clock,
@@ -271,22 +310,28 @@ class Replica:
     async def _fold(self, duty: Duty) -> None:
         """Raises what the store, the changelog or restoring a snapshot raises."""
         store = await self._state.open()
-        failed: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        failed: asyncio.Future[HeadraceError] = asyncio.get_running_loop().create_future()
 
         def fail(failure: HeadraceError) -> None:
             if not failed.done():
-                failed.set_exception(failure)
+                failed.set_result(failure)
 
         changed = asyncio.ensure_future(self._until_other(duty))
         self._around.standbys.add(self.number, store, fail)
         self._tell_standing_by(duty)
+        promoted = False
         try:
-            await asyncio.wait({failed, changed}, return_when=asyncio.FIRST_COMPLETED)
+            waits: set[asyncio.Future[Any]] = {failed, changed}
+            await asyncio.wait(waits, return_when=asyncio.FIRST_COMPLETED)
+            promoted = not failed.done() and self.duty.role == "own" and not self._stopping
         finally:
             changed.cancel()
-            await self._around.standbys.remove(self.number)
+            if not promoted:
+                await self._around.standbys.remove(self.number)
         if failed.done():
-            failed.result()
+            raise failed.result()
+        if promoted:
+            self._tail = _Tail(self._around.standbys, self.number)
 
     def _tell_standing_by(self, duty: Duty) -> None:
         condition = self.condition

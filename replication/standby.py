@@ -15,6 +15,7 @@ from node.kernel.broker import ClientOptions, broker_call, close_quietly
 from node.kernel.clock import Clock
 from node.kernel.errors import BrokerUnavailable, HeadraceError, ProgressLost, TopicMissing
 from node.kernel.limits import (
+    BROKER_CALL_MS_MAX,
     BROKER_RETRY_MS_MAX,
     BROKER_RETRY_MS_MIN,
     MIB,
@@ -25,13 +26,15 @@ from node.kernel.limits import (
 )
 from node.kernel.ports import StateStore
 from node.kernel.types import ReplicaProgress
-from replication.changelog import progress_lost
+from replication.changelog import FoldReport, progress_lost
 from replication.frame import FrameAssembler
 
 log = structlog.get_logger(__name__)
 
 _RECORDS_PER_POLL = 64
 _RETRY_MS = 20
+_FINISH_POLL_MS = 5
+"""While an end is waited for: a poll does not return for the markers of transactions, and every end is behind some."""
 _OFFSETS_PER_FRAME = 2
 """A record at least and the marker of its transaction."""
 Failed = Callable[[HeadraceError], None]
@@ -53,8 +56,15 @@ class _Fold:
     """Offsets between the reader and the last stable one, as of the last poll."""
     stamp: int | None = None
     heard: float = 0.0
+    reached: int = 0
+    """Everything committed before this offset is folded."""
+    wanted: tuple[int, asyncio.Future[None]] | None = None
+    """What `finish` waits for."""
     hold: int | None = None
     """Frames that end behind this offset have to wait."""
+    frames: int = 0
+    rows: int = 0
+    bytes: int = 0
     flushing: asyncio.Future[None] | None = None
 
     @property
@@ -76,6 +86,9 @@ class StandbyFolder:
         self._stale = False
         """The consumer's assignment is not what it should be."""
         self._polling: asyncio.Future[Any] | None = None
+        self._reader: AIOKafkaConsumer | None = None
+        self._asker: AIOKafkaConsumer | None = None
+        """Asks for offsets: a fetch that waits at the broker holds up what is asked on the same connection."""
         self.frames = 0
         self.reason = ""
         """Why nothing can be read at present; '' while the broker is there."""
@@ -96,9 +109,51 @@ class StandbyFolder:
     async def remove(self, partition: int) -> None:
         """Stop to fold; the store stays open and is as of the end of a frame. A partition not folded is no mistake."""
         fold = self._folds.pop(partition, None)
-        self._reassign()
-        if fold is not None and fold.flushing is not None:
+        if fold is None:
+            return
+        if self._reader is not None and fold.assigned:
+            # Another assignment would make the others wait for the fetch that is under way at the broker.
+            self._reader.pause(TopicPartition(self._topic, partition))
+        if fold.wanted is not None:
+            fold.wanted[1].cancel()
+        if fold.flushing is not None:
             await asyncio.wait({fold.flushing})
+
+    async def finish(self, partition: int) -> FoldReport:
+        """Fold all that is committed by now, and no more: `remove` is implied. So an owner goes on from a standby.
+
+        To be called after the partition's producer has started, which makes the end final; no connection has to be
+        made for it. Raises BrokerUnavailable when the partition is not folded or nothing can be read at present, and
+        what `add` tells of.
+        """
+        fold, asker, started = self._folds.get(partition), self._asker, self._clock.monotonic()
+        if fold is None or asker is None:
+            raise BrokerUnavailable(f"{self._topic}[{partition}] is not being read here; it is opened again")
+        before = (fold.frames, fold.rows, fold.bytes)
+        try:
+            self.resume(partition)
+            at = TopicPartition(self._topic, partition)
+            end = (await broker_call(f"end of changelog {self._topic}", asker.end_offsets([at])))[at]
+            await self._reach(partition, fold, end)
+        finally:
+            await self.remove(partition)
+        frames, rows, size = fold.frames - before[0], fold.rows - before[1], fold.bytes - before[2]
+        return FoldReport(frames, rows, size, self._clock.monotonic() - started)
+
+    async def _reach(self, partition: int, fold: _Fold, end: int) -> None:
+        if self._folds.get(partition) is not fold:
+            raise BrokerUnavailable(f"{self._topic}[{partition}] is not being read any more; it is opened again")
+        while fold.reached < end:
+            reached, future = fold.reached, asyncio.get_running_loop().create_future()
+            fold.wanted = (end, future)
+            self._poll_anew()
+            await asyncio.wait({future}, timeout=BROKER_CALL_MS_MAX / 1000)
+            if future.cancelled():
+                raise BrokerUnavailable(f"{self._topic}[{partition}] is not being read any more; it is opened again")
+            if future.done():
+                future.result()
+            elif fold.reached == reached:
+                raise BrokerUnavailable(f"{self._topic}[{partition}]: nothing came, {end - reached} to go")
 
     def hold(self, partition: int, offset: int) -> int:
         """Fold no frame that ends behind `offset` until `resume`, so that the store can be compared as of then; gives
@@ -128,6 +183,9 @@ class StandbyFolder:
 
     def _reassign(self) -> None:
         self._stale = True
+        self._poll_anew()
+
+    def _poll_anew(self) -> None:
         if self._polling is not None:
             self._polling.cancel()
 
@@ -135,6 +193,8 @@ class StandbyFolder:
         if self._folds.get(partition) is fold:
             del self._folds[partition]
             self._reassign()
+            if fold.wanted is not None and not fold.wanted[1].done():
+                fold.wanted[1].set_exception(failure)
             fold.failed(failure)
 
     # the reader
@@ -157,7 +217,30 @@ class StandbyFolder:
 
     async def _read(self) -> None:
         """Fold with one consumer until it fails or nothing is left to fold."""
-        consumer = AIOKafkaConsumer(
+        reader, asker = self._consumer(), self._consumer()
+        try:
+            await broker_call("open changelogs", reader.start())
+            await broker_call("open changelogs", asker.start())
+            # The client asks for a topic that is gone thousands of times a second, so it must not.
+            if self._topic not in await broker_call("look up changelogs", reader.topics()):
+                raise TopicMissing(f"changelog topic {self._topic} does not exist: create it, standbys go on")
+            await broker_call("look up changelogs", asker.end_offsets([TopicPartition(self._topic, 0)]))
+            self._reader, self._asker, self._stale = reader, asker, True
+            while self._folds:
+                if self._stale:
+                    self._assign(reader)
+                await self._fold(await self._poll(reader), reader)
+                await self._flush()
+            self._added.clear()
+        finally:
+            self._reader = self._asker = None
+            for fold in self._folds.values():
+                fold.assigned = False
+            await close_quietly("changelogs", reader.stop())
+            await close_quietly("changelogs", asker.stop())
+
+    def _consumer(self) -> AIOKafkaConsumer:
+        return AIOKafkaConsumer(
             **self._options,
             enable_auto_commit=False,
             isolation_level="read_committed",
@@ -167,24 +250,6 @@ class StandbyFolder:
             fetch_max_bytes=32 * MIB,
             max_partition_fetch_bytes=4 * MIB,
         )
-        try:
-            await broker_call("open changelogs", consumer.start())
-            # The client asks for a topic that is gone thousands of times a second, so it must not.
-            if self._topic not in await broker_call("look up changelogs", consumer.topics()):
-                raise TopicMissing(f"changelog topic {self._topic} does not exist: create it, standbys go on")
-            self._stale, started = True, self._clock.monotonic()
-            for fold in self._folds.values():
-                fold.heard = started
-            while self._folds:
-                if self._stale:
-                    self._assign(consumer)
-                await self._fold(await self._poll(consumer), consumer)
-                await self._flush()
-            self._added.clear()
-        finally:
-            for fold in self._folds.values():
-                fold.assigned = False
-            await close_quietly("changelogs", consumer.stop())
 
     def _assign(self, consumer: AIOKafkaConsumer) -> None:
         """Every partition starts again behind the last frame that its store has, so half a frame is no loss."""
@@ -198,7 +263,9 @@ class StandbyFolder:
 
     async def _poll(self, consumer: AIOKafkaConsumer) -> Mapping[TopicPartition, Sequence[Any]]:
         """What has come. Nothing when the assignment is to be changed."""
-        self._polling = asyncio.ensure_future(_next_records(consumer))
+        waited_for = any(fold.wanted is not None for fold in self._folds.values())
+        wait_ms = _FINISH_POLL_MS if waited_for else STANDBY_POLL_MS
+        self._polling = asyncio.ensure_future(_next_records(consumer, wait_ms))
         try:
             await asyncio.wait({self._polling})
             return {} if self._polling.cancelled() else self._polling.result()
@@ -222,8 +289,8 @@ class StandbyFolder:
                 self._drop(place.partition, fold, lost or ProgressLost(f"{place.topic}[{place.partition}] was cut"))
 
     async def _fold(self, polled: Mapping[TopicPartition, Sequence[Any]], consumer: AIOKafkaConsumer) -> None:
-        gaps = await self._gaps(consumer)
-        now = self._clock.monotonic()
+        gaps, now = await self._gaps(consumer), self._clock.monotonic()
+        positions = {fold: await consumer.position(place) for place, fold in self._assigned(consumer)}
         for place, records in polled.items():
             fold = self._folds.get(place.partition)
             if fold is None or not fold.assigned:
@@ -236,9 +303,19 @@ class StandbyFolder:
             fold.gap = gap
             if gap == 0:
                 fold.ended = now
+        for fold, position in positions.items():
+            if fold.assigned and not fold.held:
+                fold.reached = position
+                if fold.wanted is not None and position >= fold.wanted[0] and not fold.wanted[1].done():
+                    fold.wanted[1].set_result(None)
+
+    def _assigned(self, consumer: AIOKafkaConsumer) -> list[tuple[TopicPartition, _Fold]]:
+        found = ((place, self._folds.get(place.partition)) for place in consumer.assignment())
+        return [(place, fold) for place, fold in found if fold is not None and fold.assigned]
 
     async def _apply(self, partition: int, fold: _Fold, records: Sequence[Any]) -> None:
         for record in records:
+            fold.bytes += len(record.value or b"")
             frame = fold.assembler.add(record.value)
             if frame is None:
                 continue
@@ -247,6 +324,7 @@ class StandbyFolder:
                 self._reassign()
                 return
             fold.store.apply(frame, record.offset + 1)
+            fold.frames, fold.rows = fold.frames + 1, fold.rows + len(frame.customers)
             self.frames += 1
             await asyncio.sleep(0)
             if self._folds.get(partition) is not fold:
@@ -257,10 +335,7 @@ class StandbyFolder:
         and BrokerUnavailable when it has been silent for too long: the client's polls say nothing of that."""
         now, gaps = self._clock.monotonic(), {}
         known = consumer.partitions_for_topic(self._topic)
-        for place in consumer.assignment():
-            fold = self._folds.get(place.partition)
-            if fold is None or not fold.assigned:
-                continue
+        for place, fold in self._assigned(consumer):
             if known is not None and place.partition not in known:
                 missing = f"changelog {self._topic} has no partition {place.partition}: add partitions, it goes on"
                 self._drop(place.partition, fold, TopicMissing(missing))
@@ -296,6 +371,6 @@ class StandbyFolder:
         return {"partitions": sorted(self._folds), "frames": self.frames, "reason": self.reason}
 
 
-async def _next_records(consumer: AIOKafkaConsumer) -> Mapping[TopicPartition, Sequence[Any]]:
-    call = consumer.getmany(timeout_ms=STANDBY_POLL_MS, max_records=_RECORDS_PER_POLL)
+async def _next_records(consumer: AIOKafkaConsumer, wait_ms: int) -> Mapping[TopicPartition, Sequence[Any]]:
+    call = consumer.getmany(timeout_ms=wait_ms, max_records=_RECORDS_PER_POLL)
     return await broker_call("read changelogs", call)

@@ -110,9 +110,9 @@ HTTP_MODELS_MAX = 1000
 METRIC_SERIES_MAX = 1000
 """Of one metric; what is beyond is added up under the label `_other`."""
 
-STANDBY_POLL_MS = 500
-"""How long a standby's fetch waits at the broker for something new; its lag in time is known to two of these."""
-STANDBY_PROOF_MS_MAX = 3 * STANDBY_POLL_MS
+STANDBY_POLL_MS = 250
+"""How long a standby's fetch waits at the broker for something new; what it holds up waits as long at worst."""
+STANDBY_PROOF_MS_MAX = 1_500
 """A standby that was at the end this long ago counts as being there: an idle changelog proves it once a fetch."""
 STANDBY_SILENT_MS_MAX = 10_000
 """A broker that has answered no fetch for so long is connected to anew."""

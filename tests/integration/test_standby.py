@@ -17,7 +17,14 @@ from aiokafka.admin import AIOKafkaAdminClient, NewPartitions, RecordsToDelete
 from node_support import Kafka
 
 from node.kernel.clock import SystemClock
-from node.kernel.errors import ChangelogCut, FrameCorrupt, HeadraceError, ProgressLost, StoreUnavailable
+from node.kernel.errors import (
+    BrokerUnavailable,
+    ChangelogCut,
+    FrameCorrupt,
+    HeadraceError,
+    ProgressLost,
+    StoreUnavailable,
+)
 from node.kernel.limits import STANDBY_PROOF_MS_MAX, STANDBY_UNKNOWN_FRAMES
 from node.kernel.ports import StateStore
 from node.kernel.types import Frame
@@ -194,6 +201,34 @@ async def test_a_standby_waits_at_an_offset_and_goes_on(
         await until(lambda: store.changelog_offset() == ends[3], "the last frame")
         assert folder.hold(0, ends[1]) == ends[3], "it is past that"
     assert store.progress() == {"source": 4}
+
+
+async def test_an_owner_goes_on_from_a_standby(application: Application, stores: Callable[[str], RocksStore]) -> None:
+    """Once the new producer has started, `finish` folds to the end and leaves the store; the others stand by on."""
+    first, other = await application.outbox(0), await application.outbox(1)
+    await first.send(Outgoing(frame(1)))
+    await other.send(Outgoing(frame(2)))
+    store, beside = stores("0"), stores("1")
+    async with folding(application.address, application.topics.changelog) as folder:
+        folder.add(0, store, refuse)
+        folder.add(1, beside, refuse)
+        await until(lambda: at_end(folder, 0) and at_end(folder, 1), "both ends")
+        folder.hold(0, 0)
+        end = await first.send(Outgoing(frame(3)))
+        heir = await application.outbox(0)
+        report = await folder.finish(0)
+        assert (report.frames, report.rows) == (1, 20), "what it was held back from"
+        assert store.changelog_offset() == end
+        assert folder.progress(0) is None
+        store.apply(frame(4), await heir.send(Outgoing(frame(4))))
+        last = await other.send(Outgoing(frame(5)))
+        await until(lambda: beside.changelog_offset() == last, "the other goes on")
+        assert store.progress() == {"source": 4}
+        with pytest.raises(BrokerUnavailable, match="opened again"):
+            await folder.finish(0)
+        folder.add(0, store, refuse)
+        end = await heir.send(Outgoing(frame(6)))
+        await until(lambda: store.changelog_offset() == end, "it stands by again")
 
 
 async def test_one_that_cannot_go_on_is_told_and_the_others_do(

@@ -35,7 +35,7 @@ from node.kernel.types import FeatureRows, Frame, ModelOutputs, ModelVersion, Re
 from node.outbox import BrokerTraits, Outbox, OutputTopics
 from node.outgoing import Origin
 from node.replicas import Guard, Held, Replicas, Surroundings
-from node.session import PartitionSession, Parts, open_session
+from node.session import ChangelogReader, PartitionSession, Parts, open_session
 from node.state.folder import StateFolder, StateFolders
 from node.state.rocksdb import RocksEnvironment, RocksStore
 from node.steps import StepTimes
@@ -229,7 +229,9 @@ class Node:
         self.restored.append(partition)
         return self.snapshots.get(partition, lambda path: False)(path)
 
-    async def _open(self, number: int, state: StateFolder, guard: Guard) -> PartitionSession:
+    async def _open(
+        self, number: int, state: StateFolder, guard: Guard, reader: ChangelogReader | None
+    ) -> PartitionSession:
         one, schema = self.application, CONFIG.schema()
         self.sessions[number] += 1
         engine = Engine(EventDecoder(CONFIG.events), lambda: PLAN, Echo(), CycleSettings(1000, 20, 5.0))
@@ -239,7 +241,7 @@ class Node:
                 one.options, one.topics, one.name, number, "required", "lz4", encode_frame, CLOCK, BrokerTraits(), guard
             ),
             source=lambda: Source(one.options, [one.source], number, 1 << 20, "earliest", "wait", CLOCK),
-            changelog=lambda: Changelog(one.options, one.topics.changelog, number, CLOCK),
+            changelog=lambda: reader or Changelog(one.options, one.topics.changelog, number, CLOCK),
             versions=lambda name, version: VERSION,
             bound=lambda name: Bound(100_000),
             cache_bytes=1 << 20,
