@@ -261,8 +261,13 @@ def state_mismatches(nodes: cluster.Cluster, expected: chaos.Expected) -> tuple[
     return wrong, examples[:5]
 
 
-def row_mismatches(nodes: cluster.Cluster, owners: Mapping[int, str], standbys: Mapping[int, list[str]]) -> int:
-    """Rows that a standby's store has otherwise than the owner's, or only one of them has; the nodes are stopped."""
+def row_mismatches(
+    nodes: cluster.Cluster, owners: Mapping[int, str], standbys: Mapping[int, list[str]]
+) -> tuple[int, int]:
+    """Rows that a standby's store has otherwise than the owner's, or only one of them has; and rows compared.
+
+    The nodes are stopped.
+    """
     environment = RocksEnvironment.of(32 << 20, 16 << 20)
 
     def rows(name: str, number: int) -> dict[bytes, bytes]:
@@ -275,13 +280,15 @@ def row_mismatches(nodes: cluster.Cluster, owners: Mapping[int, str], standbys: 
         finally:
             store.close()
 
-    wrong = 0
+    wrong = compared = 0
     for number, owner in owners.items():
         right = rows(owner, number)
         for name in standbys[number]:
             copy = rows(name, number)
-            wrong += sum(right.get(customer) != copy.get(customer) for customer in right.keys() | copy.keys())
-    return wrong
+            customers = right.keys() | copy.keys()
+            compared += len(customers)
+            wrong += sum(right.get(customer) != copy.get(customer) for customer in customers)
+    return wrong, compared
 
 
 @dataclass(frozen=True, slots=True)
@@ -363,12 +370,12 @@ def _run(
     status = nodes.status()
     nodes.stop()
     owners, standbys = cluster.owners(status), cluster.standbys(status)
+    rows_wrong, rows_compared = row_mismatches(nodes, owners, standbys)
     outcome = counted(folder, broker.address, expected)
     return harness.Result(
         {
             "faults": sum(faults.made.values()),
-            "row_mismatches": row_mismatches(nodes, owners, standbys)
-            + sum(verified[name] for name in ("differ", "unknown", "damaged")),
+            "row_mismatches": rows_wrong + sum(verified[name] for name in ("differ", "unknown", "damaged")),
             "state_mismatches": mismatches,
             **outcome.values,
         },
@@ -376,6 +383,7 @@ def _run(
             "seconds": seconds,
             "events": events,
             "customers": len(expected.customers),
+            "rows_compared": rows_compared,
             "faults": dict(faults.made),
             "unplanned_exits": faults.unplanned,
             "whole_again_s_max": round(max(faults.whole_s, default=0.0), 1),
