@@ -219,7 +219,7 @@ class Cluster:
             self._book.begin(self._clock.monotonic())
         if self._lease is not None:
             self._lease.came_back(self.catalog.leases.get(self.name, 0))
-        told = (self.catalog.revision, status.leader, self.leads, self.ready)
+        told = (self.catalog.revision, status.leader, status.ready, self.leads, self.ready)
         if told == self._told:
             return
         if status.leader is not None and told[1:] != self._told[1:]:
@@ -387,7 +387,7 @@ class Cluster:
         """At the leader: node -> partition -> offset of its newest verified snapshot, of nodes that are there."""
         agreed = self._machine.agreed
         reports = self._book.reports(agreed, self._origin_ms)
-        alive = living(agreed.catalog, reports, self._now_ms(), self.settings.plan)
+        alive = living(agreed.catalog, reports, self.now_ms(), self.settings.plan)
         return self._book.verified(alive)
 
     async def _report(self) -> None:
@@ -421,8 +421,8 @@ class Cluster:
 
     # --- planning, at the leader
 
-    def _now_ms(self) -> int:
-        """The planner's time: as even as the monotonic clock, and near other nodes' by its origin."""
+    def now_ms(self) -> int:
+        """What reports and moves are dated in: as even as the monotonic clock, and near other nodes' by its origin."""
         return int(self._origin_ms + self._clock.monotonic() * 1000)
 
     async def _lead(self) -> None:
@@ -433,7 +433,7 @@ class Cluster:
 
     def _plan(self) -> Sequence[Command]:
         """What is to be done next; nothing at next to no cost when nothing changed since that was the answer."""
-        agreed, settings, now_ms = self._machine.agreed, self.settings.plan, self._now_ms()
+        agreed, settings, now_ms = self._machine.agreed, self.settings.plan, self.now_ms()
         catalog, reports = agreed.catalog, self._book.reports(agreed, self._origin_ms)
         alive = living(catalog, reports, now_ms, settings)
         state = (self._term_led, catalog.revision, self._book.changes, alive, self._silences(reports, now_ms))

@@ -1,7 +1,7 @@
 """One node of Raft, as the Raft thread has it: pysyncobj with what it lacks. The only module that knows pysyncobj.
 
 It stands in for parts of pysyncobj that lose entries, send too often, or trust whoever connects; names in its spelling
-and those with its prefix replace methods of it. Everything here is used by the Raft thread, but where it says otherwise.
+and those with its prefix replace methods of it. All is used by the Raft thread, but where it says otherwise.
 """
 
 from __future__ import annotations
@@ -219,9 +219,14 @@ class Replica(SyncObj):  # type: ignore[misc]
         index, term = self.log()[-1][1:]
         return (index, term) == _EMPTY_LOG
 
+    def leader(self) -> Any:
+        """None also when it has not been heard of: pysyncobj keeps its leader for ever once nobody is connected."""
+        late = self._SyncObj__raftElectionDeadline < pysyncobj.syncobj.monotonicTime()
+        return None if late and not self._isLeader() else self._getLeader()
+
     def caught_up(self) -> bool:
         """Whether an entry of the current leader's term is applied, and so all that was committed before it."""
-        if self._getLeader() is None:
+        if self.leader() is None:
             return False
         entries = self.log()
         position = self.raftLastApplied - entries[0][1]
@@ -230,10 +235,10 @@ class Replica(SyncObj):  # type: ignore[misc]
     def read_state(self) -> object:
         """Changes whenever `read_status` does, and costs less: members change with entries of the log only."""
         applied, end = self.raftLastApplied, self.log()[-1][1]
-        return self._getLeader(), self._isLeader(), self.raftCurrentTerm, self.raftCommitIndex, applied, end
+        return self.leader(), self._isLeader(), self.raftCurrentTerm, self.raftCommitIndex, applied, end
 
     def read_status(self) -> RaftStatus:
-        leader = self._getLeader()
+        leader = self.leader()
         members = {name_of(node): node.id for node in self.otherNodes | {self.selfNode}}
         return RaftStatus(
             leader=None if leader is None else name_of(leader),

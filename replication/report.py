@@ -79,9 +79,13 @@ class ReportBook:
             return False
         self.taken += 1
         self._told[report.node] = (now_s, report)
-        if before is None or (before.partitions, before.verified) != (report.partitions, report.verified):
+        # What another process says is news, though it may say the same: what the one before said counted no more.
+        if before is None or before.incarnation != report.incarnation or not same_process(before.number, report.number):
             self.changes += 1
-        return before is None or before.turning_points() != report.turning_points()
+            return True
+        if (before.partitions, before.verified) != (report.partitions, report.verified):
+            self.changes += 1
+        return before.turning_points() != report.turning_points()
 
     def reports(self, agreed: Agreed, origin_ms: float) -> Reports:
         """For `ownership`; `origin_ms` is what the planner's milliseconds are at 0 s of the monotonic clock."""
@@ -96,7 +100,8 @@ class ReportBook:
         told_s, report = self._told.get(name, (-math.inf, None))
         heard_s = max(told_s, agreed.renewed_s.get(name, -math.inf))
         heard_ms = math.ceil(origin_ms + heard_s * 1000)
-        if report is None or not same_process(report.number, agreed.catalog.leases.get(name, 0)):
+        renewed = agreed.catalog.leases.get(name, 0)
+        if report is None or report.incarnation != incarnation or not same_process(report.number, renewed):
             return NodeReport(heard_ms, incarnation)
         reported_s = min(heard_s, told_s + REPORT_QUIET_S)
         return NodeReport(heard_ms, report.incarnation, report.partitions, math.floor(origin_ms + reported_s * 1000))

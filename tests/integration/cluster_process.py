@@ -6,10 +6,11 @@ level as a standby. Orders and answers: see `order_lines`.
 
 from __future__ import annotations
 
+import asyncio
 import time
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import msgspec
 import uvloop
@@ -26,6 +27,7 @@ from replication.peer_server import PeerServer
 from replication.raft_types import RaftSettings
 
 REPORT = "/peer/report"
+COMMANDS = {kind.__struct_config__.tag: kind for kind in get_args(Command)}
 
 
 class Process:
@@ -52,13 +54,18 @@ class Process:
         self.changes = 0
         self.released: dict[int, int] = {}
 
+        self.seen: dict[tuple[int, int], tuple[float, float]] = {}
+        """(partition, epoch) -> monotonic seconds of the first and last look at which it was served here."""
+
     async def start(self) -> None:
+        self.looking = asyncio.create_task(self.look())
         await self.client.start()
         await self.server.start()
         self.cluster.subscribe(self.changed)
         await self.cluster.start()
 
     async def stop(self) -> None:
+        self.looking.cancel()
         await self.cluster.stop()
         await self.server.stop()
         await self.client.stop()
@@ -70,6 +77,22 @@ class Process:
             if moving and self.released.get(partition) != held.revision:
                 self.released[partition] = held.revision
                 self.cluster.report_now()
+
+    async def look(self) -> None:
+        while True:
+            self.look_once()
+            await asyncio.sleep(0.01)
+
+    def look_once(self) -> None:
+        partitions = self.cluster.catalog.partitions
+        for partition, progress in self.progress().items():
+            if progress.serving:
+                now_s = time.monotonic()
+                key = (partition, partitions[partition].epoch)
+                self.seen[key] = (self.seen.get(key, (now_s, now_s))[0], now_s)
+
+    async def served(self, order: dict[str, Any]) -> Any:
+        return [[*key, *times_s] for key, times_s in self.seen.items()]
 
     async def send_report(self, address: str, body: bytes) -> None:
         await self.client.ask(address, "POST", REPORT, body)
@@ -96,13 +119,17 @@ class Process:
             "lease_ms": catalog.settings.lease_ms,
             "owned": [p for p, held in enumerate(catalog.partitions) if cluster.may_own(p, held.epoch)],
             "changes": self.changes,
+            "members": dict(cluster.statistics().raft.members),
             "verified": msgspec.to_builtins(cluster.verified()) if cluster.leads else {},
             "failure": repr(self.supervisor.failure),
             "repr": repr(self.settings) + repr(cluster.statistics()),
         }
 
     async def propose(self, order: dict[str, Any]) -> Any:
-        command = msgspec.convert({"revision": self.cluster.catalog.revision} | order["command"], Command)
+        fields = {"revision": self.cluster.catalog.revision} | order["command"]
+        if "settings" in fields and fields["do"] == "settings":
+            fields["settings"] = Settings(**fields["settings"])
+        command = COMMANDS[fields.pop("do")](**fields)
         await self.cluster.propose(command, order.get("wait_s", 5.0))
         return self.cluster.catalog.revision
 

@@ -1,6 +1,6 @@
 """Processes that take orders and give answers, as JSON lines: both ends.
 
-An order names a method of the process's object; a HeadraceError becomes `Failed` on this side.
+An order names a method of the process's object; what that raises becomes `Failed` on this side.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ async def until(what: str, condition: Callable[[], Awaitable[Any]], wait_s: floa
         answer = await condition()
         if answer:
             return answer
-        await asyncio.sleep(0.02)
+        await asyncio.sleep(0.05)
     raise AssertionError(f"waited {wait_s} s for {what}")
 
 
@@ -123,7 +123,7 @@ async def _answer(obeying: Any, line: bytes) -> None:
     order = json.loads(line)
     try:
         reply = {"n": order["n"], "result": await getattr(obeying, order["do"])(order)}
-    except HeadraceError as error:
+    except Exception as error:
         reply = {"n": order["n"], "error": type(error).__name__, "message": str(error)}
     print(json.dumps(reply), flush=True)
 
