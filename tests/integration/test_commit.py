@@ -23,7 +23,7 @@ from node_support import Kafka, harness
 
 from node.ingest.source import Source
 from node.kernel.clock import SystemClock
-from node.kernel.errors import BrokerUnavailable, Fenced, ProgressLost
+from node.kernel.errors import BrokerUnavailable, Fenced, LeaseLost, ProgressLost
 from node.kernel.types import FeatureRows, Frame, ModelName, SequenceChunk, Triggers
 from node.outbox import Outbox, Outgoing, OutputTopics, Transactions
 from node.state.memory import MemoryStore
@@ -144,6 +144,29 @@ async def test_a_replaced_producer_commits_nothing(partition: Partition) -> None
     store = await partition.folded()
     assert store.progress() == {SOURCE: 30}
     assert store.load(frame(2).customers[:1])[0] is None or frame(2).customers[0] in frame(1).customers
+
+
+@pytest.mark.parametrize("good_looks", [0, 1])
+async def test_a_lease_that_is_over_commits_nothing(partition: Partition, good_looks: int) -> None:
+    """Lost before anything is sent, and lost between the sends and the commit; the next owner goes on."""
+    outbox = await partition.outbox()
+    await outbox.send(outgoing(1))
+    looks = iter([True] * good_looks)
+
+    def guard() -> None:
+        if not next(looks, False):
+            raise LeaseLost("over")
+
+    outbox._guard = guard
+    with pytest.raises(LeaseLost):
+        await outbox.send(outgoing(2))
+    sent = await partition.values(partition.topics.inferences, "read_uncommitted")
+    assert (b"inference 2" in sent) == bool(good_looks)
+    await outbox.close()
+    heir = await partition.outbox()
+    await heir.send(outgoing(3))
+    assert await partition.values(partition.topics.inferences) == [b"inference 1", b"inference 3"]
+    assert (await partition.folded()).progress() == {SOURCE: 30}
 
 
 async def test_an_unfinished_transaction_is_invisible_and_ended_by_the_next_owner(partition: Partition) -> None:

@@ -1,0 +1,94 @@
+"""What a node does with a partition, by what the catalog says and whether its lease holds; and the folder of its state."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from node.replicas import NO_DUTY, STAND_BY, Duty, Held, duty_of
+from node.state.folder import StateFolders
+from node.state.memory import MemoryStore
+
+
+def lease(partition: int, epoch: int) -> bool:
+    return (partition, epoch) == (3, 7)
+
+
+@pytest.mark.parametrize(
+    ("held", "duty"),
+    [
+        (None, NO_DUTY),
+        (Held(3, owner=False, epoch=7, revision=9), STAND_BY),
+        (Held(3, owner=True, epoch=7, revision=9), Duty("own", 7)),
+        (Held(3, owner=True, epoch=8, revision=9), STAND_BY),
+        (Held(4, owner=True, epoch=7, revision=9), STAND_BY),
+        (Held(3, owner=True, epoch=7, revision=9, moving_to="b"), Duty("release", 7, 9, "b")),
+        (Held(3, owner=True, epoch=8, revision=9, moving_to="b"), Duty("release", 8, 9, "b")),
+    ],
+)
+def test_a_duty_follows_from_the_assignment_and_the_lease(held: Held | None, duty: Duty) -> None:
+    assert duty_of(held, lease) == duty
+
+
+def test_an_owner_is_not_disturbed_by_what_does_not_concern_it() -> None:
+    """Its standbys change: another revision of the same assignment."""
+    before, after = (duty_of(Held(3, owner=True, epoch=7, revision=revision), lease) for revision in (1, 2))
+    assert before == after
+
+
+class Stores:
+    """Opens stores that keep nothing, and notes what was done."""
+
+    def __init__(self, snapshot: bool) -> None:
+        self.snapshot = snapshot
+        self.done: list[str] = []
+
+    def open(self, path: Path) -> MemoryStore:
+        path.mkdir(parents=True, exist_ok=True)
+        self.done.append("open")
+        return MemoryStore()
+
+    async def restore(self, partition: int, path: Path) -> bool:
+        self.done.append(f"restore {partition}")
+        return self.snapshot
+
+
+async def test_a_snapshot_is_asked_for_where_there_is_no_state_yet(tmp_path: Path) -> None:
+    stores = Stores(snapshot=True)
+    folders = StateFolders(tmp_path, stores.open, stores.restore)
+    state = folders.of(5)
+    first = await state.open()
+    assert await state.open() is first
+    assert stores.done == ["restore 5", "open"]
+    state.close()
+    await state.open()
+    assert stores.done == ["restore 5", "open", "open"], "there is state now"
+    assert await state.restore()
+    assert state.store is None
+    assert stores.done[3:] == ["restore 5"]
+    assert folders.found() == [5]
+
+
+async def test_damaged_state_is_kept_for_inspection_and_unused_state_is_not(tmp_path: Path) -> None:
+    stores = Stores(snapshot=False)
+    folders = StateFolders(tmp_path, stores.open, stores.restore)
+    state = folders.of(5)
+    await state.open()
+    state.set_aside()
+    assert state.store is None
+    assert (tmp_path / "5.damaged").is_dir()
+    assert folders.found() == []
+    await state.open()
+    assert stores.done == ["restore 5", "open", "restore 5", "open"]
+    await state.delete()
+    assert folders.found() == []
+
+
+async def test_without_snapshots_nothing_is_asked_for(tmp_path: Path) -> None:
+    stores = Stores(snapshot=False)
+    state = StateFolders(tmp_path, stores.open).of(0)
+    await state.open()
+    assert not await state.restore()
+    assert stores.done == ["open"]
+    assert state.store is not None, "what is there stays open"
