@@ -150,7 +150,7 @@ class Snapshot:
         """The tenants whose folders are, or were, in this node's directory."""
         if self.shared is None:
             return frozenset(self.tenants)
-        named = {name.tenant for name in self.watched}
+        named = {name.tenant for name in self.watched - self.shared.gone}
         return frozenset(named | self.shared.taken_settings.keys() | self.shared.asked.keys())
 
 

@@ -4,8 +4,7 @@ watchfiles says that something happened; what is there is always found by lookin
 repeated every few seconds, as events get lost when a directory is removed and made again. A pair is taken once it is
 whole: sizes and times unchanged for the settle time. What becomes of it is the registry's decision.
 
-In a cluster the directory is looked at once the catalog is known; what the registry has to publish goes to the catalog
-one after another, tried again until it is taken.
+In a cluster the directory is looked at once the catalog is known, and what is live comes from there (`agreed`).
 """
 
 from __future__ import annotations
@@ -34,15 +33,15 @@ from node.kernel.ports import FeaturePlan
 from node.kernel.supervise import Supervisor
 from node.kernel.types import AgreedModels, EventSchema, ModelName, ModelVersion
 from tenants import folder, registry, registry_file, transitions
-from tenants.agreement import ModelPublisher, TrialReport, encode_report
+from tenants.agreement import ModelPublisher, TrialReport
 from tenants.features import compile_plan
 from tenants.folder import MANIFEST, MODEL, TENANT_FILE, Scan, Signature
 from tenants.manifest import Manifest, TenantCaps, TenantSettings, parse_tenant
+from tenants.publishing import Publishing
 from tenants.registry import (
     Action,
     Event,
     GoLive,
-    Publication,
     Shared,
     Snapshot,
     StartTrial,
@@ -152,12 +151,13 @@ class ModelWatcher:
         self._collect = collect
         self._collected: Snapshot | None = None
         self._started = clock.monotonic()
-        self._publish = publish
+        self._publishing = Publishing(publish, clock, lambda: self._snapshot, self._published) if publish else None
         self._snapshot = Snapshot(shared=None if publish is None else Shared())
         self._agreed: AgreedModels | None = None
         self._agreed_settings: dict[str, tuple[str, TenantSettings]] = {}
+        self._untold: set[ModelName] = set()
+        self._telling: asyncio.Task[None] | None = None
         self._heard = asyncio.Event()
-        self._to_publish = asyncio.Event()
         self._at_start: Scan | None = None
         self._seen: dict[ModelName | str, _Seen] = {}
         self._applying = asyncio.Lock()
@@ -184,8 +184,6 @@ class ModelWatcher:
     async def start(self) -> None:
         """Make what was live before a restart live at once, then watch. Raises ManifestError for a damaged file."""
         await self._restore()
-        if self._publish is not None:
-            self._supervisor.start("model publisher", self._publish_all(self._publish))
         self._supervisor.start("model watch", self._watch_events())
         self._supervisor.start("model watcher", self._run())
 
@@ -203,7 +201,7 @@ class ModelWatcher:
             trials=self._counters.trials,
             scans=self._counters.scans,
             ignored=self._counters.ignored,
-            last_error=self._counters.last_error,
+            last_error=self._counters.last_error or (self._publishing.last_error if self._publishing else ""),
             to_publish=len(registry.publications(self._snapshot)),
             revision=self._agreed.revision if self._agreed is not None else 0,
         )
@@ -215,7 +213,7 @@ class ModelWatcher:
             content = await asyncio.to_thread(self._settings.registry.read_bytes)
         except FileNotFoundError:
             return
-        self._snapshot, problems = registry_file.decode(content, self._schema, self._publish is not None)
+        self._snapshot, problems = registry_file.decode(content, self._schema, self._publishing is not None)
         for problem in problems:
             log.warning("model not taken over from before", problem=problem)
         self._saved = content
@@ -227,29 +225,18 @@ class ModelWatcher:
 
     async def _run(self) -> None:
         """One turn: look, take what has settled, sleep until something happens or is due."""
-        if self._publish is not None:
-            await self._wait_for_catalog(self._publish)
+        if self._publishing is not None:
+            with contextlib.suppress(OSError):
+                self._at_start = await asyncio.to_thread(folder.scan, self._settings.root)
+            await self._heard.wait()
+            await self._publishing.catalog_known()
+            self._supervisor.start("model publisher", self._publishing.run())
         while True:
             self._wake.clear()
             due_seconds = await self._look()
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(due_seconds):
                     await self._wake.wait()
-
-    async def _wait_for_catalog(self, publish: ModelPublisher) -> None:
-        """What is put, and what counts as deleted, must not be decided on a catalog of before the restart."""
-        with contextlib.suppress(OSError):
-            self._at_start = await asyncio.to_thread(folder.scan, self._settings.root)
-        await self._heard.wait()
-        retry_ms = limits.PUBLISH_RETRY_MS_MIN
-        while True:
-            try:
-                return await publish.current()
-            except HeadraceError as error:
-                self._counters.last_error = f"the cluster can't be asked yet, so no files are taken: {error}"
-                log.warning("models are not looked at yet", error=str(error))
-            await asyncio.sleep(retry_ms / 1000)
-            retry_ms = min(retry_ms * 2, limits.PUBLISH_RETRY_MS_MAX)
 
     async def _watch_events(self) -> None:
         while True:
@@ -321,7 +308,7 @@ class ModelWatcher:
     async def _take_tenants(self, found: Scan, now: float) -> None:
         for tenant, signature in found.tenants.items():
             key = f"{tenant}/{TENANT_FILE}"
-            if self._publish is None and tenant not in self._snapshot.tenants:
+            if self._publishing is None and tenant not in self._snapshot.tenants:
                 await self._apply(TenantSeen(TenantSettings(tenant)))
             if self._settled(key, signature, now):
                 seen = await asyncio.to_thread(self._read_tenant, tenant, signature)
@@ -426,7 +413,7 @@ class ModelWatcher:
                     break
             self._follow(after, actions)
             # Told last: a tenant that reads "live" may count on it.
-            await self._write_statuses(actions)
+            await self._write_statuses(_told(actions))
 
     def _follow(self, after: Snapshot, actions: Iterable[Action]) -> None:
         self._snapshot = after
@@ -436,7 +423,8 @@ class ModelWatcher:
             elif not isinstance(action, WriteStatus):
                 self._acted(action)
         self._changed(self._snapshot)
-        self._to_publish.set()
+        if self._publishing is not None:
+            self._publishing.changed.set()
 
     def _next(self, event: Event) -> registry.Step:
         """What the registry decides; a candidate whose state does not fit beside the live models' is refused."""
@@ -450,14 +438,18 @@ class ModelWatcher:
                 return transitions.apply(self._snapshot, refused, self._schema)
         return after, actions
 
-    async def _write_statuses(self, actions: Iterable[Action]) -> None:
+    async def _write_statuses(self, names: Iterable[ModelName]) -> None:
         """Tell the log of each model that changed, and its tenant where the files are."""
-        for name in [action.name for action in actions if isinstance(action, WriteStatus)]:
-            if name in self._snapshot.models:
-                told = registry.status(self._snapshot, name)
-                log.info("model", model=str(name), state=told["state"], problems=told["problems"])
-                if name in self._snapshot.watched:
-                    await asyncio.to_thread(self._answer, name, told)
+        for name in names:
+            entry = self._snapshot.models.get(name)
+            if entry is None:
+                continue
+            told = registry.status(self._snapshot, name)
+            log.info("model", model=str(name), state=told["state"], problems=told["problems"])
+            if entry.unserved is not None:
+                log.error("a live model can't be run on this node", model=str(name), problems=entry.unserved.problems)
+            if name in self._snapshot.watched:
+                await asyncio.to_thread(self._answer, name, told)
 
     async def _save(self, snapshot: Snapshot) -> None:
         """Keep the snapshot, however long the disk refuses: what is not kept must not go live."""
@@ -498,7 +490,9 @@ class ModelWatcher:
             settings = {tenant: self._read_agreed(tenant, text) for tenant, text in models.tenants.items()}
             after, actions = self._fitting(registry.Agreed(models, settings, self._clock.now_ms()))
             self._follow(after, actions)
-            self._supervisor.start("models agreed", self._tell(actions))
+            self._untold |= set(_told(actions))
+            if self._telling is None or self._telling.done():
+                self._telling = self._supervisor.start("models agreed", self._tell_agreed())
         self._heard.set()
         return True
 
@@ -530,45 +524,17 @@ class ModelWatcher:
                 fitting.append((version, manifest))
         return transitions.apply(self._snapshot, replace(event, unfit=unfit), self._schema)
 
-    async def _tell(self, actions: Iterable[Action]) -> None:
+    async def _tell_agreed(self) -> None:
         async with self._applying:
-            await self._save(self._snapshot)
-            await self._write_statuses(actions)
+            while self._untold:
+                names, self._untold = sorted(self._untold), set()
+                await self._save(self._snapshot)
+                await self._write_statuses(names)
 
-    async def _publish_all(self, publish: ModelPublisher) -> None:
-        retry_ms = limits.PUBLISH_RETRY_MS_MIN
-        await self._heard.wait()
-        while True:
-            self._to_publish.clear()
-            failed = False
-            for publication in registry.publications(self._snapshot):
-                if publication in registry.publications(self._snapshot):
-                    failed |= not await self._published(publish, publication)
-            if failed:
-                await asyncio.sleep(retry_ms / 1000)
-                retry_ms = min(retry_ms * 2, limits.PUBLISH_RETRY_MS_MAX)
-            else:
-                retry_ms = limits.PUBLISH_RETRY_MS_MIN
-                await self._to_publish.wait()
-
-    async def _published(self, publish: ModelPublisher, what: Publication) -> bool:
-        try:
-            match what:
-                case registry.PutTenant(tenant, text):
-                    await publish.tenant(tenant, text)
-                case registry.PutVersion(name, version, blob, manifest, report):
-                    await publish.put(name, version, blob, manifest, encode_report(report))
-                case registry.Withdraw(name, version):
-                    await publish.withdraw(name, version)
-        except HeadraceError as error:
-            self._counters.last_error = f"not agreed by the cluster yet: {error}"
-            log.warning("not published", what=type(what).__name__, of=_subject(what), error=str(error))
-            await self._apply(registry.NotPublished(what, str(error)))
-            return False
-        await self._apply(registry.Published(what))
-        if isinstance(what, registry.Withdraw):
-            self._seen.pop(what.name, None)  # files that are there again are looked at again
-        return True
+    async def _published(self, event: registry.Published | registry.NotPublished) -> None:
+        await self._apply(event)
+        if isinstance(event, registry.Published) and isinstance(event.publication, registry.Withdraw):
+            self._seen.pop(event.publication.name, None)  # files that are there again are looked at again
 
     # Trials
 
@@ -648,8 +614,8 @@ def _concerns_us(change: Change, path: str) -> bool:
     return not name.startswith(".") and (name.endswith((MANIFEST, MODEL)) or "." not in name)
 
 
-def _subject(what: Publication) -> str:
-    return what.tenant if isinstance(what, registry.PutTenant) else str(what.name)
+def _told(actions: Iterable[Action]) -> list[ModelName]:
+    return [action.name for action in actions if isinstance(action, WriteStatus)]
 
 
 def _trial_report(report: LoadReport) -> TrialReport:

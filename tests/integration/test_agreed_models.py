@@ -58,6 +58,7 @@ class Cluster:
         self.catalog = Catalog()
         self.members: list[Member] = []
         self.unavailable = False
+        self.refused: set[str] = set()
 
     @property
     def revision(self) -> int:
@@ -72,6 +73,8 @@ class Cluster:
         if self.unavailable:
             raise ClusterUnavailable("no quorum answered; ask again")
         problem = catalogs.problem(self.catalog, command)
+        if isinstance(command, PutVersion) and command.model in self.refused:
+            problem = f"{command.model} is not taken at revision {self.revision}"
         if problem:
             raise PeerRefused(problem)
         before = self.catalog
@@ -302,7 +305,12 @@ async def test_what_the_cluster_does_not_take_is_told_and_tried_again(tmp_path: 
     assert service.statistics().watch.to_publish > 0
     await until(lambda: one.status().get("state") == "passed" and one.status().get("problems"))
     assert "no quorum" in str(one.status()["problems"])
+    cluster.refused = {"bid"}
     cluster.unavailable = False
+    one.drop(OTHER)
+    await live_on(cluster, (one, two), OTHER, "")
+    await until(lambda: "not taken" in str(one.status()["problems"]))
+    cluster.refused = set()
     await live_on(cluster, (one, two), BID, "")
     await until(lambda: one.status().get("state") == "live")
 
