@@ -28,7 +28,7 @@ from node.kernel.types import AgreedModels, EventSchema, FeatureRows, ModelName,
 from replication import catalog as catalogs
 from replication.blobs import BlobStore
 from replication.catalog import Catalog
-from replication.commands import Command, HoldBlob, JoinNode
+from replication.commands import Command, HoldBlob, JoinNode, PutVersion
 from replication.rollout import rollout
 from tenants.registry import NOT_HERE
 from tenants.sandbox import SandboxSettings
