@@ -135,17 +135,17 @@ def _plan_again_and_again(
 # the lease
 
 
-def _renewed_unheard(node: SimNode, command: RenewLease) -> None:
+def _renewed_unheard(node: SimNode, name: str, number: int) -> None:
     """Only reports count as signs of life."""
     before = dict(node.heard)
-    _renewed(node, command)
+    _renewed(node, name, number)
     node.heard = before
 
 
-def _lease_from_its_return(node: SimNode, command: RenewLease) -> None:
-    if command.name == node.name:
-        node.pending[command.number] = node.local_ms
-    _renewed(node, command)
+def _lease_from_its_return(node: SimNode, name: str, number: int) -> None:
+    if name == node.name:
+        node.pending[number] = node.local_ms
+    _renewed(node, name, number)
 
 
 _renewed = SimNode._renewed

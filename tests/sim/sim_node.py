@@ -92,14 +92,15 @@ class SimNode:
             self.applied += 1
             self.world.checks.catalog_is_agreed(self.applied, command, self.catalog)
             if isinstance(command, RenewLease):
-                self._renewed(command)
+                self._renewed(command.name, command.number)
 
-    def _renewed(self, command: RenewLease) -> None:
-        self.heard[command.name] = self.local_ms
-        sent_ms = self.pending.get(command.number)
-        if command.name == self.name and sent_ms is not None and self.catalog.leases.get(self.name) == command.number:
+    def _renewed(self, name: str, number: int) -> None:
+        """A renewal has come back, by the log or in a dump."""
+        self.heard[name] = self.local_ms
+        sent_ms = self.pending.get(number)
+        if name == self.name and sent_ms is not None and self.catalog.leases.get(name) == number:
             self.last_quorum_ms = sent_ms
-            self.pending = {number: at for number, at in self.pending.items() if number > command.number}
+            self.pending = {other: at_ms for other, at_ms in self.pending.items() if other > number}
 
     def install(self, source: SimNode) -> None:
         """A dump, for a node that is far behind."""
@@ -107,7 +108,7 @@ class SimNode:
         self.catalog, self.applied = decode_catalog(encode_catalog(source.catalog)), source.applied
         for name, number in self.catalog.leases.items():
             if number != before.get(name):
-                self.heard[name] = self.local_ms
+                self._renewed(name, number)
 
     # the lease, and what may be done under it
 
