@@ -5,6 +5,7 @@ The catalog says who has what; this hands each change of it on, to the models an
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
@@ -17,20 +18,27 @@ from node.ingest.topics import Topics, TopicSettings
 from node.kernel.broker import ClientOptions
 from node.kernel.clock import Clock
 from node.kernel.limits import CLUSTER_REPORT_MS_MAX
+from node.kernel.ports import StateStore
 from node.kernel.supervise import Supervisor
 from node.kernel.types import AgreedModels
 from node.replicas import Held, OpenSession, Replicas, Surroundings
 from node.state.folder import StateFolders
+from node.state.inspection import bucket_of, changelog_offset_of, digest_of
 from replication.blob_exchange import BlobExchange
 from replication.blobs import BlobStore
 from replication.catalog import Assignment
 from replication.cluster import Cluster, ClusterSettings
 from replication.commands import CompleteMove, GrowPartitions, Settings
+from replication.cutter import Changelogs, Cutter
 from replication.operators import Operators
 from replication.ownership import Progress
 from replication.peers import PeerCall, PeerClient, PeerReply, PeerRoute, PeerServer
 from replication.raft_types import RaftSettings
+from replication.snapshot_folder import SnapshotFolder
+from replication.snapshot_store import SnapshotStore
+from replication.snapshots import Snapshots, Sources
 from replication.standby import StandbyFolder
+from replication.verification import Inspection, Verification
 
 log = structlog.get_logger(__name__)
 
@@ -103,11 +111,34 @@ class Clustering:
         self.models = CatalogModels(self.cluster, clock)
         self.view = LocalClusterView(self.cluster, self._client, clock, settings.plan)
         self._blobs = BlobExchange(blobs, self._client, self.cluster, clock)
-        self._operators = Operators(self.cluster, self.view.encoded, _none, _none)
-        routes = [PeerRoute("POST", _REPORT_PATH, self._take_report), *self._blobs.routes(), *self._operators.routes()]
-        self._server = PeerServer(section.peer_listen, name, secret, clock, routes)
         self._standbys = StandbyFolder(options, changelog, clock)
+        changelogs = Changelogs(options, changelog)
+        sources = Sources(self._stores, changelog_offset_of, changelogs.bounds)
+        self._snapshots = _snapshots(config, section, changelog, self.cluster, self._client, sources, clock)
+        self._cutter = Cutter(changelogs, self.cluster, self._snapshots.stored, clock)
+        self._verification = Verification(
+            Path(config.node.data_dir) / "verification",
+            self.cluster,
+            self._client,
+            self._stores,
+            self._standbys,
+            Inspection(digest_of, bucket_of),
+            self._snapshots.verify_again,
+            clock,
+        )
+        self._operators = Operators(
+            self.cluster, self.view.encoded, self._snapshots.take_now, self._verification.verify
+        )
+        routes = [
+            PeerRoute("POST", _REPORT_PATH, self._take_report),
+            *self._blobs.routes(),
+            *self._snapshots.routes(),
+            *self._verification.routes(),
+            *self._operators.routes(),
+        ]
+        self._server = PeerServer(section.peer_listen, name, secret, clock, routes)
         self._clock = clock
+        self._tasks: list[asyncio.Task[None]] = []
         self._replicas: Replicas | None = None
         self._agreed: Callable[[AgreedModels], None] = lambda models: None
         self.cluster.subscribe(self._changed)
@@ -133,18 +164,34 @@ class Clustering:
         Raises ConfigError, CatalogCorrupt, StoreUnavailable.
         """
         self._agreed = agreed
+        await self._snapshots.open()
+        await self._verification.open()
         await self._client.start()
         await self._server.start()
         await self.cluster.start()
-        self._supervisor.start("model files", self._blobs.run())
+        work = {
+            "model files": self._blobs.run(),
+            "snapshots": self._snapshots.run(),
+            "changelog cuts": self._cutter.run(),
+        }
+        self._tasks = [self._supervisor.start(name, coroutine) for name, coroutine in work.items()]
         self._changed()
         log.info("cluster joined", node=self.cluster.name, peers=self._server.address)
 
     async def stop(self) -> None:
+        for task in self._tasks:
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
         await self._operators.stop()
+        await self._verification.close()
         await self.cluster.stop()
         await self._server.stop()
         await self._client.stop()
+        self._snapshots.close()
+
+    async def restore(self, partition: int, folder: Path) -> bool:
+        """`node.state.folder.Restore`: a snapshot in place of what is in the folder; False if there is none."""
+        return await self._snapshots.restore(partition, folder)
 
     def unready(self) -> list[str]:
         if self.cluster.ready:
@@ -162,6 +209,12 @@ class Clustering:
             number: Progress(one.offset, one.frames_behind, one.ms_behind, one.serving, one.released_revision)
             for number, one in told.items()
         }
+
+    def _verified(self) -> Mapping[int, int]:
+        return self._snapshots.verified()
+
+    def _stores(self) -> Mapping[int, StateStore]:
+        return {} if self._replicas is None else self._replicas.stores()
 
     async def _send_report(self, address: str, body: bytes) -> None:
         await self._client.ask(address, "POST", _REPORT_PATH, body, wait_ms_max=CLUSTER_REPORT_MS_MAX)
@@ -186,5 +239,18 @@ def _settings(config: Config, section: ClusterSection, secret: bytes | None) -> 
     )
 
 
-async def _none(partition: int) -> Mapping[str, object]:
-    return {}
+def _snapshots(
+    config: Config,
+    section: ClusterSection,
+    changelog: str,
+    cluster: Cluster,
+    client: PeerClient,
+    sources: Sources,
+    clock: Clock,
+) -> Snapshots:
+    name = config.node.name
+    folder = SnapshotFolder(Path(config.node.data_dir) / "snapshots", changelog, name, clock)
+    store = None
+    if section.snapshot_url:
+        store = SnapshotStore(section.snapshot_url, config.kafka.application, changelog, name, clock)
+    return Snapshots(folder, cluster, client, sources, clock, section.snapshot_interval_s, store)
