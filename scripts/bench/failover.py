@@ -180,7 +180,10 @@ def headrace_side(folder: Path, address: str, application: str, lease_ms: int) -
     output = f"{application}.inferences"
     asyncio.run(workload.create_topic(address, output, settings={"message.timestamp.type": "LogAppendTime"}))
     names = [f"node-{number}" for number in range(INSTANCES)]
-    settings = {"cycle": {"start_from": "latest", "commit_interval_ms": 100}, "cluster": {"lease_ms": lease_ms}}
+    settings: cluster.Settings = {
+        "cycle": {"start_from": "latest", "commit_interval_ms": 100},
+        "cluster": {"lease_ms": lease_ms},
+    }
     with cluster.running(folder, names, address, TOPIC, application, settings) as nodes:
         yield HeadraceSide(nodes, output)
 
