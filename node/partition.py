@@ -18,6 +18,7 @@ from node.kernel.clock import Clock
 from node.kernel.errors import (
     BoundExceeded,
     BrokerUnavailable,
+    ClusterUnavailable,
     Fenced,
     FrameCorrupt,
     LeaseLost,
@@ -42,6 +43,7 @@ Role = Literal["owner", "standby", "none"]
 RECOVERABLE = (
     BoundExceeded,
     BrokerUnavailable,
+    ClusterUnavailable,
     Fenced,
     FrameCorrupt,
     LeaseLost,

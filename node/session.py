@@ -27,7 +27,8 @@ from node.steps import StepTimes
 
 log = structlog.get_logger(__name__)
 
-_CHUNKS_MAX = 1_000_000
+_CHUNKS_AT_ONCE = 16
+"""Of the sequence log, decoded when a partition is opened; a full log of many models is hundreds of megabytes."""
 
 
 class Recovered(Protocol):
@@ -136,7 +137,7 @@ async def open_session(
         await _together(outbox.open(), changelog.connect(), source.connect())
         store, recovered = await _folded(parts.state, store, changelog)
         log.info("partition recovered", partition=origin.partition, **recovered.statistics())
-        state = _state(store, parts, engine)
+        state = await _state(store, parts, engine)
         await source.open(store.progress())
     except BaseException:
         await changelog.close()
@@ -173,15 +174,24 @@ async def _folded(state: StateFolder, store: StateStore, changelog: ChangelogRea
     return store, await changelog.fold_into(store)
 
 
-def _state(store: StateStore, parts: Parts, engine: Engine) -> PartitionState:
+async def _state(store: StateStore, parts: Parts, engine: Engine) -> PartitionState:
     encoded = store.layout()
     layout = Layout.empty() if encoded is None else Layout.decode(encoded)
     backlog = Backlog(engine.runner, store, parts.versions, parts.bound)
-    try:
-        backlog.restore(store.chunks(_CHUNKS_MAX))
-    except ValueError as failure:
-        raise StateCorrupt(f"the sequence log can't be read: {failure}") from failure
+    await _restore(backlog, store)
     counters = store.counters()
     return PartitionState(
         layout, RowCache(store, layout, parts.cache_bytes), backlog, Counter(counters), counters, store.progress()
     )
+
+
+async def _restore(backlog: Backlog, store: StateStore) -> None:
+    """Take over the sequence log, a few chunks at a time: only each model's first ones stay in memory."""
+    after: tuple[str, int] | None = None
+    try:
+        while chunks := store.chunks(_CHUNKS_AT_ONCE, after=after):
+            backlog.restore(chunks)
+            after = (str(chunks[-1].triggers.name), chunks[-1].number)
+            await asyncio.sleep(0)
+    except ValueError as failure:
+        raise StateCorrupt(f"the sequence log can't be read: {failure}") from failure

@@ -47,8 +47,11 @@ class StateStore(Protocol):
 
     def counters(self) -> Mapping[str, int]: ...
 
-    def chunks(self, limit: int, model: str | None = None, number_min: int = 0) -> list[SequenceChunk]:
-        """Up to `limit` unanswered chunks by (model, number), all models or one, from `number_min` on."""
+    def chunks(
+        self, limit: int, model: str | None = None, number_min: int = 0, after: tuple[str, int] | None = None
+    ) -> list[SequenceChunk]:
+        """Up to `limit` unanswered chunks by (model, number), all models or one, from `number_min` on; of all, those
+        strictly after (model, number) `after`, so that they need not be held all at once."""
         ...
 
     def scan(self, after: bytes | None, limit: int) -> list[tuple[bytes, bytes]]:

@@ -52,9 +52,14 @@ class MemoryStore:
     def counters(self) -> Mapping[str, int]:
         return self._counters
 
-    def chunks(self, limit: int, model: str | None = None, number_min: int = 0) -> list[SequenceChunk]:
+    def chunks(
+        self, limit: int, model: str | None = None, number_min: int = 0, after: tuple[str, int] | None = None
+    ) -> list[SequenceChunk]:
         prefix = b"" if model is None else sequence_prefix(model)
-        keys = sorted(key for key in self._chunks if key.startswith(prefix) and _number(key) >= number_min)
+        first = b"" if after is None else sequence_key(*after) + b"\0"
+        keys = sorted(
+            key for key in self._chunks if key.startswith(prefix) and key >= first and _number(key) >= number_min
+        )
         return [decode_chunk(self._chunks[key]) for key in keys[:limit]]
 
     def scan(self, after: bytes | None, limit: int) -> list[tuple[bytes, bytes]]:

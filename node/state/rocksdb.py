@@ -213,9 +213,13 @@ class RocksStore:
             encoded: bytes | None = self._families["meta"].get(_LAYOUT)
         return encoded
 
-    def chunks(self, limit: int, model: str | None = None, number_min: int = 0) -> list[SequenceChunk]:
+    def chunks(
+        self, limit: int, model: str | None = None, number_min: int = 0, after: tuple[str, int] | None = None
+    ) -> list[SequenceChunk]:
         prefix = b"" if model is None else sequence_prefix(model)
         start = prefix if model is None else sequence_key(model, number_min)
+        if after is not None:
+            start = max(start, sequence_key(*after) + b"\0")
         found: list[SequenceChunk] = []
         for key, value in self._entries("sequence", start):
             if len(found) >= limit or not key.startswith(prefix):

@@ -124,6 +124,11 @@ def test_chunks_come_by_model_and_number(store: StateStore) -> None:
     assert numbers(store.chunks(2, "t/m", 255)) == in_order[5:7]
     assert numbers(store.chunks(100, None, 256)) == [entry for entry in in_order if entry[1] >= 256]
     assert store.chunks(100, "t") == []
+    paged: list[SequenceChunk] = []
+    while page := store.chunks(3, after=(str(paged[-1].triggers.name), paged[-1].number) if paged else None):
+        paged += page
+    assert numbers(paged) == in_order
+    assert numbers(store.chunks(100, "t/m", after=in_order[5])) == in_order[6:8]
 
 
 def test_a_cursor_removes_the_chunks_of_its_model_below_it(store: StateStore) -> None:

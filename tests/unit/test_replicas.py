@@ -1,4 +1,4 @@
-"""What a node does with a partition, by what the catalog says and whether its lease holds; and the folder of its state."""
+"""What a node does with a partition, by the catalog and its lease; and the folder of its state."""
 
 from __future__ import annotations
 
