@@ -216,8 +216,8 @@ async def test_a_file_damaged_here_is_told_and_fetched_again(nodes: Nodes) -> No
     two.blobs.path(blob).write_bytes(b"a mod3l")
     assert await two.exchange.fetch(blob) == b"a model"
     assert two.exchange.statistics().lost == 1
-    await until(lambda: nodes.agreement.told("two", blob)[-1] and two.exchange.statistics().held == 1)
-    assert nodes.agreement.holders(blob) == {"one", "two"}
+    await until(lambda: two.exchange.statistics().held == 1)
+    await nodes.everywhere(blob)
 
 
 async def test_a_file_lost_here_is_not_claimed_until_it_is_back(nodes: Nodes) -> None:
@@ -253,7 +253,7 @@ async def test_what_was_damaged_while_the_node_was_down_is_found_at_its_start(no
     await until(lambda: two.exchange.statistics().held == 1)
     assert two.blobs.get(blob) == b"a model"
     assert two.exchange.statistics().lost == 1
-    assert nodes.agreement.holders(blob) == {"one", "two"}
+    await nodes.everywhere(blob)
 
 
 async def test_a_file_that_nobody_has_is_waited_for(nodes: Nodes) -> None:
