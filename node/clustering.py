@@ -107,7 +107,7 @@ class Clustering:
         name, secret = config.node.name, section.secret()
         self._client = PeerClient(name, secret, clock)
         settings = _settings(config, section, secret)
-        self.cluster = Cluster(settings, clock, supervisor, self._send_report, self._progress, dict)
+        self.cluster = Cluster(settings, clock, supervisor, self._send_report, self._progress, self._verified)
         self.models = CatalogModels(self.cluster, clock)
         self.view = LocalClusterView(self.cluster, self._client, clock, settings.plan)
         self._blobs = BlobExchange(blobs, self._client, self.cluster, clock)
