@@ -355,6 +355,15 @@ def fold_members(members: dict[str, str], entries: list[Entry]) -> dict[str, str
     return members
 
 
+def _read_identity(path: Path) -> Identity:
+    with disk_errors(path, "read"):
+        content = path.read_bytes()
+    try:
+        return msgspec.json.decode(content, type=Identity)
+    except msgspec.MsgspecError as error:
+        raise _corrupt(path, f"can't be read ({error})") from None
+
+
 class RaftFolder:
     """A node's folder: taken for one process, checked, and read. Close it when the node stops.
 
@@ -396,12 +405,7 @@ class RaftFolder:
             identity = Identity(name, address)
             replace_file(path, msgspec.json.encode(identity))
             return identity
-        with disk_errors(path, "read"):
-            content = path.read_bytes()
-        try:
-            identity = msgspec.json.decode(content, type=Identity)
-        except msgspec.MsgspecError as error:
-            raise _corrupt(path, f"can't be read ({error})") from None
+        identity = _read_identity(path)
         if (identity.name, identity.address) != (name, address):
             raise ConfigError(
                 [
@@ -417,7 +421,7 @@ class RaftFolder:
         """Whether this node's log holds all that the node ever acknowledged.
 
         A node whose disk was lost has forgotten what it acknowledged; were it to vote, a leader could win that lacks
-        committed entries. So an empty folder is not trusted until it has founded a cluster with other empty ones, or
+        committed entries. So an empty folder is not trusted until it has founded a cluster, which takes all members, or
         has caught up with a leader; until then it neither votes for a node with a log nor is elected.
         """
         return self._identity.trusted
@@ -453,9 +457,9 @@ def wipe(folder: Path) -> None:
 def accept_loss(folder: Path) -> None:
     """Let a stopped node vote with the log it has, though it may lack acknowledged commands.
 
-    The last resort when so many disks are lost that no quorum of trusted nodes is left.
+    The last resort when so many disks are lost that no quorum of trusted nodes is left: to be done for so many of the
+    empty ones, once they have been started, that with the rest they are a quorum; never for all. Raises
+    StoreUnavailable, CatalogCorrupt.
     """
     path = folder / "node"
-    with disk_errors(path, "read"):
-        identity = msgspec.json.decode(path.read_bytes(), type=Identity)
-    replace_file(path, msgspec.json.encode(msgspec.structs.replace(identity, trusted=True)))
+    replace_file(path, msgspec.json.encode(msgspec.structs.replace(_read_identity(path), trusted=True)))

@@ -265,6 +265,7 @@ class _Transport(TCPTransport):  # type: ignore[misc]
     def __init__(self, replica: Replica, own: Any, others: Any) -> None:
         self._replica = replica
         self._strangers: dict[Any, float] = {}
+        self._founders: dict[Any, dict[str, Any]] = {}
         self.strangers_refused = 0
         super().__init__(replica, own, others)
 
@@ -288,19 +289,33 @@ class _Transport(TCPTransport):  # type: ignore[misc]
                 return
         elif kind == "request_vote" and not replica.folder.trusted:
             self._judge(message)
-        elif kind == "response_vote" and replica.log_is_empty():
-            replica.folder.trust()
+        elif kind == "response_vote" and replica.log_is_empty() and not self._founds(node, message):
+            return
         elif kind == "step_down":
             replica.transferLeadership()
             return
         super()._onMessageReceived(node, message)
 
     def _judge(self, message: dict[str, Any]) -> None:
-        """What a node does with a request for its vote while its own log is not trusted: it founds, or refuses."""
-        if self._replica.log_is_empty() and (message["last_log_index"], message["last_log_term"]) == _EMPTY_LOG:
-            self._replica.folder.trust()
-        else:
+        """A node whose own log is not trusted refuses its vote to any log but an empty one, and that if it has none."""
+        if not self._replica.log_is_empty() or (message["last_log_index"], message["last_log_term"]) != _EMPTY_LOG:
             message |= _REFUSED
+
+    def _founds(self, voter: Any, vote: dict[str, Any]) -> bool:
+        """Whether all members have voted for this node with its empty log, as they do only when theirs are empty too.
+
+        A majority would not do: it could be of disks that were lost, and what the others still have would be
+        overwritten. The votes before the last are kept back from pysyncobj, which counts a majority.
+        """
+        before = {node: kept for node, kept in self._founders.items() if kept["term"] == vote["term"]}
+        self._founders = {**before, voter: vote}
+        if not self._replica.otherNodes <= self._founders.keys():
+            return False
+        self._replica.folder.trust()
+        for node, kept in before.items():
+            if node != voter:
+                super()._onMessageReceived(node, kept)
+        return True
 
     def _maybeBind(self) -> None:  # noqa: N802
         """Listen with a queue for all that may come at once: pysyncobj's holds five, and a sixth waits a second."""

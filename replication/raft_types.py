@@ -50,7 +50,8 @@ def address_problems(address: str) -> list[str]:
 
 @dataclass(frozen=True, slots=True)
 class RaftSettings:
-    """`peers` maps the name of every member to its address; a new folder starts from it, an old one knows better.
+    """`peers` maps the name of every member to its address; a new folder starts from it, an old one knows better. A new
+    cluster is founded once all of them are there; from then on a majority will do.
 
     The times suit one data centre: heartbeats every 125 ms, and a follower stands for election after 400 to 1,000 ms
     without one, drawn anew each time. Shorter ones find a dead leader sooner and take a leader for dead whose process

@@ -63,6 +63,9 @@ class OrderedProcess:
 
     async def start(self) -> None:
         self.number = 0
+        if self.process is not None:
+            await self.process.wait()
+            await self.reading
         with self.log.open("ab") as log:
             self.process = await asyncio.create_subprocess_exec(
                 *(sys.executable, str(self.program), json.dumps(self.settings)),

@@ -16,8 +16,9 @@ from typing import Any
 import pytest
 from order_lines import WAIT_S, Failed, OrderedProcess, free_address, until
 
-from node.kernel.errors import BoundExceeded, CatalogCorrupt, ClusterUnavailable, ConfigError
+from node.kernel.errors import BoundExceeded, CatalogCorrupt, ClusterUnavailable, ConfigError, StoreUnavailable
 from replication.catalog_raft import CatalogRaft
+from replication.raft_journal import accept_loss, wipe
 from replication.raft_types import RaftSettings, is_loopback
 
 SECRET = "a secret that no log may show"
@@ -445,3 +446,56 @@ def test_a_port_others_reach_needs_a_secret(tmp_path: Path) -> None:
 def test_mistaken_settings_are_refused(tmp_path: Path, changes: dict[str, Any], says: str) -> None:
     with pytest.raises(ConfigError, match=says):
         alone(tmp_path, **changes).check()
+
+
+async def test_a_wiped_node_fetches_all_again_and_an_accepted_loss_lets_a_lone_log_go_on(cluster: Cluster) -> None:
+    nodes = await cluster.start(compaction_entries=20)
+    leader, (one, other) = await split(cluster, nodes)
+    for number in range(50):
+        await leader.put(f"key{number}", number)
+    assert await one.get("key49") == 49
+
+    await one.kill()
+    (one.folder / "journal").write_bytes(b"damaged")
+    with pytest.raises(Failed, match=r"CatalogCorrupt.*delete the folder"):
+        await one.start()
+    wipe(one.folder)
+    wipe(one.folder)
+    assert sorted(path.name for path in one.folder.iterdir()) == ["lock"]
+    await one.start()
+    assert await one.get("key49") == 49
+    assert await one.ask("count", prefix="key") == 50
+
+    # Two of three disks are gone for good. What is left is a log that may lack what the others had acknowledged.
+    assert await other.get("key49") == 49
+    await asyncio.gather(*(node.kill() for node in nodes))
+    for lost in (leader, other):
+        shutil.rmtree(lost.folder)
+    await asyncio.gather(*(node.start() for node in nodes))
+    with pytest.raises(Failed, match="ClusterUnavailable"):
+        await one.put("without a quorum", 1, wait_s=2)
+    await asyncio.gather(*(node.kill() for node in nodes))
+    accept_loss(other.folder)
+    await asyncio.gather(*(node.start() for node in nodes))
+    assert [await node.get("key49") for node in nodes] == [49, 49, 49]
+    assert await leader.put("after", 1)
+
+
+async def test_a_cluster_is_founded_by_all_its_members(cluster: Cluster) -> None:
+    early, late = [cluster.make(name) for name in "ab"], cluster.make("c")
+    await asyncio.gather(*(node.start() for node in early))
+    with pytest.raises(Failed, match="ClusterUnavailable"):
+        await early[0].put("early", 1, wait_s=2)
+    await late.start()
+    assert await late.put("all here", 1)
+    await early[1].kill()
+    assert await late.put("a majority", 1)
+
+
+async def test_an_accepted_loss_needs_a_folder_that_was_used(tmp_path: Path) -> None:
+    wipe(tmp_path / "never used")
+    with pytest.raises(StoreUnavailable, match="node"):
+        accept_loss(tmp_path)
+    (tmp_path / "node").write_text("{")
+    with pytest.raises(CatalogCorrupt, match="can't be read"):
+        accept_loss(tmp_path)
