@@ -101,15 +101,16 @@ def status_view(status: Mapping[str, Any]) -> list[RenderableType]:
     )
     reasons = [Text(f"  {_text(reason)}") for reason in status.get("reasons", ())]
     partitions = _table(
-        "partition", "phase", "lag", "events", "late", "dead letters", "backlog rows", "reason", right=range(2, 7)
-    )
+        "partition", "role", "phase", "lag", "events", "late", "dead letters", "backlog rows", "reason",
+        right=range(3, 8),
+    )  # fmt: skip
     for partition in status.get("partitions", ()):
         counters: Mapping[str, int] = partition.get("counters", {})
         dead = sum(count for name, count in counters.items() if name.split()[0] == "dead_letters")
         backlog = sum(entry.get("rows", 0) for entry in partition.get("backlog", {}).values())
         _add(
             partitions,
-            *(partition.get("number"), partition.get("phase"), _count(partition.get("lag"))),
+            *(partition.get("number"), partition.get("role"), partition.get("phase"), _count(partition.get("lag"))),
             *(_count(counters.get("events", 0)), _count(counters.get("late", 0)), _count(dead), _count(backlog)),
             partition.get("reason"),
         )

@@ -203,7 +203,7 @@ async def test_status_as_tables(url: str) -> None:
     lines = ran.out.splitlines()
     assert lines[0] == "not ready  mill  exactly once  up 1 d 2 h"
     assert lines[1].strip() == "partition 1 waits: Kafka does not answer"
-    assert row(ran.out, "0 ") == "0 running 77 1,234,567 8 7 42"
+    assert row(ran.out, "0 ") == "0 owner running 77 1,234,567 8 7 42"
     assert row(ran.out, "1 ").endswith(r"Kafka does not answer [bold]\x1b[31m")
     assert row(ran.out, "shop ") == "shop running 1.0 12.3 25% 5,000 0 0"
 
