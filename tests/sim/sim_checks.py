@@ -149,6 +149,13 @@ class Checks:
         if len(holders) < wanted:
             self.fail("(g) the changelog is cut where too few can restore", partition, before, holders)
 
+    def deletion_is_safe(self, partition: int) -> None:
+        """What is left must outlive the loss of a disk, as it must when a changelog is cut."""
+        start = self.world.logs[partition].start
+        holders = [n.name for n in self.world.nodes.values() if n.disk.restores_from(partition) >= start]
+        if start and len(holders) < self.world.settings.snapshot_holders_min:
+            self.fail("(g) a copy is deleted that too few others have", partition, start, holders)
+
     def can_be_restored(self) -> None:
         for partition, log in enumerate(self.world.logs):
             if log.start and not any(n.disk.restores_from(partition) >= log.start for n in self.world.nodes.values()):

@@ -308,6 +308,9 @@ MUTATIONS = (
     Mutation("any disk", "what a lost disk had still counts", ((SimNode, "hear", _hear_of_any_disk),)),
     Mutation("cut too far", "behind the furthest snapshot", ((sim_node, "cut_offset", _cut_behind_the_furthest),)),
     Mutation("cut unverified", "behind what stores have", ((sim_node, "cut_offset", _cut_behind_the_needed),)),
+    Mutation(
+        "copy deleted early", "though the changelog was cut behind it", ((sim_node, "may_forget", _always(True)),)
+    ),
     Mutation("read uncommitted", "a standby folds open frames", ((PartitionLog, "read", _read_uncommitted),)),
     Mutation("rows lost", "the assembler drops a row", ((FrameAssembler, "add", _add_and_forget),)),
     Mutation(

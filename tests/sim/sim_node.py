@@ -18,7 +18,7 @@ from replication.retention import cut_offset, may_forget
 if TYPE_CHECKING:
     from sim_world import World
 
-RENEW_MS, REPORT_MS, PLAN_MS, CUT_MS, FLUSH_MS, SNAPSHOT_MS, DROP_MS = 300, 200, 300, 1000, 900, 1700, 5000
+RENEW_MS, REPORT_MS, PLAN_MS, CUT_MS, FLUSH_MS, SNAPSHOT_MS, DROP_MS = 300, 200, 300, 1000, 900, 1700, 1500
 
 
 @dataclass(frozen=True, slots=True)
@@ -223,7 +223,7 @@ class SimNode:
         if may_forget(self.world.replicas_verified(self, partition), start, self.catalog.settings.snapshot_holders_min):
             self.disk.flushed.pop(partition, None)
             self.disk.snapshots.pop(partition, None)
-            self.world.checks.can_be_restored()
+            self.world.checks.deletion_is_safe(partition)
 
     # what the leader is told, and does
 
