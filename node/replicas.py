@@ -33,6 +33,7 @@ from node.kernel.limits import (
     BROKER_RETRY_MS_MIN,
     LEASE_LOOK_MS,
     RELEASE_MS_MAX,
+    STANDBY_UNKNOWN_FRAMES,
     STOP_MS_MAX,
     UNUSED_MS_MAX,
 )
@@ -187,6 +188,8 @@ class Replica:
         self._layout: tuple[bytes | None, Layout] = (None, Layout.empty())
         self._opening_since = 0.0
         self._tail: ChangelogReader | None = None
+        self._kept_offset: int | None = None
+        """Of state that is on disk, closed and not wanted at present, where that is known."""
 
     def assign(self, held: Held | None, duty: Duty) -> None:
         self.held = held
@@ -373,12 +376,15 @@ class Replica:
 
     async def _idle(self, duty: Duty) -> None:
         """Keep the state for a while: it may be wanted back, and is deleted on a recent catalog's word only."""
+        if self._state.store is not None:
+            self._kept_offset = self._state.store.changelog_offset()
         self._state.close()
         since = self._around.clock.monotonic()
         self.condition.phase, self.condition.reason = "stopped", ""
         while self._lasts(duty):
             if self._around.clock.monotonic() - since > UNUSED_MS_MAX / 1000 and self._around.ownership.has_lease():
                 await self._state.delete()
+                self._kept_offset = None
                 await self._until_other(duty)
                 return
             await self._pause(_LOOK_SECONDS)
@@ -419,7 +425,8 @@ class Replica:
     def progress(self) -> ReplicaProgress | None:
         """None while there is nothing on disk that could be told of.
 
-        An owner that has not opened the partition yet lags by the time since it began to.
+        An owner that has not opened the partition yet lags by the time since it began to. State that is kept though
+        this node is neither owner nor standby counts as far behind: it is still better than none.
         """
         store, term = self._state.store, self._term
         if term is not None:
@@ -427,7 +434,9 @@ class Replica:
             return term.progress() or ReplicaProgress(store.changelog_offset() if store else 0, 0, opening_ms)
         found = self._around.standbys.progress(self.number)
         if found is None:
-            return None
+            if self.duty.role != "none" or self._kept_offset is None:
+                return None
+            return ReplicaProgress(self._kept_offset, STANDBY_UNKNOWN_FRAMES, UNUSED_MS_MAX)
         return ReplicaProgress(
             found.offset, found.frames_behind, found.ms_behind, released_revision=self.released_revision
         )

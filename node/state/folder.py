@@ -30,14 +30,18 @@ class StateFolder:
         """While it is open."""
 
     async def open(self) -> StateStore:
-        """The store that is open, or else opened now; where there is none yet, a snapshot is asked for first.
+        """The store that is open, or else opened now; where nothing was folded yet, a snapshot is asked for first.
 
         Raises StoreUnavailable, StateCorrupt and what restoring raises.
         """
         if self.store is None:
-            if self._restore is not None and not self._path.exists():
+            store = self._open_store(self._path) if self._path.exists() else None
+            if self._restore is not None and (store is None or store.changelog_offset() == 0):
+                if store is not None:
+                    store.close()
                 await self._restore(self._partition, self._path)
-            self.store = self._open_store(self._path)
+                store = None
+            self.store = store or self._open_store(self._path)
         return self.store
 
     async def restore(self) -> bool:

@@ -29,6 +29,7 @@ from node.ingest.source import Source
 from node.ingest.topics import Topics
 from node.kernel.clock import SystemClock
 from node.kernel.errors import ClusterUnavailable, PeerRefused
+from node.kernel.limits import STANDBY_UNKNOWN_FRAMES
 from node.kernel.ports import StateStore
 from node.kernel.supervise import Supervisor
 from node.kernel.types import FeatureRows, Frame, ModelOutputs, ModelVersion, ReplicaProgress
@@ -504,7 +505,10 @@ async def test_state_that_is_not_wanted_any_more_is_closed_and_comes_back(applic
     application.agreed.assign(0, standbys=())
     await b.until(lambda: not b.replicas.stores(), "the store is closed")
     assert b.replicas.running == {}
-    assert b.progress(0) is None
+    kept = b.progress(0)
+    assert kept is not None
+    assert 0 < kept.offset <= a.store().changelog_offset()
+    assert kept.frames_behind == STANDBY_UNKNOWN_FRAMES
     await application.produce("ann")
     application.agreed.assign(0, standbys=("b",))
     await b.follows()

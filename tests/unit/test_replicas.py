@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import numpy as np
 import pytest
 
+from node.kernel.types import Frame
 from node.replicas import NO_DUTY, STAND_BY, Duty, Held, duty_of
 from node.state.folder import StateFolders
 from node.state.memory import MemoryStore
@@ -38,19 +40,23 @@ def test_an_owner_is_not_disturbed_by_what_does_not_concern_it() -> None:
 
 
 class Stores:
-    """Opens stores that keep nothing, and notes what was done."""
+    """Opens stores that keep nothing but how far they are, and notes what was done."""
 
     def __init__(self, snapshot: bool) -> None:
         self.snapshot = snapshot
+        self.offset = 0
         self.done: list[str] = []
 
     def open(self, path: Path) -> MemoryStore:
         path.mkdir(parents=True, exist_ok=True)
         self.done.append("open")
-        return MemoryStore()
+        store = MemoryStore()
+        store.apply(Frame({}, 0, [], np.empty((0, 1))), self.offset)
+        return store
 
     async def restore(self, partition: int, path: Path) -> bool:
         self.done.append(f"restore {partition}")
+        self.offset = 7 if self.snapshot else 0
         return self.snapshot
 
 
@@ -81,6 +87,9 @@ async def test_damaged_state_is_kept_for_inspection_and_unused_state_is_not(tmp_
     assert folders.found() == []
     await state.open()
     assert stores.done == ["restore 5", "open", "restore 5", "open"]
+    state.close()
+    await state.open()
+    assert stores.done[4:] == ["open", "restore 5", "open"], "there is a store, but nothing in it"
     await state.delete()
     assert folders.found() == []
 
