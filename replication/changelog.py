@@ -77,6 +77,13 @@ class Changelog:
         finally:
             await self.close()
 
+    async def bounds(self) -> tuple[int, int]:
+        """The first offset that is kept, and the end of what is committed. Raises BrokerUnavailable, TopicMissing."""
+        try:
+            return await self._bounds(await self.connect())
+        finally:
+            await self.close()
+
     @property
     def _name(self) -> str:
         return f"{self._at.topic}[{self._at.partition}]"
@@ -113,7 +120,6 @@ class Changelog:
         return FoldReport(frames, rows, size, self._clock.monotonic() - started)
 
     async def _bounds(self, consumer: AIOKafkaConsumer) -> tuple[int, int]:
-        """The first offset that is kept, and the end of what is committed."""
         what, at = f"bounds of changelog {self._name}", [self._at]
         start, end = await asyncio.gather(
             broker_call(what, consumer.beginning_offsets(at)), broker_call(what, consumer.end_offsets(at))

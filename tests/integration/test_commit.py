@@ -187,6 +187,9 @@ async def test_an_unfinished_transaction_is_invisible_and_ended_by_the_next_owne
     store = await partition.folded()
     assert store.progress() == {SOURCE: 30}
     assert store.changelog_offset() == offset
+    changelog = Changelog({"bootstrap_servers": partition.address}, partition.topics.changelog, 0, CLOCK)
+    start, end = await changelog.bounds()
+    assert (start, end > offset) == (0, True), "the marker of its transaction comes last"
     everything = await partition.values(partition.topics.inferences, "read_uncommitted")
     assert b"never" in everything, "it was there, and is skipped"
     await dead.stop()
