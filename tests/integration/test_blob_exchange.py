@@ -256,6 +256,38 @@ async def test_what_was_damaged_while_the_node_was_down_is_found_at_its_start(no
     await nodes.everywhere(blob)
 
 
+async def test_a_start_with_all_files_right_tells_nothing(nodes: Nodes) -> None:
+    one, two = await nodes.add("one"), await nodes.add("two")
+    blob = one.blobs.put(b"a model")
+    nodes.agreement.put_version("bid", blob)
+    await nodes.everywhere(blob)
+    await two.stop()
+    await two.start()
+    two.join()
+    two.run()
+    await until(lambda: two.exchange.statistics().held == 1)
+    other = one.blobs.put(b"another")
+    nodes.agreement.put_version("other", other)
+    await nodes.everywhere(other)
+    assert nodes.agreement.told("two", blob) == [True]
+
+
+async def test_a_new_holder_is_asked_at_once(nodes: Nodes, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(limits, "BLOB_RETRY_MS_MIN", limits.BLOB_RETRY_MS_MAX)
+    one, two = await nodes.add("one"), await nodes.add("two", run=False)
+    blob = one.blobs.put(b"a model")
+    nodes.agreement.put_version("bid", blob)
+    await until(lambda: nodes.agreement.holders(blob) == {"one"})
+    await one.server.stop()
+    two.run()
+    await until(lambda: two.exchange.statistics().failed == 1)
+    three = await nodes.add("three", run=False)
+    three.blobs.put(b"a model")
+    three.run()
+    await nodes.everywhere(blob)
+    assert two.exchange.statistics().failed == 1
+
+
 async def test_a_file_that_nobody_has_is_waited_for(nodes: Nodes) -> None:
     one, two = await nodes.add("one"), await nodes.add("two")
     blob = hashlib.sha256(b"a model").hexdigest()
