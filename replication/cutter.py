@@ -19,7 +19,7 @@ from aiokafka.admin import AIOKafkaAdminClient, RecordsToDelete
 
 from node.kernel.broker import ClientOptions, broker_call, close_quietly
 from node.kernel.clock import Clock
-from node.kernel.errors import BrokerUnavailable, HeadraceError, ProgressLost, StoreUnavailable, TopicMissing
+from node.kernel.errors import BrokerUnavailable, ProgressLost, StoreUnavailable, TopicMissing
 from node.kernel.limits import BROKER_CALL_MS_MAX, CUT_CANDIDATES_MAX, CUT_DELAY_MS, CUT_INTERVAL_MS, CUT_STORE_MS_MIN
 from replication.catalog import Assignment, Catalog
 from replication.ownership import Reports
@@ -145,40 +145,44 @@ class Cutter:
             await self._changelogs.close()
 
     async def round(self) -> None:
-        """Look at each partition once, and cut what may be. A failure ends the round; the next one goes on."""
-        try:
-            for partition in range(len(self._cluster.catalog.partitions)):
+        """Look at each partition once, and cut what may be. Without a broker the next round goes on."""
+        reason = ""
+        for partition in range(len(self._cluster.catalog.partitions)):
+            try:
                 await self._attend(partition)
-        except (BrokerUnavailable, TopicMissing, ProgressLost, StoreUnavailable) as failure:
-            await self._changelogs.close()
-            self._fail(failure)
-        else:
-            self._reason = ""
-
-    def _fail(self, failure: HeadraceError) -> None:
-        if self._reason != str(failure):
-            log.warning("changelogs are not cut", reason=str(failure))
-        self._reason = str(failure)
+            except (TopicMissing, ProgressLost, StoreUnavailable) as failure:
+                reason = str(failure)
+            except BrokerUnavailable as failure:
+                reason = str(failure)
+                await self._changelogs.close()
+                break
+        if reason and reason != self._reason:
+            log.warning("changelog not cut", reason=reason)
+        self._reason = reason
 
     async def _attend(self, partition: int) -> None:
         start = await self._start(partition)
         await self._ask_store(partition)
-        if not self._cluster.leads or partition >= len(self._cluster.catalog.partitions):
-            return
         cut = self._safe(partition, start)
-        if cut is None:
+        if cut is not None and len(cut.holders.keys() - {STORE_HOLDER}) < self._holders_min:
+            self._kept[partition] = (await self._stored(partition), self._clock.monotonic())
+            cut = self._safe(partition, start)
+        if cut is None or not self._cluster.leads:
             return
         self._starts[partition] = await self._changelogs.cut(partition, cut.before)
         self._cuts[partition] = cut
         log.info("changelog cut", partition=partition, before=cut.before, holders=dict(cut.holders))
 
+    @property
+    def _holders_min(self) -> int:
+        return self._cluster.catalog.settings.snapshot_holders_min
+
     async def _ask_store(self, partition: int) -> None:
         """Only if nodes alone are too few, and have something newer than what is known to be there."""
         stored, asked = self._kept.get(partition, (0, -math.inf))
-        catalog = self._cluster.catalog
-        holders, _ = self._told(partition, catalog.partitions[partition], 0)
+        holders, _ = self._told(partition, self._cluster.catalog.partitions[partition], 0)
         newer = any(offset > stored for offset in holders.values())
-        few = len(holders) < catalog.settings.snapshot_holders_min
+        few = len(holders) < self._holders_min
         now = self._clock.monotonic()
         if few and newer and now - asked >= CUT_STORE_MS_MIN / 1000:
             self._kept[partition] = (stored, now)
@@ -191,14 +195,11 @@ class Cutter:
 
     def _safe(self, partition: int, start: int) -> Cut | None:
         """What to cut now: what could have been cut a delay ago and still can be."""
-        catalog = self._cluster.catalog
-        held = catalog.partitions[partition]
+        held = self._cluster.catalog.partitions[partition]
         holders, needed = self._told(partition, held, self._kept.get(partition, (0, 0.0))[0])
         if held.owner not in needed:
             return None
-        before = cut_offset(
-            holders, [offset for offset in needed.values() if offset >= start], catalog.settings.snapshot_holders_min
-        )
+        before = cut_offset(holders, [offset for offset in needed.values() if offset >= start], self._holders_min)
         before = min(before, self._ripe(partition, before))
         return Cut(before, self._clock.now_ms(), holders, needed) if before > start else None
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import errno
 import hashlib
+import math
 import os
 import shutil
 import threading
@@ -167,12 +168,15 @@ class SnapshotFolder:
         temporary.replace(manifest)
         _sync_folder(manifest.parent)
 
-    def verify(self, snapshot: Snapshot, again: bool = False) -> None:
-        """Read every file, but (unless `again`) those found right of late. Raises StateCorrupt naming what is not."""
+    def verify(self, snapshot: Snapshot, since_s: float = -math.inf) -> None:
+        """Read every file, but those found right of late, and since `since_s` by the monotonic clock.
+
+        Raises StateCorrupt naming what is not right.
+        """
         with self._disk("read"):
             wrong = [
                 problem
-                for problem in self._threads.map(lambda f: self._problem(snapshot, f, again), snapshot.files)
+                for problem in self._threads.map(lambda f: self._problem(snapshot, f, since_s), snapshot.files)
                 if problem
             ]
         if wrong:
@@ -181,26 +185,26 @@ class SnapshotFolder:
                 f"{', '.join(wrong[:10])}; it is not used, look at the disk"
             )
 
-    def _problem(self, snapshot: Snapshot, file: SnapshotFile, again: bool) -> str:
+    def _problem(self, snapshot: Snapshot, file: SnapshotFile, since_s: float) -> str:
         path = self.place(snapshot.partition, snapshot.changelog_offset) / file.name
         try:
-            if self._is(path, file, again):
+            if self._is(path, file, since_s):
                 return ""
         except OSError as failure:
             return f"{file.name} can't be read ({failure.strerror})"
         return f"{file.name} has other bytes"
 
-    def _is(self, path: Path, file: SnapshotFile, again: bool = False) -> bool:
+    def _is(self, path: Path, file: SnapshotFile, since_s: float = -math.inf) -> bool:
         with path.open("rb") as opened:
             if os.fstat(opened.fileno()).st_size != file.bytes:
                 return False
-            known = None if again else self._known(opened.fileno())
+            known = self._known(opened.fileno(), since_s)
             return (known or self._hashed(opened.fileno())) == file.sha256
 
-    def _known(self, handle: int) -> str | None:
+    def _known(self, handle: int, since_s: float = -math.inf) -> str | None:
         found = self._checked.get(_file_id(handle))
-        recent = found is not None and (self._clock.monotonic() - found.at_s) * 1000 < SNAPSHOT_CHECKED_MS_MAX
-        return found.sha256 if found is not None and recent else None
+        oldest_s = max(since_s, self._clock.monotonic() - SNAPSHOT_CHECKED_MS_MAX / 1000)
+        return found.sha256 if found is not None and found.at_s > oldest_s else None
 
     def _hashed(self, handle: int) -> str:
         """Read it all. The GIL is released by reads and by hashing."""
@@ -275,6 +279,11 @@ class SnapshotFolder:
     def fetched(self, partition: int, sha256: str) -> Path:
         """Where the file with that hash goes to be `adopt`ed."""
         return self._of(partition) / _FETCHED / sha256
+
+    def arrived(self, partition: int, sha256: str) -> None:
+        """The file with that hash is in its place, and was hashed on its way: it need not be read again."""
+        with self._disk("read"), self.fetched(partition, sha256).open("rb") as file, self._checking:
+            self._checked[_file_id(file.fileno())] = _Checked(sha256, self._clock.monotonic())
 
     def adopt(self, snapshot: Snapshot) -> None:
         """Keep a snapshot all of whose files have been fetched, verifying what was not. Raises StateCorrupt."""

@@ -20,7 +20,7 @@ from __future__ import annotations
 import hashlib
 import os
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -207,23 +207,21 @@ class SnapshotStore:
                 "what arrived is kept and the next one goes on from it"
             )
 
-    def fetch(self, snapshot: Snapshot, file: SnapshotFile, target: Path, stopped: Callable[[], bool] = bool) -> None:
-        """Raises StateCorrupt when its bytes are not those that the manifest says, StoreUnavailable once `stopped`."""
-        digest, size, part = hashlib.sha256(), 0, target.with_name(f"{target.name}.part")
+    def fetch(self, snapshot: Snapshot, file: SnapshotFile, target: Path) -> None:
+        """Raises StateCorrupt when its bytes are not those that the manifest says."""
+        part = target.with_name(f"{target.name}.part")
         source = f"{self._files_of(snapshot.partition)}/{file.sha256}"
         with self._driver("read"):
-            with self._files.open(source, "rb", block_size=8 * MIB) as there, part.open("wb") as here:
-                while (piece := there.read(8 * MIB)) and size <= file.bytes:
-                    if stopped():
-                        raise StoreUnavailable("the node stops, no more is fetched")
-                    digest.update(piece)
-                    here.write(piece)
-                    size += len(piece)
-            if digest.hexdigest() != file.sha256:
+            if self._closed:
+                raise StoreUnavailable(f"the node stops, no more is fetched from {self.place}")
+            self._files.get_file(source, str(part))
+            with part.open("rb") as here:
+                digest = hashlib.file_digest(here, "sha256").hexdigest()
+            if digest != file.sha256:
                 part.unlink()
                 raise StateCorrupt(f"{file.name} in {self.place} has other bytes than its sha256 says; remove it there")
             part.replace(target)
-        self._counts["fetched"] += size
+        self._counts["fetched"] += file.bytes
 
     # what goes
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import math
 from collections import defaultdict
 from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -154,7 +155,6 @@ class Snapshots:
         self._restored: dict[int, Restored] = {}
         self._taken = 0
         self._failed = 0
-        self._stopping = False
 
     async def open(self) -> None:
         """Remove what a crash left. Raises StoreUnavailable."""
@@ -162,7 +162,6 @@ class Snapshots:
 
     def close(self) -> None:
         """Once `run` has been cancelled; transfers in threads end soon."""
-        self._stopping = True
         self._folder.close()
         if self._store is not None:
             self._store.close()
@@ -189,15 +188,27 @@ class Snapshots:
                 tasks.create_task(self._keep_uploading(self._store))
 
     async def _look_at_all(self) -> None:
-        for partition in await asyncio.to_thread(self._folder.partitions):
-            await self._look(partition)
+        with self._logged("look at snapshots"):
+            for partition in await asyncio.to_thread(self._folder.partitions):
+                await self._look(partition)
+
+    @contextlib.contextmanager
+    def _logged(self, what: str) -> Iterator[None]:
+        """What a disk does is no reason for the node to stop."""
+        try:
+            yield
+        except HeadraceError as failure:
+            self._failed += 1
+            log.warning(f"could not {what}", reason=str(failure))
 
     async def _keep_taking(self) -> None:
         while True:
             for partition in list(self._sources.stores()):
                 if self._clock.monotonic() >= self._due.get(partition, 0.0):
-                    await self._take_due(partition)
-            await self._remove_unused()
+                    with self._logged(f"take a snapshot of partition {partition}"):
+                        await self._take_due(partition)
+            with self._logged("remove snapshots"):
+                await self._remove_unused()
             await asyncio.sleep(SNAPSHOT_LOOK_MS / 1000)
 
     async def _take_due(self, partition: int) -> None:
@@ -215,9 +226,9 @@ class Snapshots:
         self._due[partition] = self._clock.monotonic() + self._interval
         try:
             await self.take(partition)
-        except HeadraceError as failure:
+        except HeadraceError:
             self._due[partition] = self._clock.monotonic() + min(self._interval, SNAPSHOT_RETRY_MS / 1000)
-            log.warning("no snapshot taken", partition=partition, reason=str(failure))
+            raise
 
     async def take(self, partition: int) -> Snapshot:
         """A new verified snapshot of what the partition's store holds now, or the newest if it holds no more.
@@ -233,7 +244,6 @@ class Snapshots:
         try:
             yield
         except HeadraceError as failure:
-            self._failed += 1
             self._reasons[partition] = str(failure)
             raise
         self._reasons.pop(partition, None)
@@ -252,11 +262,14 @@ class Snapshots:
         log.info("snapshot taken", partition=partition, offset=snapshot.changelog_offset, bytes=snapshot.bytes)
         return snapshot
 
-    async def _verify(self, snapshot: Snapshot, again: bool = False) -> None:
-        """Read it and open it; one that is damaged is removed. Raises StateCorrupt, StoreUnavailable."""
+    async def _verify(self, snapshot: Snapshot, since_s: float = -math.inf) -> None:
+        """Read it, but for files found right after `since_s`, and open it; one that is damaged is removed.
+
+        Raises StateCorrupt, StoreUnavailable.
+        """
         partition, offset = snapshot.partition, snapshot.changelog_offset
         try:
-            await asyncio.to_thread(self._folder.verify, snapshot, again)
+            await asyncio.to_thread(self._folder.verify, snapshot, since_s)
             found = await self._sources.opened_offset(self._folder.place(partition, offset))
             if found != offset:
                 raise StateCorrupt(
@@ -386,12 +399,13 @@ class Snapshots:
 
     async def _own(self, partition: int, start: int, end: int) -> Snapshot | None:
         """The newest on this disk that is of use, read again: what it shares with a damaged store may be damaged."""
+        since_s = self._clock.monotonic()
         for offset in reversed(await asyncio.to_thread(self._folder.offsets, partition)):
             if not start <= offset <= end:
                 continue
             try:
                 snapshot = await asyncio.to_thread(self._folder.read, partition, offset)
-                await self._verify(snapshot, again=True)
+                await self._verify(snapshot, since_s)
             except (StateCorrupt, NotFound) as failure:
                 log.error("damaged snapshot not used", partition=partition, reason=str(failure))
                 continue
@@ -456,7 +470,8 @@ class Snapshots:
             path = f"/peer/snapshots/{snapshot.partition}/{snapshot.changelog_offset}/{file.sha256}"
             await self._client.fetch(source.address, path, target, file.bytes, file.sha256, sync=False)
         elif self._store is not None:
-            await asyncio.to_thread(self._store.fetch, snapshot, file, target, lambda: self._stopping)
+            await asyncio.to_thread(self._store.fetch, snapshot, file, target)
+        await asyncio.to_thread(self._folder.arrived, snapshot.partition, file.sha256)
 
     # operators and peers
 
@@ -474,10 +489,10 @@ class Snapshots:
     async def verify_again(self, partition: int) -> Mapping[str, Any]:
         """Read every file of the snapshots here again; a damaged one is removed, named, and a new one is due."""
         async with self._busy[partition]:
-            right, damaged = [], []
+            right, damaged, since_s = [], [], self._clock.monotonic()
             for offset in await asyncio.to_thread(self._folder.offsets, partition):
                 try:
-                    await self._verify(await asyncio.to_thread(self._folder.read, partition, offset), again=True)
+                    await self._verify(await asyncio.to_thread(self._folder.read, partition, offset), since_s)
                     right.append(offset)
                 except StateCorrupt as failure:
                     damaged.append(str(failure))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import math
 import os
 import shutil
 import subprocess
@@ -58,7 +59,7 @@ async def test_a_snapshot_and_the_frames_after_it_are_the_store(tmp_path: Path, 
     restored.flush()
     restored.close()
     store.close()
-    folder.verify(snapshot, again=True)
+    folder.verify(snapshot, math.inf)
 
 
 def test_only_what_is_new_is_read_for_the_next_snapshot(
@@ -171,7 +172,7 @@ def test_fetched_files_become_a_snapshot_once_all_are_there_and_right(tmp_path: 
     assert [file.sha256 for file in here.wanted(first)] == [largest.sha256]
     shutil.copyfile(there.path(first, largest.sha256), here.fetched(0, largest.sha256))
     here.adopt(first)
-    here.verify(here.read(0, 10), again=True)
+    here.verify(here.read(0, 10), math.inf)
     fold(store, source, 1)
     second = there.take(0, store.checkpoint)
     missing = here.wanted(second)
@@ -235,7 +236,7 @@ def full():
     print(folder.offsets(0), sorted(path.name for path in (place / "snapshots" / "0").iterdir()))
     ballast.close()
     (place / "ballast").unlink()
-    folder.verify(first, again=True)
+    folder.verify(first, float("inf"))
     store.close()  # as its partition does: a store that could not flush takes no more writes until it is opened again
     again = open_store(place / "store")
     fold(again, frames(rows=1000), 41)
