@@ -184,14 +184,15 @@ class CatalogRaft:
             )
         return await self._replicate(command, wait_seconds_max)
 
-    def offer(self, command: bytes) -> None:
-        """Replicate a command with the leader's next heartbeat, if there is one: it may be lost, or applied late.
+    def offer(self, command: bytes, at_once: bool = False) -> None:
+        """Replicate a command if there is a leader, and wait for nothing: it may be lost, or applied late.
 
-        Raises ClusterUnavailable before the start and after the end, BoundExceeded.
+        It goes with the leader's next heartbeat, which costs no message of its own, or at once. Raises
+        ClusterUnavailable before the start and after the end, BoundExceeded.
         """
         replica = self._running()
         self._rate.take(self._clock.monotonic())
-        replica.run(command)
+        replica.run(command, callback=_ignored if at_once else None)
         replica.wake()
 
     async def read_barrier(self, wait_seconds_max: float = 5.0) -> None:
@@ -439,3 +440,7 @@ class CatalogRaft:
         self._turn = asyncio.Event()
         if self._changed is not None:
             self._changed()
+
+
+def _ignored(result: Any, reason: int) -> None:
+    """What came of an offer is seen in the state machine, if anything did."""

@@ -44,6 +44,7 @@ from replication.commands import (
 from replication.incarnation import begin_process
 from replication.lease import Lease
 from replication.ownership import NodeReport, PlanSettings, Progress, Reports, living, plan, takeover_wait_ms
+from replication.raft_journal import disk_errors
 from replication.raft_types import RaftSettings, RaftStatistics
 from replication.report import REPORT_QUIET_S, PeerReport, ReportBook, decode_report, encode_report
 from replication.rollout import rollout
@@ -139,7 +140,8 @@ class Cluster:
 
     async def start(self) -> None:
         """Take part; there may be no leader yet, see `ready`. Raises ConfigError, CatalogCorrupt, StoreUnavailable."""
-        self.settings.folder.mkdir(parents=True, exist_ok=True)
+        with disk_errors(self.settings.folder, "made"):
+            self.settings.folder.mkdir(mode=0o700, parents=True, exist_ok=True)
         await self._raft.start()
         work: dict[str, Coroutine[Any, Any, None]] = {
             "raft": self._raft.watch(),
@@ -349,7 +351,7 @@ class Cluster:
     async def _keep_lease(self) -> None:
         """Propose a renewal three times in a lease, and at once when there is a new leader."""
         while True:
-            await _pause(self._renew_now, self.catalog.settings.lease_ms / 3000)
+            at_once = await _pause(self._renew_now, self.catalog.settings.lease_ms / 3000)
             has_lease = self.has_lease()
             if self._had_lease and not has_lease:
                 self._leases_lost += 1
@@ -363,7 +365,7 @@ class Cluster:
             )
             self._renewals += 1
             with contextlib.suppress(ClusterUnavailable, BoundExceeded):
-                self._raft.offer(encode_command(command))
+                self._raft.offer(encode_command(command), at_once)
 
     # --- what the leader is told
 
@@ -479,9 +481,11 @@ def _checked(command: Command) -> bytes:
     return encoded
 
 
-async def _pause(event: asyncio.Event, seconds: float | None) -> None:
-    """Wait for the event, at most so long, and reset it."""
+async def _pause(event: asyncio.Event, seconds: float | None) -> bool:
+    """Wait for the event, at most so long, and reset it; whether it was there."""
     with contextlib.suppress(TimeoutError):
         async with asyncio.timeout(seconds):
             await event.wait()
+    happened = event.is_set()
     event.clear()
+    return happened
