@@ -143,7 +143,8 @@ class Node:
         """Those the config gives a node that is alone; those the catalog gives one of a cluster."""
         config, clustering = self._config, self._clustering
         topics = Topics(self._options, config.kafka.replication_factor, config.kafka.create_topics)
-        folders = StateFolders(self._data / "partitions", lambda folder: RocksStore(folder, self._environment))
+        restore = None if clustering is None else clustering.restore
+        folders = StateFolders(self._data / "partitions", lambda folder: RocksStore(folder, self._environment), restore)
         outputs: dict[str, TopicSettings] = {
             self._outputs.inferences: {},
             self._outputs.dead_letters: {},

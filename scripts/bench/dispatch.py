@@ -10,7 +10,6 @@ import argparse
 import contextlib
 import importlib
 import json
-import signal
 import sys
 from pathlib import Path
 

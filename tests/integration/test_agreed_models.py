@@ -128,6 +128,7 @@ class Member:
         self.data.mkdir()
         self.blobs = BlobStore(self.data / "blobs")
         self.gets_files = True
+        self.gets = 0
         self.check_state: Callable[[FeaturePlan], str] = row_refusal
         self.service: TenantService | None = None
         cluster.join(self)
@@ -145,7 +146,7 @@ class Member:
                 quantum_seconds=0.01,
             ),
             self.schema,
-            Blobs(blobs.put, blobs.get, blobs.names, blobs.delete),
+            Blobs(blobs.put, self.get, blobs.names, blobs.delete),
             SystemClock(),
             self.supervisor,
             CatalogModels(Seat(self.cluster, self.name), SystemClock()),
@@ -155,6 +156,10 @@ class Member:
         if told:
             self.tell()
         return service
+
+    def get(self, sha256: str) -> bytes:
+        self.gets += 1
+        return self.blobs.get(sha256)
 
     async def stop(self) -> None:
         if self.service is not None:
@@ -227,7 +232,8 @@ async def live_on(cluster: Cluster, members: tuple[Member, ...], name: ModelName
 
 async def test_a_model_dropped_on_one_node_runs_on_both(tmp_path: Path, cluster: Cluster) -> None:
     one, two = await two_members(tmp_path, cluster)
-    (one.root / "ads").mkdir()
+    for member in (one, two):
+        (member.root / "ads").mkdir()
     (one.root / "ads" / "tenant.toml").write_text("weight = 2.0\n")
     one.drop(manifest=b'method = "predict"\n' + MANIFEST)
     await until(lambda: one.status().get("state") == "rolling out")
@@ -243,34 +249,42 @@ async def test_a_model_dropped_on_one_node_runs_on_both(tmp_path: Path, cluster:
     assert not outputs.errors
     assert two.service.settings("ads").weight == 2.0
     await until(lambda: one.status().get("state") == "live")
-    assert not (two.root / "ads").exists(), "the status is told where the files are"
+    assert two.status() == {}, "the status is told where the files are"
     assert two.service.statistics().watch.trials == 0
 
 
-async def test_an_old_version_runs_on_the_other_node_for_triggers_that_wait(tmp_path: Path, cluster: Cluster) -> None:
-    one, two = await two_members(tmp_path, cluster)
+async def test_an_old_version_runs_on_a_node_that_never_had_it_live(tmp_path: Path, cluster: Cluster) -> None:
+    one, two = Member(tmp_path, "one", cluster), Member(tmp_path, "two", cluster)
+    await one.start()
     one.drop()
-    await live_on(cluster, (one, two), BID, "")
+    await live_on(cluster, (one,), BID, "")
     first = one.version()
-    await two.stop()
-    shutil.rmtree(two.data / "versions", ignore_errors=True)
-    two.drop(model=model_file(0.01))
+    one.drop(model=model_file(0.01))
+    await live_on(cluster, (one,), BID, first)
     service = await two.start()
-    await live_on(cluster, (one, two), BID, first)
     await until(service.watcher.caught_up.is_set)
-    assert two.blobs.get(next(version.blob for version in two.agreed().versions if version.version == first))
+    scans = service.statistics().watch.scans
+    await until(lambda: service.statistics().watch.scans >= scans + 3)
     old = service.version(BID, first)
     assert old is not None
+    assert two.blobs.has(old.blob), "what the catalog names is not collected"
     outputs = await service.runner.submit(old, ROWS)
     assert not outputs.errors
+    assert service.version(BID, "0" * 64) is None
+
+    before = two.version()
+    two.drop(model=model_file(0.1))
+    await live_on(cluster, (one, two), BID, before)
     await until(lambda: one.status().get("state") == "retired")
     running = one.status()["running"]
     assert isinstance(running, dict)
     assert running["version"] == two.version()
-    assert service.version(BID, "0" * 64) is None
 
 
-async def test_a_file_that_comes_late_is_waited_for(tmp_path: Path, cluster: Cluster) -> None:
+async def test_a_file_that_comes_late_is_waited_for(
+    tmp_path: Path, cluster: Cluster, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("tenants.pool.FETCH_SECONDS_MAX", 0.0)  # of a file that nobody has, not of this one
     one, two = await two_members(tmp_path, cluster)
     two.gets_files = False
     one.drop()
@@ -281,6 +295,9 @@ async def test_a_file_that_comes_late_is_waited_for(tmp_path: Path, cluster: Clu
     assert entry.live.failing == NOT_HERE
     version = two.live()
     assert version is not None
+    await until(lambda: two.gets)
+    scans = two.service.statistics().watch.scans
+    await until(lambda: two.service is not None and two.service.statistics().watch.scans >= scans + 2)
     answer = asyncio.ensure_future(two.service.runner.submit(version, ROWS))
     rows = two.service.statistics().pool.tenants[0].versions[0]
     assert (rows.state, rows.rows_queued) == ("fetching", 4)

@@ -2,13 +2,20 @@
 
 from __future__ import annotations
 
+import contextlib
+import hashlib
 import os
+import shutil
 import subprocess
 import sys
-from collections.abc import Iterator
+import tempfile
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 from moto.server import ThreadedMotoServer
 from snapshot_support import CHANGELOG, damage, digest_folder, fold, frames, open_store
 
@@ -17,7 +24,7 @@ from node.kernel.digest import digest_store
 from node.kernel.errors import ConfigError, NotFound, StateCorrupt, StoreUnavailable
 from node.kernel.limits import SNAPSHOT_STORE_KEPT_MS_MIN, SNAPSHOT_UPLOAD_MS_MAX
 from node.state.rocksdb import RocksStore
-from replication.snapshot import Snapshot
+from replication.snapshot import Snapshot, SnapshotFile
 from replication.snapshot_folder import SnapshotFolder
 from replication.snapshot_store import SnapshotStore, _stamp
 
@@ -203,6 +210,78 @@ def test_an_upload_that_takes_too_long_leaves_no_manifest(url: str, source: Sour
     with pytest.raises(StoreUnavailable, match="SNAPSHOT_UPLOAD_MS_MAX"):
         store.upload(snapshot, place)
     assert store.newest(3) is None
+
+
+class Interrupted(SnapshotStore):
+    """Between the steps of an upload the other node, or this one's collection, gets its turn."""
+
+    turn: Callable[[], None] = staticmethod(lambda: None)
+
+    def _check_time(self, started_s: float) -> None:
+        self.turn()
+        super()._check_time(started_s)
+
+
+U = SNAPSHOT_UPLOAD_MS_MAX
+turns = st.lists(
+    st.tuples(
+        st.integers(0, 1), st.sampled_from(["collect", "wait", "upload"]), st.sampled_from([0, 1, U // 3, U, 2 * U])
+    ),
+    max_size=40,
+)
+
+
+@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(turns, st.lists(st.sets(st.integers(0, 5), min_size=1, max_size=3), min_size=1, max_size=8))
+def test_two_that_upload_and_collect_at_once_break_no_snapshot(
+    tmp_path: Path, plan: list[tuple[int, str, int]], contents: list[set[int]]
+) -> None:
+    """What the rules in `snapshot_store` promise: whatever manifest is there names files that are there."""
+    root = Path(tempfile.mkdtemp(dir=tmp_path))
+    clock, local = ManualClock(10**12), root / "local"
+    local.mkdir()
+    files = {}
+    for number in range(6):
+        (local / f"{number}.sst").write_bytes(bytes([number]))
+        files[number] = SnapshotFile(f"{number}.sst", hashlib.sha256(bytes([number])).hexdigest(), 1)
+    nodes = [Interrupted(f"file://{root}/remote", "shop", CHANGELOG, name, clock) for name in ("a", "b")]
+    uploading: list[bool] = [False, False]
+    offset = 0
+
+    def step() -> None:
+        nonlocal offset
+        if not plan:
+            return
+        who, what, wait_ms = plan.pop(0)
+        clock.advance(wait_ms)
+        if what == "collect":
+            nodes[who].collect(0)
+        elif what == "upload" and not uploading[who]:
+            offset += 1
+            upload(who, offset)
+        check()
+
+    def upload(who: int, at: int) -> None:
+        uploading[who] = True
+        taken = Snapshot(
+            changelog=CHANGELOG, partition=0, changelog_offset=at, created_ms=clock.now_ms(), node="a",
+            files=tuple(files[number] for number in sorted(contents[at % len(contents)])),
+        )  # fmt: skip
+        with contextlib.suppress(StoreUnavailable):
+            nodes[who].upload(taken, local)
+        uploading[who] = False
+
+    def check() -> None:
+        listed = nodes[0]._sizes(nodes[0]._files_of(0))
+        for found in nodes[0]._manifests(0).values():
+            assert {file.sha256 for file in found.files} <= listed.keys(), found.changelog_offset
+
+    for node in nodes:
+        node.turn = step
+        node._threads = ThreadPoolExecutor(1)
+    while plan:
+        step()
+    shutil.rmtree(root)
 
 
 PROGRAM = """

@@ -83,8 +83,9 @@ class Pair:
             sent = await self._producer.send_and_wait(self._topic, record, partition=0)
             self.owner.store.apply(frame, sent.offset + 1)
 
-    async def append_on(self) -> None:
-        while True:
+    async def append_on(self, ending: asyncio.Event) -> None:
+        """Until then, and whole: what is sent is applied."""
+        while not ending.is_set():
             await self.append()
 
 
@@ -107,10 +108,11 @@ async def test_equal_stores_are_found_equal_while_frames_go_on(pair: Pair) -> No
     await pair.append(50)
     pair.standby.fold()
     await pair.owner.node.snapshots.take(0)
-    appending = asyncio.create_task(pair.append_on())
+    ending = asyncio.Event()
+    appending = asyncio.create_task(pair.append_on(ending))
     results = [await pair.owner.verification.verify(0) for _ in range(2)]
-    appending.cancel()
-    await asyncio.gather(appending, return_exceptions=True)
+    ending.set()
+    await appending
     for result in results:
         assert result["right"]
         assert result["standbys"] == {"b": {"equal": True, "differences": [], "first": []}}
