@@ -332,16 +332,24 @@ async def test_tenants_share_by_weight_in_measured_cpu_time(running: Running) ->
     running.pool.configure(TenantSettings("light", weight=3.0, rows_queued_max=65_536))
     for version in (heavy, light):
         await answered(running.pool.submit(version, rows_of(X)))
-    before = {tenant: running.tenant(tenant).cpu_seconds for tenant in ("heavy", "light")}
     numbers = RNG.normal(size=(4096, 3))
 
+    def spent() -> dict[str, float]:
+        return {tenant: running.tenant(tenant).cpu_seconds for tenant in ("heavy", "light")}
+
+    before, ended = spent(), asyncio.Event()
+    used: dict[str, float] = {}
+
     async def keep_busy(version: ModelVersion) -> None:
-        while running.tenant("light").cpu_seconds - before["light"] < 0.6:
+        while not ended.is_set():
             await running.pool.submit(version, rows_of(numbers))
+            now = spent()
+            if not ended.is_set() and now["light"] - before["light"] >= 0.6:
+                used.update({tenant: now[tenant] - before[tenant] for tenant in now})  # both still have rows queued
+                ended.set()
 
     async with asyncio.timeout(60):
         await asyncio.gather(*(keep_busy(version) for version in (heavy, light) for _ in range(8)))
-    used = {tenant: running.tenant(tenant).cpu_seconds - before[tenant] for tenant in ("heavy", "light")}
     assert 2.5 <= used["light"] / used["heavy"] <= 3.6
 
 
