@@ -1,6 +1,7 @@
 """One partition's unanswered triggers: the in-memory end of the sequence log.
 
-Each model has its own line of chunks and its own cursor, so a slow or dead model delays nobody but itself.
+Each model has its own line of chunks and its own cursor, so a slow or dead model delays nobody but itself; a canary has
+a line of its own beside the live version's.
 Chunks are answered and committed in order; the triggers of chunks far from the head stay on disk only.
 """
 
@@ -46,6 +47,8 @@ class _Entry:
     triggers: Triggers | None
     """None: in the store only."""
     answering: Answering | None = None
+    runs_on: ModelVersion | None = None
+    """What answers: another version than the triggers name, where that one was fallen back from."""
     stored: bool = False
 
 
@@ -74,7 +77,8 @@ class Backlog:
         self._store = store
         self._versions = versions
         self._bound = bound
-        self._lines: dict[ModelName, _Line] = {}
+        self._lines: dict[str, _Line] = {}
+        """By `Triggers.line_name`."""
         self.changed = asyncio.Event()
         """Set when a chunk was answered; the cycle clears it."""
 
@@ -84,22 +88,22 @@ class Backlog:
         Numbers of answered chunks are gone from the store, so they may be given again.
         """
         for chunk in chunks:
-            line = self._line(chunk.triggers.name)
+            line = self._line(chunk.triggers.line_name)
             held = len(line.entries) < CHUNKS_IN_FLIGHT_PER_MODEL_MAX
             line.entries.append(entry := _entry(chunk, chunk.triggers if held else None))
             entry.stored = True
             line.rows += len(chunk.triggers)
             line.next_number = chunk.number + 1
 
-    def _line(self, name: ModelName) -> _Line:
+    def _line(self, name: str) -> _Line:
         return self._lines.setdefault(name, _Line())
 
-    def behind(self, name: ModelName) -> bool:
-        """Whether new triggers of the model have to queue behind older ones."""
+    def behind(self, name: str) -> bool:
+        """Whether new triggers of the line have to queue behind older ones."""
         line = self._lines.get(name)
         return line is not None and bool(line.entries)
 
-    def may_submit(self, name: ModelName) -> bool:
+    def may_submit(self, name: str) -> bool:
         """Whether new triggers may go to the runner at once: nothing older waits, and few chunks are out already."""
         line = self._lines.get(name)
         if line is None or not line.entries:
@@ -113,30 +117,35 @@ class Backlog:
     def rows(self) -> int:
         return sum(line.rows for line in self._lines.values())
 
-    def append(self, triggers: Triggers, answering: Answering | None, settled: Settled) -> SequenceChunk | None:
-        """Queue triggers as a new chunk, which the caller puts into the frame; None if they were shed."""
-        line, bound = self._line(triggers.name), self._bound(triggers.name)
+    def append(
+        self, version: ModelVersion, triggers: Triggers, answering: Answering | None, settled: Settled
+    ) -> SequenceChunk | None:
+        """Queue triggers as a new chunk, which the caller puts into the frame; None if they were shed.
+
+        `answering` are the outputs of `version`, should they have been asked for already.
+        """
+        line, bound = self._line(triggers.line_name), self._bound(triggers.name)
         if line.rows + len(triggers) > bound.rows_max:
             if bound.policy == "shed_newest" or len(triggers) > bound.rows_max:
                 settled.shed[f"overload {triggers.name}"] += len(triggers)
                 if answering is not None:
                     answering.cancel()
                 return None
-            self._shed_oldest(triggers.name, bound.rows_max - len(triggers), settled)
+            self._shed_oldest(triggers, bound.rows_max - len(triggers), settled)
         chunk = SequenceChunk(line.next_number, triggers)
         line.next_number += 1
         line.entries.append(entry := _entry(chunk, triggers))
         line.rows += entry.rows
         if answering is not None:
-            self._watch(entry, answering)
+            self._watch(entry, version, answering)
         return chunk
 
-    def _shed_oldest(self, name: ModelName, rows_max: int, settled: Settled) -> None:
-        line = self._lines[name]
+    def _shed_oldest(self, newer: Triggers, rows_max: int, settled: Settled) -> None:
+        line = self._lines[newer.line_name]
         while line.entries and line.rows > rows_max:
             entry = self._drop_head(line)
-            settled.shed[f"overload {name}"] += entry.rows
-        settled.cursors[str(name)] = line.entries[0].number if line.entries else line.next_number
+            settled.shed[f"overload {newer.name}"] += entry.rows
+        settled.cursors[newer.line_name] = line.entries[0].number if line.entries else line.next_number
 
     def _drop_head(self, line: _Line) -> _Entry:
         entry = line.entries.popleft()
@@ -156,7 +165,7 @@ class Backlog:
         for name, line in self._lines.items():
             while line.entries and rows < SETTLED_ROWS_MAX and self._settle_head(line.entries[0], settled):
                 rows += line.entries[0].rows
-                settled.cursors[str(name)] = self._drop_head(line).number + 1
+                settled.cursors[name] = self._drop_head(line).number + 1
         return settled
 
     def _settle_head(self, entry: _Entry, settled: Settled) -> bool:
@@ -168,13 +177,13 @@ class Backlog:
             return True
         if entry.answering is None or not entry.answering.done():
             return False
-        settled.answers.append(Answer(version, entry.triggers, entry.answering.result()))
+        settled.answers.append(Answer(entry.runs_on or version, entry.triggers, entry.answering.result()))
         return True
 
     def stored(self, chunks: Iterable[SequenceChunk]) -> None:
         """The store holds these chunks now: their triggers need not stay in memory."""
         for chunk in chunks:
-            line = self._line(chunk.triggers.name)
+            line = self._line(chunk.triggers.line_name)
             for entry in reversed(line.entries):
                 if entry.number == chunk.number:
                     entry.stored = True
@@ -190,11 +199,11 @@ class Backlog:
                     break
             self._forget_tail(line)
 
-    def _submit(self, name: ModelName, entry: _Entry) -> bool:
+    def _submit(self, name: str, entry: _Entry) -> bool:
         if entry.triggers is None:
-            chunks = self._store.chunks(1, str(name), entry.number)
+            chunks = self._store.chunks(1, name, entry.number)
             entry.triggers = chunks[0].triggers
-        version = self._versions(name, entry.triggers.version)
+        version = self._versions(entry.triggers.name, entry.triggers.version)
         if version is None:
             self.changed.set()
             return False
@@ -202,11 +211,11 @@ class Backlog:
             answer = self._runner.submit(version, entry.triggers.rows)
         except BoundExceeded:
             return False
-        self._watch(entry, asyncio.ensure_future(answer))
+        self._watch(entry, version, asyncio.ensure_future(answer))
         return True
 
-    def _watch(self, entry: _Entry, answering: Answering) -> None:
-        entry.answering = answering
+    def _watch(self, entry: _Entry, version: ModelVersion, answering: Answering) -> None:
+        entry.answering, entry.runs_on = answering, version
         answering.add_done_callback(lambda _: self.changed.set())
 
     def _forget_tail(self, line: _Line) -> None:
@@ -223,9 +232,9 @@ class Backlog:
                 self._drop_head(line)
 
     def statistics(self, now_ms: int) -> dict[str, dict[str, int]]:
-        """Model -> rows and chunks behind, and the age of the oldest by event time."""
+        """Line -> rows and chunks behind, and the age of the oldest by event time."""
         return {
-            str(name): {"rows": line.rows, "chunks": len(line.entries), "oldest_ms": now_ms - line.entries[0].time_ms}
+            name: {"rows": line.rows, "chunks": len(line.entries), "oldest_ms": now_ms - line.entries[0].time_ms}
             for name, line in self._lines.items()
             if line.entries
         }

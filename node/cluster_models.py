@@ -11,7 +11,7 @@ from typing import Protocol
 from node.kernel.clock import Clock
 from node.kernel.errors import PeerRefused
 from node.kernel.types import AgreedModels, AgreedVersion, ModelName
-from replication.catalog import Catalog, model_key
+from replication.catalog import ENDED, Catalog, model_key
 from replication.commands import Command, ForgetVersion, PutTenant, PutVersion, RetireVersion
 
 _DECISIONS_MAX = 8
@@ -65,11 +65,11 @@ class CatalogModels:
         """The next step: a version retires before it is forgotten. None when all is done, or overtaken by a put."""
         model = catalog.models.get(model_key(name.tenant, name.model))
         if model is None or any(
-            version.state != "retired" and version.version != deleted for version in model.versions.values()
+            version.state not in ENDED and version.version != deleted for version in model.versions.values()
         ):
             return None
         version = next(iter(model.versions.values()))
-        if version.state == "retired":
+        if version.state in ENDED:
             return ForgetVersion(
                 revision=catalog.revision, tenant=model.tenant, model=model.model, version=version.version
             )
@@ -126,4 +126,8 @@ def _versions(catalog: Catalog, node: str) -> Iterator[AgreedVersion]:
                 version.report,
                 version.state,
                 node in catalog.holders.get(version.blob, {}),
+                version.share,
+                version.reason,
+                version.who,
+                version.at_ms,
             )

@@ -89,10 +89,10 @@ async def run_triggers(
             abandoned.cancel()
         raise
     for (version, triggers), call in zip(pieces, calls, strict=True):
-        if call is not None and call.done() and not backlog.behind(version.name):
+        if call is not None and call.done() and not backlog.behind(triggers.line_name):
             outcome.answers.append(Answer(version, triggers, call.result()))
         else:
-            chunk = backlog.append(triggers, call, settled)
+            chunk = backlog.append(version, triggers, call, settled)
             if chunk is not None:
                 outcome.appended.append(chunk)
     return outcome
@@ -100,7 +100,7 @@ async def run_triggers(
 
 def _submit(runner: ModelRunner, backlog: Backlog, version: ModelVersion, triggers: Triggers) -> Answering | None:
     """None when older triggers of the model wait, or the runner's queue is full: the sequence log takes these."""
-    if not backlog.may_submit(version.name):
+    if not backlog.may_submit(triggers.line_name):
         return None
     try:
         return asyncio.ensure_future(runner.submit(version, triggers.rows))

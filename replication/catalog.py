@@ -35,18 +35,23 @@ from replication.commands import (
     PartitionCommand,
     PutTenant,
     PutVersion,
+    QuarantineVersion,
     RenewLease,
     RetireVersion,
     SetSettings,
     SetStandbys,
     Settings,
+    Stage,
+    StageVersion,
     StartMove,
     TakeOver,
     bounded,
     encoder,
 )
 
-VersionState: TypeAlias = Literal["passed", "live", "retired"]
+VersionState: TypeAlias = Literal["passed", "shadow", "canary", "live", "retired", "quarantined"]
+STAGED: Final = ("shadow", "canary")
+ENDED: Final = ("retired", "quarantined")
 
 FORMAT: Final = 1
 
@@ -79,7 +84,8 @@ class Tenant(Struct, frozen=True):
 class Version(Struct, frozen=True):
     """A model version. `version` is the sha256 of file and manifest together, `blob` that of the file.
 
-    One that passed waits to go live; there is one such of a model at most, put after the live one.
+    One that passed waits to go live, or to be staged; there is one such of a model at most, put after the live one.
+    A staged one runs beside the live one; there is one such at most too.
     """
 
     version: str
@@ -92,6 +98,12 @@ class Version(Struct, frozen=True):
     report: str = ""
     revision: int = 0
     """When it was last put: of two versions of a model, the one with the higher revision is the newer."""
+    stages: tuple[Stage, ...] = ()
+    share: float = 0.0
+    reason: str = ""
+    """Why it was brought to its state, as whoever did it said."""
+    served_revision: int = 0
+    """When it last went live; 0: never. What is fallen back to is the retired one with the highest."""
 
 
 class Model(Struct, frozen=True):
@@ -103,6 +115,16 @@ class Model(Struct, frozen=True):
     live: str = ""
     live_revision: int = 0
     revision: int = 0
+
+    @property
+    def staged(self) -> Version | None:
+        return next((version for version in self.versions.values() if version.state in STAGED), None)
+
+    @property
+    def fallback(self) -> Version | None:
+        """The version that was live last, of those that may be again."""
+        served = (one for one in self.versions.values() if one.state == "retired" and one.served_revision)
+        return max(served, key=lambda version: version.served_revision, default=None)
 
 
 class Move(Struct, frozen=True):
@@ -371,15 +393,30 @@ def _put_version(catalog: Catalog, command: PutVersion) -> Outcome:
 
 
 def _passed(catalog: Catalog, put: PutVersion) -> Version:
-    return Version(put.version, put.blob, put.manifest, "passed", put.who, put.at_ms, put.report, catalog.revision + 1)
+    return Version(
+        put.version,
+        put.blob,
+        put.manifest,
+        "passed",
+        put.who,
+        put.at_ms,
+        put.report,
+        catalog.revision + 1,
+        put.stages,
+        put.share,
+    )
+
+
+def _without(states: tuple[str, ...], versions: Mapping[str, Version], who: str, at_ms: int) -> dict[str, Version]:
+    """What waited, or was staged, does so no longer: a newer wish takes its place."""
+    return {
+        name: replace(version, state="retired", who=who, at_ms=at_ms, reason="") if version.state in states else version
+        for name, version in versions.items()
+    }
 
 
 def _without_passed(versions: Mapping[str, Version], who: str, at_ms: int) -> dict[str, Version]:
-    """What waited to go live waits no longer: a newer wish takes its place."""
-    return {
-        name: replace(version, state="retired", who=who, at_ms=at_ms) if version.state == "passed" else version
-        for name, version in versions.items()
-    }
+    return _without(("passed",), versions, who, at_ms)
 
 
 def _put_again(catalog: Catalog, model: Model, command: PutVersion) -> Outcome:
@@ -388,13 +425,14 @@ def _put_again(catalog: Catalog, model: Model, command: PutVersion) -> Outcome:
     if (known.blob, known.manifest) != (command.blob, command.manifest):
         return f"version {command.version[:12]} of {key} is known with other contents"
     waiting = any(version.state == "passed" for version in model.versions.values())
-    if known.state == "passed" or (known.state == "live" and not waiting):
+    if known.state == "passed" or (known.state in ("live", *STAGED) and not waiting):
         return catalog
     text_bytes = catalog.text_bytes + _size(command.report) - _size(known.report)
     reason = _stale(f"model {key}", model.revision, command) or _text_problem(text_bytes)
     if reason:
         return reason
-    renewed = replace(_passed(catalog, command), state="live" if known.state == "live" else "passed")
+    state: VersionState = "passed" if known.state in ENDED else known.state
+    renewed = replace(_passed(catalog, command), state=state, served_revision=known.served_revision)
     versions = _without_passed(model.versions, command.who, command.at_ms) | {known.version: renewed}
     changed = replace(model, versions=versions, revision=catalog.revision + 1)
     return _next(catalog, models=_put(catalog.models, key, changed), text_bytes=text_bytes)
@@ -420,6 +458,13 @@ def _found(catalog: Catalog, tenant: str, model: str, version: str) -> tuple[Mod
     return found, found.versions[version]
 
 
+def _lacking(catalog: Catalog, version: Version, holders: tuple[str, ...]) -> str:
+    missing = [name for name in holders if name not in catalog.holders.get(version.blob, {})]
+    if not missing:
+        return ""
+    return f"nodes {', '.join(sorted(missing))} lack the file of version {version.version[:12]}; fetch it first"
+
+
 def _go_live(catalog: Catalog, command: GoLive) -> Outcome:
     found = _found(catalog, command.tenant, command.model, command.version)
     if isinstance(found, str):
@@ -427,17 +472,69 @@ def _go_live(catalog: Catalog, command: GoLive) -> Outcome:
     model, version = found
     if model.live == version.version:
         return catalog
-    missing = [name for name in command.holders if name not in catalog.holders.get(version.blob, {})]
-    if missing:
-        return f"nodes {', '.join(sorted(missing))} lack the file of version {version.version[:12]}; fetch it first"
+    stale = _stale(f"model {model_key(model.tenant, model.model)}", model.revision, command)
+    reason = _lacking(catalog, version, command.holders) or stale
+    if reason:
+        return reason
+    others = STAGED if version.state in STAGED else ("passed", *STAGED)
+    versions = _without(others, model.versions, command.who, command.at_ms)
+    if model.live:
+        versions[model.live] = replace(versions[model.live], state="retired", who=command.who, at_ms=command.at_ms)
+    return _with_live(catalog, model, versions, version, command)
+
+
+def _with_live(
+    catalog: Catalog, model: Model, versions: dict[str, Version], version: Version, command: GoLive | QuarantineVersion
+) -> Catalog:
+    versions[version.version] = replace(
+        version,
+        state="live",
+        who=command.who,
+        at_ms=command.at_ms,
+        reason=command.reason,
+        served_revision=catalog.revision + 1,
+    )
+    return _with_model(catalog, model, versions, version.version, catalog.revision + 1)
+
+
+def _stage(catalog: Catalog, command: StageVersion) -> Outcome:
+    found = _found(catalog, command.tenant, command.model, command.version)
+    if isinstance(found, str):
+        return found
+    model, version = found
+    if version.state == command.stage:
+        return catalog
+    if not model.live or version.state == "live":
+        return f"version {version.version[:12]} can be staged only beside another one that is live"
+    stale = _stale(f"model {model_key(model.tenant, model.model)}", model.revision, command)
+    reason = _lacking(catalog, version, command.holders) or stale
+    if reason:
+        return reason
+    versions = _without(STAGED, model.versions, command.who, command.at_ms)
+    staged = replace(version, state=command.stage, who=command.who, at_ms=command.at_ms, reason=command.reason)
+    return _with_model(catalog, model, versions | {version.version: staged}, model.live, model.live_revision)
+
+
+def _quarantine(catalog: Catalog, command: QuarantineVersion) -> Outcome:
+    found = _found(catalog, command.tenant, command.model, command.version)
+    if isinstance(found, str):
+        return found
+    model, version = found
+    if version.state == "quarantined":
+        return catalog
     stale = _stale(f"model {model_key(model.tenant, model.model)}", model.revision, command)
     if stale:
         return stale
-    versions = _without_passed(model.versions, command.who, command.at_ms)
-    if model.live:
-        versions[model.live] = replace(versions[model.live], state="retired", who=command.who, at_ms=command.at_ms)
-    versions[version.version] = replace(version, state="live", who=command.who, at_ms=command.at_ms)
-    return _with_model(catalog, model, versions, version.version, catalog.revision + 1)
+    ended = replace(version, state="quarantined", who=command.who, at_ms=command.at_ms, reason=command.reason)
+    versions = {**model.versions, version.version: ended}
+    if model.live != version.version:
+        return _with_model(catalog, model, versions, model.live, model.live_revision)
+    if not command.fall_back_to:
+        return _with_model(catalog, model, versions, "", catalog.revision + 1)
+    again = versions.get(command.fall_back_to)
+    if again is None or again.state != "retired" or not again.served_revision:
+        return f"version {command.fall_back_to[:12]} was never live, or may not be again; name another, or none"
+    return _lacking(catalog, again, command.holders) or _with_live(catalog, model, versions, again, command)
 
 
 def _with_model(catalog: Catalog, model: Model, versions: dict[str, Version], live: str, live_revision: int) -> Catalog:
@@ -450,7 +547,7 @@ def _retire(catalog: Catalog, command: RetireVersion) -> Outcome:
     if isinstance(found, str):
         return found
     model, version = found
-    if version.state == "retired":
+    if version.state in ENDED:
         return catalog
     stale = _stale(f"model {model_key(model.tenant, model.model)}", model.revision, command)
     if stale:
@@ -468,7 +565,7 @@ def _forget(catalog: Catalog, command: ForgetVersion) -> Outcome:
     if model is None or command.version not in model.versions:
         return catalog
     version = model.versions[command.version]
-    if version.state != "retired":
+    if version.state not in ENDED:
         return f"version {version.version[:12]} of {key} is {version.state}; retire it first"
     stale = _stale(f"model {key}", model.revision, command)
     if stale:
@@ -639,6 +736,8 @@ _HANDLERS: Final[Mapping[type, Callable[[Catalog, Any], Outcome]]] = {
     PutTenant: _put_tenant,
     PutVersion: _put_version,
     GoLive: _go_live,
+    StageVersion: _stage,
+    QuarantineVersion: _quarantine,
     RetireVersion: _retire,
     ForgetVersion: _forget,
     HoldBlob: _hold,

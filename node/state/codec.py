@@ -84,10 +84,10 @@ def _check(sound: bool) -> None:
         raise StateCorrupt(f"a stored row's header does not name a layout of its length; {_ADVICE}")
 
 
-def sequence_prefix(model: str) -> bytes:
-    """Of the keys of a model's chunks (`model` is the text of its ModelName); in the order of (model, number)."""
-    return model.encode() + b"\0"
+def sequence_prefix(line: str) -> bytes:
+    """Of the keys of a line's chunks (see `Triggers.line_name`); in the order of (line, number)."""
+    return line.encode() + b"\0"
 
 
-def sequence_key(model: str, number: int) -> bytes:
-    return sequence_prefix(model) + number.to_bytes(8, "big")
+def sequence_key(line: str, number: int) -> bytes:
+    return sequence_prefix(line) + number.to_bytes(8, "big")

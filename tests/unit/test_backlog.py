@@ -124,7 +124,7 @@ async def test_over_its_bound_a_line_sheds_by_policy_and_counts(policy: str, lef
     store, name = MemoryStore(), NAMES[0]
     backlog = Backlog(ManualRunner(0), store, lambda *_: version(name), lambda _: Bound(4, policy))  # type: ignore[arg-type]
     settled = Settled()
-    chunks = [backlog.append(triggers(name, first, 4), None, settled) for first in (0, 4)]
+    chunks = [backlog.append(version(name), triggers(name, first, 4), None, settled) for first in (0, 4)]
     commit(store, settled, 1, [chunk for chunk in chunks if chunk is not None])
     assert settled.shed == {f"overload {name}": 4}
     assert [offset for chunk in store.chunks(9) for offset in chunk.triggers.offsets.tolist()] == left
@@ -135,7 +135,7 @@ async def test_triggers_of_a_deleted_model_are_shed_and_counted() -> None:
     store, name = MemoryStore(), NAMES[0]
     backlog = Backlog(ManualRunner(), store, lambda *_: None, lambda _: Bound(100))
     appended = Settled()
-    chunk = backlog.append(triggers(name, 0, 3), None, appended)
+    chunk = backlog.append(version(name), triggers(name, 0, 3), None, appended)
     assert chunk is not None
     commit(store, appended, 1, [chunk])
     backlog.pump()
