@@ -17,7 +17,7 @@ from sim_session import Replica, Session
 from sim_world import simulate
 
 from replication import catalog as catalog_module
-from replication import ownership
+from replication import catalog_models, ownership
 from replication import rollout as rollout_module
 from replication.catalog import Assignment, Catalog, Version
 from replication.commands import CompleteMove, GoLive, RenewLease, StartMove, TakeOver
@@ -254,14 +254,14 @@ def _go_on_while_moving(node: SimNode, replica: Replica, held: Assignment) -> No
 def _live_whoever_has_it(catalog: Catalog, command: GoLive) -> Catalog | str:
     """Without a look at who has the file."""
     some = catalog_module.replace(catalog, holders=dict.fromkeys(catalog.holders, dict.fromkeys(command.holders, 0)))
-    after = catalog_module._go_live(some, command)
+    after = catalog_models._go_live(some, command)
     return after if isinstance(after, str) or after is some else catalog_module.replace(after, holders=catalog.holders)
 
 
 def _live_though_stale(catalog: Catalog, command: GoLive) -> Catalog | str:
     """Also when another version was put since."""
     fresh = msgspec.structs.replace(command, revision=catalog.revision)
-    return catalog_module._go_live(catalog, fresh)
+    return catalog_models._go_live(catalog, fresh)
 
 
 def _keep_what_waits(versions: Mapping[str, Version], _who: str, _at_ms: int) -> dict[str, Version]:
@@ -291,7 +291,11 @@ MUTATIONS = (
     ),
     Mutation("two moves of one", "a move replaces another", ((CATALOG, StartMove, _start_another_move),)),
     Mutation("late completion", "a move completes that was cancelled", ((CATALOG, CompleteMove, _complete_any_move),)),
-    Mutation("stale commands", "a command decided on old facts counts", ((catalog_module, "_stale", _always("")),)),
+    Mutation(
+        "stale commands",
+        "a command decided on old facts counts",
+        ((catalog_module, "_stale", _always("")), (catalog_models, "_stale", _always(""))),
+    ),
     Mutation("lease runs back", "an old renewal counts again", ((CATALOG, RenewLease, _renew_by_any_number),)),
     Mutation("takeover too early", "half the lease is waited", ((ownership, "takeover_wait_ms", _always(500)),)),
     Mutation("renewals unheard", "only reports count as signs of life", ((SimNode, "_renewed", _renewed_unheard),)),

@@ -16,7 +16,6 @@ from sim_checks import STALE_MS, Checks, InvariantBroken
 from sim_node import SimNode, Told
 from sim_session import Replica
 
-from replication.catalog import Settings
 from replication.commands import (
     Command,
     DrainNode,
@@ -24,6 +23,7 @@ from replication.commands import (
     PutTenant,
     RenewLease,
     SetSettings,
+    Settings,
     decode_command,
     encode_command,
 )
