@@ -329,7 +329,7 @@ MUTATIONS = (
     ),
     Mutation("live though replaced", "an older version goes live late", ((CATALOG, GoLive, _live_though_stale),)),
     Mutation(
-        "many wait", "what waited stays when a newer is put", ((catalog_module, "_without_passed", _keep_what_waits),)
+        "many wait", "what waited stays when a newer is put", ((catalog_models, "_without_passed", _keep_what_waits),)
     ),
     Mutation("old versions too", "the leader takes any version", ((rollout_module, "_commands", _everything_newest),)),
     Mutation("no fold", "a new owner serves before the tail is folded", ((Replica, "_inited", _serve_unfolded),)),
