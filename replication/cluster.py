@@ -390,7 +390,7 @@ class Cluster:
         agreed = self._machine.agreed
         reports = self._book.reports(agreed, self._origin_ms)
         alive = living(agreed.catalog, reports, self.now_ms(), self.settings.plan)
-        return self._book.verified(alive)
+        return self._book.verified(alive, agreed)
 
     async def _report(self) -> None:
         while True:

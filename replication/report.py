@@ -100,11 +100,23 @@ class ReportBook:
         told_s, report = self._told.get(name, (-math.inf, None))
         heard_s = max(told_s, agreed.renewed_s.get(name, -math.inf))
         heard_ms = math.ceil(origin_ms + heard_s * 1000)
-        renewed = agreed.catalog.leases.get(name, 0)
-        if report is None or report.incarnation != incarnation or not same_process(report.number, renewed):
+        if report is None or not _is_of(report, agreed):
             return NodeReport(heard_ms, incarnation)
         reported_s = min(heard_s, told_s + REPORT_QUIET_S)
         return NodeReport(heard_ms, report.incarnation, report.partitions, math.floor(origin_ms + reported_s * 1000))
 
-    def verified(self, names: Collection[str]) -> dict[str, Mapping[int, int]]:
-        return {name: report.verified for name, (_, report) in self._told.items() if name in names}
+    def verified(self, names: Collection[str], agreed: Agreed) -> dict[str, Mapping[int, int]]:
+        """Of these nodes: partition -> offset of the verified snapshot. What a lost disk had, or another process had
+        verified, counts no more than its progress does."""
+        return {
+            name: report.verified
+            for name, (_, report) in self._told.items()
+            if name in names and _is_of(report, agreed)
+        }
+
+
+def _is_of(report: PeerReport, agreed: Agreed) -> bool:
+    """Whether a report is of the process that the node has joined and renews its lease as."""
+    member = agreed.catalog.nodes.get(report.node)
+    renewed = agreed.catalog.leases.get(report.node, 0)
+    return member is not None and member.incarnation == report.incarnation and same_process(report.number, renewed)

@@ -75,8 +75,8 @@ def test_the_newest_report_of_the_right_incarnation_counts() -> None:
     assert not book.take(report(9, incarnation=2), agreed(), 8.0)
     assert book.take(report(4, offset=2, serving=True), agreed(), 9.0)
     assert (book.taken, book.dropped) == (4, 2)
-    assert book.verified(["a"]) == {"a": {3: 9}}
-    assert book.verified([]) == {}
+    assert book.verified(["a"], agreed()) == {"a": {3: 9}}
+    assert book.verified([], agreed()) == {}
 
     found = book.reports(agreed(), 1_000_000.0)
     assert found.since_ms == 1_005_000
@@ -96,6 +96,7 @@ def test_renewals_say_that_a_quiet_node_is_there_until_it_is_another_process() -
     for other in (agreed(lease=NUMBERS_A_PROCESS, renewed_s=2.0), agreed(incarnation=2, lease=2, renewed_s=2.0)):
         found = book.reports(other, 0.0).nodes["a"]
         assert (found.heard_ms, found.reported_ms, found.partitions) == (2000, None, {})
+        assert book.verified(["a"], other) == {}, "the changelog is not cut behind what may be gone"
     changes = book.changes
     assert book.take(report(NUMBERS_A_PROCESS), agreed(lease=NUMBERS_A_PROCESS), 3.0)
     assert book.take(report(NUMBERS_A_PROCESS + 1, incarnation=2), agreed(incarnation=2), 3.0)
