@@ -51,7 +51,8 @@ from replication.rollout import rollout
 
 log = structlog.get_logger(__name__)
 
-_PLAN_S = 0.2
+_PLAN_S = 0.1
+"""How often a leader looks whether a lease has run out: half of it is added to every takeover."""
 _RETRY_S = 1.0
 _LEAVE_S = 0.1
 _REFUSALS = (ClusterUnavailable, PeerRefused, BoundExceeded)

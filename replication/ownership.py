@@ -84,8 +84,9 @@ class Reports:
 class PlanSettings:
     clock_drift: float = 0.01
     """Every clock runs within this part of real time; quartz is a hundred times better, virtual machines are not."""
-    margin_ms: int = 200
-    leader_wait_ms: int = 500
+    margin_ms: int = 100
+    """Beyond what is safe: a renewal that is a little late must not cost a node its partitions."""
+    leader_wait_ms: int = 300
     """Nobody is taken for silent so soon after a leader began: while there was none, no lease could be renewed."""
     standby_replace_ms: int = 60_000
     """A silent standby is replaced after this: a restart must not copy its partitions elsewhere."""

@@ -65,7 +65,8 @@ class RaftSettings:
     secret: bytes | None = field(default=None, repr=False)
     heartbeat_ms: int = 125
     election_ms_min: int = 400
-    election_ms_max: int = 1_000
+    election_ms_max: int = 700
+    """The first of those who wait stands for election: the later, the longer a dead leader's partitions wait."""
     quorum_lost_ms: int = 1_000
     connection_lost_ms: int = 2_000
     reconnect_ms: int = 250
