@@ -282,6 +282,8 @@ class Node:
             os.kill(self.pid, signal.SIGCONT)
 
     def log_tail(self, lines: int = 30) -> str:
+        if not self.log.exists():
+            return "it was never started"
         return "\n".join(self.log.read_text(errors="replace").splitlines()[-lines:])
 
 

@@ -165,11 +165,19 @@ class Restoring:
         self._sample = sample
 
     def start(self) -> None:
-        """Start the two others and let the first have everything, snapshots too."""
-        self._nodes.start([HAS, VOTES], wait_s_max=WAIT_S_MAX)
-        self._nodes.wait(lambda: len(self._nodes.status()["members"]) == 2, "two members", WAIT_S_MAX)
+        """Found the cluster, for which all three are needed, and let the first have everything, snapshots too."""
+        self._nodes.start([HAS, VOTES, EMPTY], wait_s_max=WAIT_S_MAX)
+        self._nodes.wait(lambda: len(self._nodes.status()["members"]) == 3, "all members", WAIT_S_MAX)
         self._nodes.operate("drain", VOTES)
+        self._nodes.operate("drain", EMPTY)
         self._let_the_first_have_all()
+        self._empty()
+
+    def _empty(self) -> None:
+        node = self._nodes.nodes[EMPTY]
+        node.stop()
+        shutil.rmtree(node.config.with_name("data"))
+        self._nodes.operate("undrain", EMPTY, at=HAS)
 
     def _let_the_first_have_all(self) -> None:
         nodes, every = self._nodes, workload.PARTITIONS
@@ -205,10 +213,7 @@ class Restoring:
         self._nodes.operate("undrain", HAS, at=HAS)
         self._nodes.operate("drain", EMPTY, at=HAS)
         self._let_the_first_have_all()
-        node = self._nodes.nodes[EMPTY]
-        node.stop()
-        shutil.rmtree(node.config.with_name("data"))
-        self._nodes.operate("undrain", EMPTY, at=HAS)
+        self._empty()
 
 
 # --- Kafka Streams --------------------------------------------------------------------------------------------------
