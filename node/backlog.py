@@ -1,7 +1,6 @@
 """One partition's unanswered triggers: the in-memory end of the sequence log.
 
-Each model has its own line of chunks and its own cursor, so a slow or dead model delays nobody but itself; a canary has
-a line of its own beside the live version's.
+Each model has its own line of chunks and its own cursor, so a slow or dead model delays nobody but itself.
 Chunks are answered and committed in order; the triggers of chunks far from the head stay on disk only.
 """
 
@@ -78,7 +77,7 @@ class Backlog:
         self._versions = versions
         self._bound = bound
         self._lines: dict[str, _Line] = {}
-        """By `Triggers.line_name`."""
+        """By the text of the model's name."""
         self.changed = asyncio.Event()
         """Set when a chunk was answered; the cycle clears it."""
 
@@ -88,7 +87,7 @@ class Backlog:
         Numbers of answered chunks are gone from the store, so they may be given again.
         """
         for chunk in chunks:
-            line = self._line(chunk.triggers.line_name)
+            line = self._line(str(chunk.triggers.name))
             held = len(line.entries) < CHUNKS_IN_FLIGHT_PER_MODEL_MAX
             line.entries.append(entry := _entry(chunk, chunk.triggers if held else None))
             entry.stored = True
@@ -124,7 +123,7 @@ class Backlog:
 
         `answering` are the outputs of `version`, should they have been asked for already.
         """
-        line, bound = self._line(triggers.line_name), self._bound(triggers.name)
+        line, bound = self._line(str(triggers.name)), self._bound(triggers.name)
         if line.rows + len(triggers) > bound.rows_max:
             if bound.policy == "shed_newest" or len(triggers) > bound.rows_max:
                 settled.shed[f"overload {triggers.name}"] += len(triggers)
@@ -141,11 +140,11 @@ class Backlog:
         return chunk
 
     def _shed_oldest(self, newer: Triggers, rows_max: int, settled: Settled) -> None:
-        line = self._lines[newer.line_name]
+        line = self._lines[str(newer.name)]
         while line.entries and line.rows > rows_max:
             entry = self._drop_head(line)
             settled.shed[f"overload {newer.name}"] += entry.rows
-        settled.cursors[newer.line_name] = line.entries[0].number if line.entries else line.next_number
+        settled.cursors[str(newer.name)] = line.entries[0].number if line.entries else line.next_number
 
     def _drop_head(self, line: _Line) -> _Entry:
         entry = line.entries.popleft()
@@ -183,7 +182,7 @@ class Backlog:
     def stored(self, chunks: Iterable[SequenceChunk]) -> None:
         """The store holds these chunks now: their triggers need not stay in memory."""
         for chunk in chunks:
-            line = self._line(chunk.triggers.line_name)
+            line = self._line(str(chunk.triggers.name))
             for entry in reversed(line.entries):
                 if entry.number == chunk.number:
                     entry.stored = True

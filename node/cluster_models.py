@@ -10,9 +10,10 @@ from typing import Protocol
 
 from node.kernel.clock import Clock
 from node.kernel.errors import PeerRefused
+from node.kernel.limits import REASON_BYTES_MAX
 from node.kernel.types import AgreedModels, AgreedVersion, ModelName
 from replication.catalog import ENDED, Catalog, model_key
-from replication.commands import Command, ForgetVersion, PutTenant, PutVersion, RetireVersion
+from replication.commands import Command, ForgetVersion, PutTenant, PutVersion, QuarantineVersion, RetireVersion
 
 _DECISIONS_MAX = 8
 """Two nodes that put the same thing at once refuse each other once; more often, somebody else is at fault."""
@@ -82,6 +83,25 @@ class CatalogModels:
             at_ms=self._clock.now_ms(),
         )
 
+    async def quarantine(self, name: ModelName, version: str, reason: str) -> None:
+        await self._insist(lambda catalog: self._quarantine(catalog, name, version, reason))
+
+    def _quarantine(self, catalog: Catalog, name: ModelName, version: str, reason: str) -> Command | None:
+        """None when the version is not live any more, or there is none to fall back to."""
+        model = catalog.models.get(model_key(name.tenant, name.model))
+        if model is None or model.live != version or model.fallback is None:
+            return None
+        return QuarantineVersion(
+            revision=catalog.revision,
+            tenant=model.tenant,
+            model=model.model,
+            version=version,
+            fall_back_to=model.fallback.version,
+            reason=reason.encode()[:REASON_BYTES_MAX].decode(errors="ignore"),
+            who=self._cluster.name,
+            at_ms=self._clock.now_ms(),
+        )
+
     async def tenant(self, name: str, settings: str) -> None:
         await self._insist(
             lambda catalog: PutTenant(
@@ -126,8 +146,6 @@ def _versions(catalog: Catalog, node: str) -> Iterator[AgreedVersion]:
                 version.report,
                 version.state,
                 node in catalog.holders.get(version.blob, {}),
-                version.share,
+                version.served_revision > 0,
                 version.reason,
-                version.who,
-                version.at_ms,
             )

@@ -89,7 +89,7 @@ async def run_triggers(
             abandoned.cancel()
         raise
     for (version, triggers), call in zip(pieces, calls, strict=True):
-        if call is not None and call.done() and not backlog.behind(triggers.line_name):
+        if call is not None and call.done() and not backlog.behind(str(triggers.name)):
             outcome.answers.append(Answer(version, triggers, call.result()))
         else:
             chunk = backlog.append(version, triggers, call, settled)
@@ -100,7 +100,7 @@ async def run_triggers(
 
 def _submit(runner: ModelRunner, backlog: Backlog, version: ModelVersion, triggers: Triggers) -> Answering | None:
     """None when older triggers of the model wait, or the runner's queue is full: the sequence log takes these."""
-    if not backlog.may_submit(triggers.line_name):
+    if not backlog.may_submit(str(triggers.name)):
         return None
     try:
         return asyncio.ensure_future(runner.submit(version, triggers.rows))

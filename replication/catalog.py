@@ -24,7 +24,6 @@ from replication import catalog_models
 from replication.catalog_values import (
     ENDED,
     FORMAT,
-    STAGED,
     Assignment,
     Catalog,
     Model,
@@ -61,7 +60,6 @@ from replication.commands import (
 
 __all__ = [
     "ENDED",
-    "STAGED",
     "Assignment",
     "Catalog",
     "Model",

@@ -10,7 +10,6 @@ from msgspec.structs import replace
 from node.kernel import limits
 from replication.catalog_values import (
     ENDED,
-    STAGED,
     Catalog,
     Model,
     Outcome,
@@ -31,7 +30,6 @@ from replication.commands import (
     PutVersion,
     QuarantineVersion,
     RetireVersion,
-    StageVersion,
 )
 
 
@@ -80,30 +78,15 @@ def _put_version(catalog: Catalog, command: PutVersion) -> Outcome:
 
 
 def _passed(catalog: Catalog, put: PutVersion) -> Version:
-    return Version(
-        put.version,
-        put.blob,
-        put.manifest,
-        "passed",
-        put.who,
-        put.at_ms,
-        put.report,
-        catalog.revision + 1,
-        put.stages,
-        put.share,
-    )
-
-
-def _without(states: tuple[str, ...], versions: Mapping[str, Version], who: str, at_ms: int) -> dict[str, Version]:
-    """What waited, or was staged, does so no longer: a newer wish takes its place."""
-    return {
-        name: replace(version, state="retired", who=who, at_ms=at_ms, reason="") if version.state in states else version
-        for name, version in versions.items()
-    }
+    return Version(put.version, put.blob, put.manifest, "passed", put.who, put.at_ms, put.report, catalog.revision + 1)
 
 
 def _without_passed(versions: Mapping[str, Version], who: str, at_ms: int) -> dict[str, Version]:
-    return _without(("passed",), versions, who, at_ms)
+    """What waited to go live waits no longer: a newer wish takes its place."""
+    return {
+        name: replace(version, state="retired", who=who, at_ms=at_ms) if version.state == "passed" else version
+        for name, version in versions.items()
+    }
 
 
 def _put_again(catalog: Catalog, model: Model, command: PutVersion) -> Outcome:
@@ -112,7 +95,7 @@ def _put_again(catalog: Catalog, model: Model, command: PutVersion) -> Outcome:
     if (known.blob, known.manifest) != (command.blob, command.manifest):
         return f"version {command.version[:12]} of {key} is known with other contents"
     waiting = any(version.state == "passed" for version in model.versions.values())
-    if known.state == "passed" or (known.state in ("live", *STAGED) and not waiting):
+    if known.state == "passed" or (known.state == "live" and not waiting):
         return catalog
     text_bytes = catalog.text_bytes + _size(command.report) - _size(known.report)
     reason = _stale(f"model {key}", model.revision, command) or _text_problem(text_bytes)
@@ -163,8 +146,7 @@ def _go_live(catalog: Catalog, command: GoLive) -> Outcome:
     reason = _lacking(catalog, version, command.holders) or stale
     if reason:
         return reason
-    others = STAGED if version.state in STAGED else ("passed", *STAGED)
-    versions = _without(others, model.versions, command.who, command.at_ms)
+    versions = _without_passed(model.versions, command.who, command.at_ms)
     if model.live:
         versions[model.live] = replace(versions[model.live], state="retired", who=command.who, at_ms=command.at_ms)
     return _with_live(catalog, model, versions, version, command)
@@ -174,32 +156,9 @@ def _with_live(
     catalog: Catalog, model: Model, versions: dict[str, Version], version: Version, command: GoLive | QuarantineVersion
 ) -> Catalog:
     versions[version.version] = replace(
-        version,
-        state="live",
-        who=command.who,
-        at_ms=command.at_ms,
-        reason=command.reason,
-        served_revision=catalog.revision + 1,
+        version, state="live", who=command.who, at_ms=command.at_ms, served_revision=catalog.revision + 1
     )
     return _with_model(catalog, model, versions, version.version, catalog.revision + 1)
-
-
-def _stage(catalog: Catalog, command: StageVersion) -> Outcome:
-    found = _found(catalog, command.tenant, command.model, command.version)
-    if isinstance(found, str):
-        return found
-    model, version = found
-    if version.state == command.stage:
-        return catalog
-    if not model.live or version.state == "live":
-        return f"version {version.version[:12]} can be staged only beside another one that is live"
-    stale = _stale(f"model {model_key(model.tenant, model.model)}", model.revision, command)
-    reason = _lacking(catalog, version, command.holders) or stale
-    if reason:
-        return reason
-    versions = _without(STAGED, model.versions, command.who, command.at_ms)
-    staged = replace(version, state=command.stage, who=command.who, at_ms=command.at_ms, reason=command.reason)
-    return _with_model(catalog, model, versions | {version.version: staged}, model.live, model.live_revision)
 
 
 def _quarantine(catalog: Catalog, command: QuarantineVersion) -> Outcome:
@@ -289,7 +248,6 @@ HANDLERS: Final[Mapping[type, Callable[[Catalog, Any], Outcome]]] = {
     PutTenant: _put_tenant,
     PutVersion: _put_version,
     GoLive: _go_live,
-    StageVersion: _stage,
     QuarantineVersion: _quarantine,
     RetireVersion: _retire,
     ForgetVersion: _forget,

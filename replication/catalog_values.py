@@ -11,10 +11,9 @@ from typing import Any, Final, Literal, TypeAlias, TypeVar
 from msgspec import Struct
 from msgspec.structs import replace
 
-from replication.commands import Command, Settings, Stage
+from replication.commands import Command, Settings
 
-VersionState: TypeAlias = Literal["passed", "shadow", "canary", "live", "retired", "quarantined"]
-STAGED: Final = ("shadow", "canary")
+VersionState: TypeAlias = Literal["passed", "live", "retired", "quarantined"]
 ENDED: Final = ("retired", "quarantined")
 
 FORMAT: Final = 1
@@ -48,8 +47,7 @@ class Tenant(Struct, frozen=True):
 class Version(Struct, frozen=True):
     """A model version. `version` is the sha256 of file and manifest together, `blob` that of the file.
 
-    One that passed waits to go live, or to be staged; there is one such of a model at most, put after the live one.
-    A staged one runs beside the live one; there is one such at most too.
+    One that passed waits to go live; there is one such of a model at most, put after the live one.
     """
 
     version: str
@@ -62,8 +60,6 @@ class Version(Struct, frozen=True):
     report: str = ""
     revision: int = 0
     """When it was last put: of two versions of a model, the one with the higher revision is the newer."""
-    stages: tuple[Stage, ...] = ()
-    share: float = 0.0
     reason: str = ""
     """Why it was brought to its state, as whoever did it said."""
     served_revision: int = 0
@@ -79,10 +75,6 @@ class Model(Struct, frozen=True):
     live: str = ""
     live_revision: int = 0
     revision: int = 0
-
-    @property
-    def staged(self) -> Version | None:
-        return next((version for version in self.versions.values() if version.state in STAGED), None)
 
     @property
     def fallback(self) -> Version | None:

@@ -6,7 +6,7 @@ that safe. Fields have bounds, checked when a command is decoded.
 
 from __future__ import annotations
 
-from typing import Annotated, Literal, TypeAlias
+from typing import Annotated, TypeAlias
 
 import msgspec
 from msgspec import Meta, Struct
@@ -23,7 +23,6 @@ Sha256: TypeAlias = Annotated[str, Meta(pattern="^[0-9a-f]{64}$")]
 Names: TypeAlias = Annotated[tuple[Name, ...], Meta(max_length=limits.NODES_MAX)]
 Number: TypeAlias = Annotated[int, Meta(ge=0, le=2**63 - 1)]
 Holders: TypeAlias = Annotated[tuple[Name, ...], Meta(min_length=1, max_length=limits.NODES_MAX)]
-Stage: TypeAlias = Literal["shadow", "canary"]
 
 
 class Settings(Struct, frozen=True):
@@ -92,18 +91,13 @@ class PutVersion(_Command, frozen=True, kw_only=True, tag="version"):
     manifest: Manifest
     report: Report = ""
     """What the trial found, as its trier wrote it; the catalog keeps it and never looks inside."""
-    stages: Annotated[tuple[Stage, ...], Meta(max_length=2)] = ()
-    """What it goes through, beside the live version, before it is live itself."""
-    share: Annotated[float, Meta(ge=0.0, le=1.0)] = 0.0
-    """Of customers, that a canary serves."""
     who: Text = ""
     at_ms: Number = 0
 
 
 class GoLive(_Command, frozen=True, kw_only=True, tag="live"):
-    """Make a version live on all nodes; the one before retires.
+    """Make a version live on all nodes; the one before retires, and so does one that waits to go live.
 
-    So does one that is staged, and one that waits, unless this version was staged itself: then a newer wish waits on.
     `holders` must have its bytes already.
     """
 
@@ -111,23 +105,6 @@ class GoLive(_Command, frozen=True, kw_only=True, tag="live"):
     model: Name
     version: Sha256
     holders: Holders
-    reason: Reason = ""
-    who: Text = ""
-    at_ms: Number = 0
-
-
-class StageVersion(_Command, frozen=True, kw_only=True, tag="stage"):
-    """Run a version beside the live one on all nodes: a shadow's outputs are compared, a canary serves some customers.
-
-    Another one that was staged retires.
-    """
-
-    tenant: Name
-    model: Name
-    version: Sha256
-    stage: Stage
-    holders: Holders
-    reason: Reason = ""
     who: Text = ""
     at_ms: Number = 0
 
@@ -224,7 +201,6 @@ Command: TypeAlias = (
     | PutTenant
     | PutVersion
     | GoLive
-    | StageVersion
     | QuarantineVersion
     | RetireVersion
     | ForgetVersion

@@ -41,6 +41,13 @@ class ModelPublisher(Protocol):
         """
         ...
 
+    async def quarantine(self, name: ModelName, version: str, reason: str) -> None:
+        """The version, live until now, must not run any more; the one that was live before is again.
+
+        Nothing is done, and that is no error, when it is not live any more or none was live before.
+        """
+        ...
+
     async def tenant(self, name: str, settings: str) -> None:
         """Put a tenant's settings: the text of its tenant.toml, '' without one."""
         ...

@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import math
 import time
+from collections import deque
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
 from functools import partial
@@ -42,7 +43,8 @@ FETCH_SECONDS_MAX = 60.0
 DEADLINE_SHARE_MAX = 0.25
 """Of a call's deadline that a batch may be estimated to cost."""
 
-FailingCallback: TypeAlias = Callable[[ModelName, str, str], None]
+FailingCallback: TypeAlias = Callable[[ModelName, str, str, bool], None]
+"""Model, version, reason, and whether the model itself is to blame."""
 VersionState: TypeAlias = Literal["fetching", "fetched", "loaded", "failing"]
 
 
@@ -96,6 +98,8 @@ class _Version:
     reason: str = ""
     last_error: str = ""
     rows_failed: int = 0
+    fatal_rows: deque[float] = field(default_factory=lambda: deque(maxlen=limits.FATAL_ROWS_MAX))
+    """When single rows were given up that took workers along."""
 
     @property
     def key(self) -> str:
@@ -292,6 +296,7 @@ class ModelPool:
         if self._clock.monotonic() - known.failed_at < limits.WORKER_BACKOFF_MS_MAX / 1000:
             return False
         known.losses = 0
+        known.fatal_rows.clear()
         self._fetch_again(tenant, known)
         return True
 
@@ -310,7 +315,8 @@ class ModelPool:
                 now = self._clock.monotonic()
                 missing_since = min(missing_since, now) if isinstance(error, NotFound) else math.inf
                 if now - missing_since >= FETCH_SECONDS_MAX:
-                    self._failing(tenant, known, f"its file was not here for {FETCH_SECONDS_MAX:g} s: {error}")
+                    reason = f"its file was not here for {FETCH_SECONDS_MAX:g} s: {error}"
+                    self._failing(tenant, known, reason, at_fault=False)
                     tenant.changed.set()
                     return
                 known.last_error = f"its file can't be had yet: {error}"
@@ -385,7 +391,7 @@ class ModelPool:
     def _loaded(self, tenant: _Tenant, known: _Version, report: LoadReport) -> None:
         known.state, known.model, known.losses = "loaded", None, 0
         if known.reason and self._on_failing is not None:
-            self._on_failing(known.version.name, known.key, "")
+            self._on_failing(known.version.name, known.key, "", False)
         known.reason = ""
         self._scheduler.set_cost(tenant.name, known.key, _first_cost(report))
         self._scheduler.unblock(tenant.name, known.key)
@@ -406,7 +412,7 @@ class ModelPool:
             self._scheduler.block(tenant.name)
             tenant.changed.set()
 
-    def _failing(self, tenant: _Tenant, known: _Version, reason: str) -> None:
+    def _failing(self, tenant: _Tenant, known: _Version, reason: str, at_fault: bool = True) -> None:
         known.state, known.model, known.reason, known.last_error = "failing", None, reason, reason
         known.failed_at = self._clock.monotonic()
         name, version = known.version.name, known.version
@@ -415,7 +421,7 @@ class ModelPool:
             known.rows_failed += _fail(ticket, reason)
         self._schedule(tenant, known)
         if self._on_failing is not None:
-            self._on_failing(name, version.version, reason)
+            self._on_failing(name, version.version, reason, at_fault)
 
     def _unneeded(self, tenant: _Tenant) -> _Version | None:
         for known in tenant.versions.values():
@@ -503,6 +509,12 @@ class ModelPool:
             self._dying(tenant, worker, str(error))
             removed = self._tenants.get(tenant.name) is not tenant
             pieces = [batch.piece()] if removed else self._died(known, batch.piece(), str(error))
+            if self._is_fatal(known) and not removed:
+                reason = (
+                    f"{limits.FATAL_ROWS_MAX} rows each took their worker along twice within"
+                    f" {limits.FATAL_ROWS_MS / 60_000:g} minutes; the last time: {error}"
+                )
+                self._failing(tenant, known, reason)
         finally:
             self._ended(tenant, known, dispatch, max(used, 0.0), learn, pieces)
 
@@ -523,6 +535,8 @@ class ModelPool:
         for piece in reversed(pieces):
             if not present:
                 self._abandon(piece, f"{known.version.name} was removed while its rows ran")
+            elif known.state == "failing":
+                known.rows_failed += _fail(piece, known.reason)
             elif not piece.abandoned:
                 self._scheduler.enqueue(
                     piece, tenant.name, known.key, len(piece.rows), dispatch.priority, whole=True, first=True
@@ -579,8 +593,13 @@ class ModelPool:
             return []
         return [piece.take(at, piece.losses, piece.isolation) for at in halves(len(piece.rows))]
 
-    @staticmethod
-    def _died(known: _Version, piece: Piece, reason: str) -> list[Piece]:
+    def _is_fatal(self, known: _Version) -> bool:
+        """Whether so many rows were fatal lately that the model is to blame, and no more are to be tried."""
+        recent = known.fatal_rows
+        whole = len(recent) == limits.FATAL_ROWS_MAX and known.state != "failing"
+        return whole and self._clock.monotonic() - recent[0] < limits.FATAL_ROWS_MS / 1000
+
+    def _died(self, known: _Version, piece: Piece, reason: str) -> list[Piece]:
         """What to try after the worker was lost with the piece: the same again, then its halves, at last none."""
         known.last_error = reason
         piece.losses += 1
@@ -588,6 +607,7 @@ class ModelPool:
             return [piece]
         if len(piece.rows) == 1:
             known.rows_failed += 1
+            known.fatal_rows.append(self._clock.monotonic())
             piece.answer(None, {0: f"the worker was lost {piece.losses} times with this row: {reason}"}, 0.0)
             return []
         return [_half(piece, at) for at in halves(len(piece.rows))]

@@ -19,6 +19,7 @@ from tenants.registry import (
     Published,
     PutTenant,
     PutVersion,
+    Quarantine,
     Snapshot,
     Withdraw,
     publications,
@@ -104,6 +105,8 @@ class Publishing:
                 await self._publish.put(name, version, blob, manifest, encode_report(report))
             case Withdraw(name, version):
                 await self._publish.withdraw(name, version)
+            case Quarantine(name, version, reason):
+                await self._publish.quarantine(name, version, reason)
 
 
 def _subject(what: Publication) -> str:

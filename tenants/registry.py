@@ -20,20 +20,21 @@ from node.kernel.types import AgreedModels, AgreedVersion, ModelName, ModelVersi
 from tenants.agreement import TrialReport
 from tenants.manifest import Manifest, TenantSettings
 
-NewestState: TypeAlias = Literal["candidate", "waiting", "refused", "passed", "rolling out", "retired"]
+NewestState: TypeAlias = Literal["candidate", "waiting", "refused", "quarantined", "passed", "rolling out", "retired"]
 """The last three in a cluster only: to be published; agreed, but not live yet; agreed, and replaced or withdrawn."""
 NOT_HERE = "its model file is not here yet; it is fetched from the other nodes, and its triggers wait meanwhile"
 
 
 @dataclass(frozen=True, slots=True)
 class Live:
-    """`failing` is why the pool can't run it any more; '' while it can."""
+    """`failing` is why the pool can't run it any more; '' while it can. `at_fault`: by its own fault."""
 
     manifest: Manifest
     version: ModelVersion
     report: TrialReport
     live_since_ms: int
     failing: str = ""
+    at_fault: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,10 +66,15 @@ class Unserved:
 
 @dataclass(frozen=True, slots=True)
 class Entry:
+    """`previous` was live before `live`, and is again when that one fails; `quarantined` are versions that failed, with
+    the reason. Both are those of a node by itself: in a cluster the catalog has them."""
+
     name: ModelName
     live: Live | None = None
     newest: Newest | None = None
     unserved: Unserved | None = None
+    previous: Live | None = None
+    quarantined: Mapping[str, str] = field(default_factory=dict)
 
 
 Catalogued: TypeAlias = Mapping[ModelName, Mapping[str, AgreedVersion]]
@@ -98,6 +104,10 @@ class Shared:
         """The version's state in the catalog, '' when it is not there."""
         known = self.version(name, version)
         return known.state if known is not None else ""
+
+    def has_fallback(self, name: ModelName) -> bool:
+        """Whether a version was live before that may be again."""
+        return any(known.state == "retired" and known.served for known in self.versions.get(name, {}).values())
 
     def newest(self, name: ModelName) -> str:
         """The version of the model that was put last, unless it was taken back; '' without one."""
@@ -206,11 +216,16 @@ class TrialFailed:
 
 @dataclass(frozen=True, slots=True)
 class VersionFailing:
-    """The pool can't run a live version any more; reason '': it can again."""
+    """The pool can't run a live version any more; reason '': it can again.
+
+    `at_fault`: the model itself is to blame, so it gives way to the version before it.
+    """
 
     name: ModelName
     version: str
     reason: str
+    at_ms: int = 0
+    at_fault: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -323,7 +338,16 @@ class Withdraw:
     version: str
 
 
-Publication: TypeAlias = PutTenant | PutVersion | Withdraw
+@dataclass(frozen=True, slots=True)
+class Quarantine:
+    """A live version that failed on this node, to be replaced by the one before it on all."""
+
+    name: ModelName
+    version: str
+    reason: str
+
+
+Publication: TypeAlias = PutTenant | PutVersion | Withdraw | Quarantine
 Action: TypeAlias = StartTrial | GoLive | Retire | WriteStatus | ConfigureTenant | RemoveTenant
 Step: TypeAlias = tuple[Snapshot, tuple[Action, ...]]
 
@@ -351,7 +375,19 @@ def publications(snapshot: Snapshot) -> tuple[Publication, ...]:
         for name, entry in sorted(snapshot.models.items())
         if (newest := entry.newest) is not None and newest.state == "passed" and newest.manifest and newest.report
     ]
-    return (*tenants, *versions, *(Withdraw(name, shared.taken.get(name, "")) for name in sorted(shared.gone)))
+    failed = [
+        Quarantine(name, entry.live.version.version, entry.live.failing)
+        for name, entry in sorted(snapshot.models.items())
+        if entry.live is not None and entry.live.at_fault and shared.has_fallback(name)
+    ]
+    return (*tenants, *versions, *(Withdraw(name, shared.taken.get(name, "")) for name in sorted(shared.gone)), *failed)
+
+
+def quarantine_problem(name: ModelName, reason: str) -> str:
+    return (
+        f"{name.model}.joblib: quarantined, and the version before it runs again: {reason}; drop a mended pair, which"
+        " is another version"
+    )
 
 
 def text_features(manifest: Manifest) -> tuple[str, ...]:

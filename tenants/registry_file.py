@@ -6,6 +6,7 @@ says.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Literal
 
 import msgspec
@@ -26,6 +27,12 @@ class _SavedModel(msgspec.Struct, frozen=True):
     live_since_ms: int
 
 
+class _Failed(msgspec.Struct, frozen=True):
+    tenant: str
+    model: str
+    quarantined: dict[str, str]
+
+
 class _Saved(msgspec.Struct, frozen=True, omit_defaults=True):
     format: Literal[1]
     models: tuple[_SavedModel, ...]
@@ -33,6 +40,9 @@ class _Saved(msgspec.Struct, frozen=True, omit_defaults=True):
     taken: tuple[tuple[str, str, str], ...] = ()
     """Tenant, model, version; of a node of a cluster, as are the settings."""
     taken_settings: dict[str, str] = {}
+    previous: tuple[_SavedModel, ...] = ()
+    """What was live before each of `models`, where it may be again."""
+    failed: tuple[_Failed, ...] = ()
 
 
 def encode(snapshot: Snapshot) -> bytes:
@@ -43,19 +53,19 @@ def encode(snapshot: Snapshot) -> bytes:
     if snapshot.shared is not None:
         taken = tuple((name.tenant, name.model, version) for name, version in sorted(snapshot.shared.taken.items()))
         return msgspec.json.encode(_Saved(1, (), (), taken, dict(sorted(snapshot.shared.taken_settings.items()))))
-    models = tuple(
-        _SavedModel(
-            name.tenant,
-            name.model,
-            entry.live.manifest.text.decode(),
-            entry.live.version.blob,
-            entry.live.report,
-            entry.live.live_since_ms,
-        )
-        for name, entry in sorted(snapshot.models.items())
-        if entry.live is not None
+    entries = sorted(snapshot.models.items())
+    models = tuple(_saved(name, entry.live) for name, entry in entries if entry.live is not None)
+    previous = tuple(_saved(name, entry.previous) for name, entry in entries if entry.previous is not None)
+    failed = tuple(
+        _Failed(name.tenant, name.model, dict(entry.quarantined)) for name, entry in entries if entry.quarantined
     )
-    return msgspec.json.encode(_Saved(1, models, tuple(snapshot.tenants.values())))
+    return msgspec.json.encode(_Saved(1, models, tuple(snapshot.tenants.values()), previous=previous, failed=failed))
+
+
+def _saved(name: ModelName, live: Live) -> _SavedModel:
+    return _SavedModel(
+        name.tenant, name.model, live.manifest.text.decode(), live.version.blob, live.report, live.live_since_ms
+    )
 
 
 def decode(content: bytes, schema: EventSchema, in_cluster: bool = False) -> tuple[Snapshot, tuple[str, ...]]:
@@ -73,9 +83,21 @@ def decode(content: bytes, schema: EventSchema, in_cluster: bool = False) -> tup
     if in_cluster:
         taken = {ModelName(tenant, model): version for tenant, model, version in saved.taken}
         return Snapshot(1, shared=Shared(taken=taken, taken_settings=saved.taken_settings)), ()
-    models: dict[ModelName, Entry] = {}
     problems: list[str] = []
-    for model in saved.models:
+    live = _restored(saved.models, schema, problems)
+    previous = _restored(saved.previous, schema, [])
+    failed = {ModelName(one.tenant, one.model): one.quarantined for one in saved.failed}
+    models = {
+        name: Entry(name, live[name], previous=previous.get(name), quarantined=failed.get(name, {}))
+        for name in sorted(live)
+    }
+    tenants = {settings.tenant: settings for settings in saved.tenants}
+    return Snapshot(1, models, tenants), tuple(problems)
+
+
+def _restored(saved: Iterable[_SavedModel], schema: EventSchema, problems: list[str]) -> dict[ModelName, Live]:
+    found: dict[ModelName, Live] = {}
+    for model in saved:
         name = ModelName(model.tenant, model.model)
         try:
             manifest = parse_manifest(f"{name}.toml", model.tenant, model.model, model.manifest.encode(), schema)
@@ -83,6 +105,5 @@ def decode(content: bytes, schema: EventSchema, in_cluster: bool = False) -> tup
             problems.extend(error.problems)
             continue
         version = manifest.version(model.blob, model.report.labels)
-        models[name] = Entry(name, Live(manifest, version, model.report, model.live_since_ms))
-    tenants = {settings.tenant: settings for settings in saved.tenants}
-    return Snapshot(1, models, tenants), tuple(problems)
+        found[name] = Live(manifest, version, model.report, model.live_since_ms)
+    return found

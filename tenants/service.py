@@ -126,14 +126,25 @@ class TenantService:
         """
         shared = self.watcher.snapshot.shared
         if shared is not None:
-            return self._agreed_version(shared, name, version)
+            known = self._agreed_version(shared, name, version)
+            return self._instead(name, known, shared.standing(name, version) == "quarantined")
         known = self._versions.recall(version) if name in self.watcher.snapshot.models else None
         if known is None and not self.watcher.caught_up.is_set():
             raise StoreUnavailable(
                 f"models are still being tried, {name} may be one of them: its waiting triggers wait on; if this lasts,"
                 " look whether the watched directory can be read"
             )
-        return known
+        entry = self.watcher.snapshot.models.get(name)
+        return self._instead(name, known, entry is not None and version in entry.quarantined)
+
+    def _instead(self, name: ModelName, known: ModelVersion | None, quarantined: bool) -> ModelVersion | None:
+        """The live version in place of a quarantined one whose rows and outputs are like its own."""
+        entry = self.watcher.snapshot.models.get(name)
+        if not quarantined or known is None or entry is None or entry.live is None:
+            return known
+        live = entry.live.version
+        alike = (live.features, live.outputs, live.labels) == (known.features, known.outputs, known.labels)
+        return live if alike else known
 
     def _agreed_version(self, shared: Shared, name: ModelName, version: str) -> ModelVersion | None:
         """By the catalog; what it has forgotten already, this node may still have on disk."""
@@ -190,8 +201,10 @@ class TenantService:
     def _collect(self, snapshot: Snapshot) -> None:
         """Remove what no model needs any more. Blocking. Raises StoreUnavailable."""
         newest = [entry.newest for entry in snapshot.models.values() if entry.newest is not None]
-        versions = {version.version for version, _ in snapshot.live} | {one.version for one in newest}
-        blobs = {version.blob for version, _ in snapshot.live} | {one.blob for one in newest}
+        kept_live = [version for version, _ in snapshot.live]
+        kept_live += [entry.previous.version for entry in snapshot.models.values() if entry.previous is not None]
+        versions = {version.version for version in kept_live} | {one.version for one in newest}
+        blobs = {version.blob for version in kept_live} | {one.blob for one in newest}
         models = snapshot.models.keys() | (snapshot.shared.versions.keys() if snapshot.shared is not None else set())
         kept = self._versions.collect(models, versions)
         self._versions.forget(kept.dropped)

@@ -29,6 +29,7 @@ from tenants.registry import (
     Published,
     PutTenant,
     PutVersion,
+    Quarantine,
     RemoveTenant,
     Retire,
     Shared,
@@ -38,6 +39,7 @@ from tenants.registry import (
     Unserved,
     Withdraw,
     WriteStatus,
+    quarantine_problem,
     text_features,
 )
 
@@ -119,6 +121,8 @@ def published(snapshot: Snapshot, shared: Shared, event: Published) -> Step:
         case PutTenant(tenant, text):
             asked = {other: seen for other, seen in shared.asked.items() if (other, seen.text) != (tenant, text)}
             return snapshot.sharing(asked=asked, taken_settings={**shared.taken_settings, tenant: text}), ()
+        case Quarantine():
+            return snapshot, ()  # the catalog has told what became of it
         case Withdraw(name, _):
             return snapshot.sharing(gone=shared.gone - {name}, taken=_less(shared.taken, name)), ()
         case PutVersion(name=name):
@@ -212,6 +216,9 @@ def _stands(shared: Shared, name: ModelName, newest: Newest) -> Newest | None:
             return None
         case "passed":
             return replace(newest, state="rolling out", problems=(_ROLLING_OUT,), report=None)
+        case "quarantined":
+            reason = shared.versions[name][newest.version].reason
+            return replace(newest, state="quarantined", problems=(quarantine_problem(name, reason),), report=None)
         case _:
             return replace(newest, state="retired", problems=(_RETIRED,), report=None)
 

@@ -40,6 +40,7 @@ from tenants.registry import (
     TrialPassed,
     VersionFailing,
     WriteStatus,
+    quarantine_problem,
     text_features,
 )
 
@@ -88,6 +89,10 @@ def _(event: PairSeen, snapshot: Snapshot, schema: EventSchema) -> Step:
         return snapshot.with_entry(replace(entry, newest=None)), (WriteStatus(event.name),)
     if entry.newest is not None and entry.newest.version == version.version and entry.newest.state != "retired":
         return snapshot, ()
+    if version.version in entry.quarantined:
+        problem = quarantine_problem(event.name, entry.quarantined[version.version])
+        found = Newest("quarantined", version.version, event.blob, event.at_ms, (problem,), manifest)
+        return snapshot.with_entry(replace(entry, newest=found)), (WriteStatus(event.name),)
     newest = Newest("candidate", version.version, event.blob, event.at_ms, manifest=manifest)
     return _tried(snapshot.with_entry(replace(entry, newest=newest)), event.name)
 
@@ -131,7 +136,9 @@ def _(event: TrialPassed, snapshot: Snapshot, schema: EventSchema) -> Step:
     if entry.live is not None:
         actions.append(Retire(entry.live.version))
     actions.append(WriteStatus(event.name))
-    snapshot, more = _without_wait(snapshot.with_entry(Entry(event.name, live)))
+    good = entry.live if entry.live is not None and not entry.live.failing else entry.previous
+    after = Entry(event.name, live, previous=good, quarantined=entry.quarantined)
+    snapshot, more = _without_wait(snapshot.with_entry(after))
     return snapshot, (*actions, *more)
 
 
@@ -151,8 +158,24 @@ def _(event: VersionFailing, snapshot: Snapshot, schema: EventSchema) -> Step:
         return snapshot, ()
     if entry.live.failing == event.reason:
         return snapshot, ()
-    live = replace(entry.live, failing=event.reason)
+    if event.at_fault and entry.previous is not None and snapshot.shared is None:
+        return _fallen_back(snapshot, entry, entry.live, entry.previous, event)
+    live = replace(entry.live, failing=event.reason, at_fault=event.at_fault)
     return snapshot.with_entry(replace(entry, live=live)), (WriteStatus(event.name),)
+
+
+def _fallen_back(snapshot: Snapshot, entry: Entry, failed: Live, good: Live, event: VersionFailing) -> Step:
+    """The failed version is quarantined, and the one before it live again; a newer pair goes on with its trial."""
+    kept = dict(list(entry.quarantined.items())[-(limits.QUARANTINED_PER_MODEL_MAX - 1) :])
+    problem = quarantine_problem(event.name, event.reason)
+    newest = entry.newest or Newest(
+        "quarantined", event.version, failed.version.blob, event.at_ms, (problem,), failed.manifest
+    )
+    after = Entry(
+        event.name, replace(good, live_since_ms=event.at_ms), newest, quarantined={**kept, event.version: event.reason}
+    )
+    actions = (GoLive(good.version, text_features(good.manifest)), Retire(failed.version), WriteStatus(event.name))
+    return snapshot.with_entry(after), actions
 
 
 @_apply.register

@@ -187,9 +187,10 @@ class ModelWatcher:
         self._supervisor.start("model watch", self._watch_events())
         self._supervisor.start("model watcher", self._run())
 
-    def failing(self, name: ModelName, version: str, reason: str) -> None:
+    def failing(self, name: ModelName, version: str, reason: str, at_fault: bool) -> None:
         """For the pool: a live version can't be run any more."""
-        self._supervisor.start(f"failing {name}", self._apply(registry.VersionFailing(name, version, reason)))
+        event = registry.VersionFailing(name, version, reason, self._clock.now_ms(), at_fault)
+        self._supervisor.start(f"failing {name}", self._apply(event))
 
     def statistics(self) -> WatchStatistics:
         return WatchStatistics(

@@ -25,7 +25,6 @@ class _Chunk(msgspec.Struct, array_like=True, frozen=True):
     features: tuple[str, ...]
     numbers: bytes
     texts: dict[str, list[str | None]]
-    line: str = ""
 
 
 _encoder = msgspec.msgpack.Encoder()
@@ -48,7 +47,6 @@ def encode_chunk(chunk: SequenceChunk) -> bytes:
             triggers.rows.names,
             triggers.rows.numbers.tobytes(),
             dict(triggers.rows.texts),
-            triggers.line,
         )
     )
 
@@ -67,7 +65,6 @@ def decode_chunk(data: bytes) -> SequenceChunk:
             _integers(chunk.types),
             _integers(chunk.times_ms),
             rows,
-            chunk.line,
         )
     except (msgspec.MsgspecError, ValueError) as failure:
         raise StateCorrupt(f"a sequence chunk of {len(data)} bytes can't be read: {failure}") from failure

@@ -70,6 +70,11 @@ WORKER_START_MS_MAX = 30_000
 TRIAL_MS_MAX = 120_000
 TRIALS_MAX = 2
 """At once: one slow model file must not hold up everybody's."""
+QUARANTINED_PER_MODEL_MAX = 8
+"""Failed versions that are remembered, the newest: the same pair found again is not tried again."""
+FATAL_ROWS_MAX = 5
+"""Rows that each took their worker along twice, within FATAL_ROWS_MS: then the version is failing, not the rows."""
+FATAL_ROWS_MS = 600_000
 VERSIONS_PER_TENANT_MAX = 2 * MODELS_PER_TENANT_MAX
 """Twice the models: while versions are swapped, rows of the old ones still run."""
 TENANT_FOLDER_ENTRIES_MAX = 4096

@@ -170,23 +170,6 @@ class ModelVersion:
         return self.version[:12]
 
 
-Stage: TypeAlias = Literal["shadow", "canary"]
-
-
-@dataclass(frozen=True, slots=True)
-class StagedVersion:
-    """A version that runs beside its model's live one.
-
-    A shadow is called with the live one's rows, and its outputs are compared and dropped. A canary answers the triggers
-    of some customers in place of the live one.
-    """
-
-    version: ModelVersion
-    stage: Stage
-    share: float = 0.0
-    """Of customers, that a canary serves: the same ones on every node, by hash."""
-
-
 @dataclass(frozen=True, slots=True)
 class Triggers:
     """The triggers of one model in one micro-batch: parallel columns, one entry a trigger."""
@@ -199,17 +182,9 @@ class Triggers:
     types: Ints
     times_ms: Ints
     rows: FeatureRows
-    line: str = ""
-    """Which line of the model's they wait in, should they have to: '' or the short version of a canary, which must not
-    hold up the live one."""
 
     def __len__(self) -> int:
         return len(self.customers)
-
-    @property
-    def line_name(self) -> str:
-        """The key of the line in frames and stores: unlike any other line's, as no model's name has an '@'."""
-        return f"{self.name}@{self.line}" if self.line else str(self.name)
 
 
 @dataclass(frozen=True, slots=True)
@@ -270,15 +245,13 @@ class AgreedVersion:
     blob: str
     manifest: str
     report: str
-    state: Literal["passed", "shadow", "canary", "live", "retired", "quarantined"]
+    state: Literal["passed", "live", "retired", "quarantined"]
     here: bool
     """Whether this node has the model file and has verified it."""
-    share: float = 0.0
-    """Of customers, that it serves as a canary."""
+    served: bool = False
+    """Whether it has ever been live."""
     reason: str = ""
     """Why it is in its state, as whoever brought it there said."""
-    who: str = ""
-    at_ms: int = 0
 
 
 @dataclass(frozen=True, slots=True)

@@ -85,7 +85,7 @@ def _check(sound: bool) -> None:
 
 
 def sequence_prefix(line: str) -> bytes:
-    """Of the keys of a line's chunks (see `Triggers.line_name`); in the order of (line, number)."""
+    """Of the keys of a line's chunks (the text of its model's name); in the order of (line, number)."""
     return line.encode() + b"\0"
 
 

@@ -110,7 +110,7 @@ async def running(server: WarmServer) -> AsyncIterator[Running]:
     failing: list[tuple[ModelName, str, str]] = []
     pool = ModelPool(
         server, models.fetch, SystemClock(), supervisor, parallel=1,
-        on_failing=lambda name, version, reason: failing.append((name, version, reason)),
+        on_failing=lambda name, version, reason, _: failing.append((name, version, reason)),
     )  # fmt: skip
     runner: ModelRunner = pool  # mypy holds the pool to the port
     assert runner.rows_queued_max(ModelName("new", "one")) > 0
@@ -274,7 +274,7 @@ async def test_rows_of_a_file_that_never_comes_are_given_up(server: WarmServer) 
     failing: list[tuple[ModelName, str, str]] = []
     pool = ModelPool(
         server, models.fetch, clock, supervisor, parallel=1,
-        on_failing=lambda name, version, reason: failing.append((name, version, reason)),
+        on_failing=lambda name, version, reason, _: failing.append((name, version, reason)),
     )  # fmt: skip
     version = models.add(LINEAR)
     file = models.files.pop(version.blob)

@@ -6,7 +6,16 @@ from node.cluster_models import agreed_models
 from node.kernel.types import AgreedModels, AgreedVersion, EventSchema, ModelName, ModelVersion
 from replication import catalog as catalogs
 from replication.catalog import Catalog
-from replication.commands import Command, ForgetVersion, HoldBlob, JoinNode, PutTenant, PutVersion, RetireVersion
+from replication.commands import (
+    Command,
+    ForgetVersion,
+    HoldBlob,
+    JoinNode,
+    PutTenant,
+    PutVersion,
+    QuarantineVersion,
+    RetireVersion,
+)
 from replication.rollout import rollout
 from tenants import registry
 from tenants.agreement import TrialReport, encode_report
@@ -93,6 +102,14 @@ class Cluster:
                 )  # fmt: skip
             case registry.Withdraw(name, _):
                 return self.withdraw(name)
+            case registry.Quarantine(name, version, reason):
+                fallback = self.catalog.models[str(name)].fallback
+                return self.propose(
+                    QuarantineVersion(
+                        revision=self.revision, tenant=name.tenant, model=name.model, version=version, reason=reason,
+                        fall_back_to="" if fallback is None else fallback.version,
+                    )
+                )  # fmt: skip
 
     def withdraw(self, name: ModelName) -> str:
         known = self.catalog.models.get(str(name))

@@ -43,6 +43,7 @@ from tenants.registry import (
     NotPublished,
     PairGone,
     PairSeen,
+    Quarantine,
     Retire,
     Shared,
     Snapshot,
@@ -228,6 +229,28 @@ def test_a_file_that_is_not_here_is_said_and_the_plan_is_the_same() -> None:
     )
     assert one.state(BID) == "failing", "what the pool found is not forgotten when something else changes"
     assert cluster.revision < 100
+
+
+def test_a_version_that_fails_on_one_node_gives_way_on_all() -> None:
+    cluster, nodes = started()
+    one, two = nodes[:2]
+    for number in (1, 2):
+        one.directory[BID] = (manifest(), number)
+        settle(cluster, nodes)
+    first, second = (version_of(BID, (manifest(), number)) for number in (1, 2))
+    assert two.pool[BID] == second
+    two(VersionFailing(BID, second, "rows kill it", 9))
+    assert not [what for what in publications(two.snapshot) if isinstance(what, Quarantine)], "not by its own fault"
+    two(VersionFailing(BID, second, "5 rows killed it", 9, at_fault=True))
+    settle(cluster, nodes)
+    assert all(node.pool[BID] == first for node in nodes)
+    assert (one.state(BID), "5 rows killed it" in str(status(one.snapshot, BID)["problems"])) == ("quarantined", True)
+    two(VersionFailing(BID, first, "and this too", 10, at_fault=True))
+    settle(cluster, nodes)
+    assert all(node.pool[BID] == first for node in nodes), "there is none before it"
+    one.directory[BID] = (manifest(), 3)
+    settle(cluster, nodes)
+    assert all(node.pool[BID] == version_of(BID, (manifest(), 3)) for node in nodes)
 
 
 def test_a_version_that_cannot_be_read_here_is_told_and_in_no_plan() -> None:
@@ -482,7 +505,7 @@ def agreements(draw: st.DrawFn) -> AgreedModels:
         pairs = draw(st.lists(st.tuples(valid_texts, st.integers(0, 2)), max_size=3, unique=True))
         live = draw(st.integers(0, 3))
         for at, pair in enumerate(pairs):
-            state = "live" if at == live else draw(st.sampled_from(["retired", "retired", "passed"]))
+            state = "live" if at == live else draw(st.sampled_from(["retired", "retired", "passed", "quarantined"]))
             versions.append(agreed_version(name, pair, state, draw(st.booleans())))
     return AgreedModels(draw(st.integers(0, 9)), tuple(versions), {"ads": "", "grocery": ""})
 
@@ -494,7 +517,7 @@ def histories() -> Iterator[st.SearchStrategy[registry.Event]]:
     yield st.builds(PairGone, names)
     yield st.builds(TrialPassed, names, version, st.just(REPORT), st.just(2))
     yield st.builds(TrialFailed, names, version, st.just("no"), st.just(2))
-    yield st.builds(VersionFailing, names, version, st.sampled_from(["why", ""]))
+    yield st.builds(VersionFailing, names, version, st.sampled_from(["why", ""]), st.just(3), st.booleans())
     yield st.builds(TenantGone, st.sampled_from(["ads", "grocery"]))
     yield st.builds(Agreed, agreements(), st.just({}), st.just(3), st.sampled_from([{}, {BID: "too long"}]))
 

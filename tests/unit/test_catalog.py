@@ -30,7 +30,6 @@ from replication.commands import (
     SetSettings,
     SetStandbys,
     Settings,
-    StageVersion,
     StartMove,
     TakeOver,
     decode_command,
@@ -59,8 +58,6 @@ def any_command(revision: int) -> st.SearchStrategy[Command]:
         PutTenant: {"name": tenants, "settings": st.sampled_from(("", "weight = 2"))},
         PutVersion: {**VERSION, "blob": shas, "manifest": st.just("on = []"), "report": st.sampled_from(("", "{}"))},
         GoLive: {**VERSION, "holders": st.lists(nodes, min_size=1, max_size=2).map(tuple)},
-        StageVersion: {**VERSION, "stage": st.sampled_from(("shadow", "canary"))}
-        | {"holders": st.lists(nodes, min_size=1, max_size=2).map(tuple)},
         QuarantineVersion: {**VERSION, "fall_back_to": st.sampled_from(("", *SHAS)), "reason": st.just("it crashes")},
         RetireVersion: VERSION,
         ForgetVersion: VERSION,
@@ -232,18 +229,6 @@ def test_a_version_put_again_is_the_newest_wish() -> None:
     assert states(apply(again, version(again.revision, SHAS[2]))) == ["live", "retired", "passed"]
 
 
-def staged() -> Catalog:
-    """The first version live, the second beside it as a shadow; node n has both files."""
-    catalog = apply(WHOLE, version(WHOLE.revision, SHAS[1]))
-    catalog = apply(catalog, HoldBlob(revision=catalog.revision, node="n", incarnation=1, blob=SHAS[1], held=True))
-    return apply(catalog, stage(catalog, SHAS[1], "shadow"))
-
-
-def stage(catalog: Catalog, sha: str, where: str) -> StageVersion:
-    named = {"revision": catalog.revision, "tenant": "t", "model": "m", "version": sha}
-    return msgspec.convert({**named, "do": "stage", "stage": where, "holders": ["n"], "who": "eve"}, StageVersion)
-
-
 def live(catalog: Catalog, sha: str) -> GoLive:
     return GoLive(revision=catalog.revision, tenant="t", model="m", version=sha, holders=("n",), who="eve")
 
@@ -254,38 +239,16 @@ def quarantine(catalog: Catalog, sha: str, fall_back_to: str = "") -> Quarantine
     )
 
 
-def test_a_version_is_staged_beside_the_live_one_and_promoted() -> None:
-    shadow = staged()
-    assert states(shadow) == ["live", "shadow"]
-    assert shadow.models["t/m"].live_revision == WHOLE.models["t/m"].live_revision, "what is live did not change"
-    canary = apply(shadow, stage(shadow, SHAS[1], "canary"))
-    assert states(canary) == ["live", "canary"]
-    assert apply(canary, stage(shadow, SHAS[1], "shadow")).models == canary.models, "late and repeated"
-    newer = apply(canary, version(canary.revision, SHAS[2]))
-    promoted = apply(newer, live(newer, SHAS[1]))
-    assert states(promoted) == ["retired", "live", "passed"], "a newer wish waits on"
-    assert promoted.models["t/m"].versions[SHAS[1]].who == "eve"
-    back = apply(promoted, live(promoted, SHAS[0]))
-    assert states(back) == ["live", "retired", "retired"], "whoever rolls back does not want the newer one either"
-
-
-def test_a_version_can_be_staged_only_beside_a_live_one_of_which_nodes_have_the_file() -> None:
-    shadow = staged()
-    assert "beside another" in problem(shadow, stage(shadow, SHAS[0], "shadow"))
-    lost = apply(shadow, HoldBlob(revision=shadow.revision, node="n", incarnation=1, blob=SHAS[1], held=False))
-    assert "lack" in problem(lost, stage(lost, SHAS[1], "canary"))
-    third = apply(shadow, version(shadow.revision, SHAS[2]))
-    third = apply(third, HoldBlob(revision=third.revision, node="n", incarnation=1, blob=SHAS[2], held=True))
-    assert states(apply(third, stage(third, SHAS[2], "shadow"))) == ["live", "retired", "shadow"], "one at a time"
-
-
 def test_a_quarantined_live_version_gives_way_to_the_one_before() -> None:
-    shadow = staged()
-    promoted = apply(shadow, live(shadow, SHAS[1]))
-    assert "never live" in problem(promoted, quarantine(promoted, SHAS[1], SHAS[2]))
-    back = apply(promoted, quarantine(promoted, SHAS[1], SHAS[0]))
+    catalog = apply(WHOLE, version(WHOLE.revision, SHAS[1]))
+    catalog = apply(catalog, HoldBlob(revision=catalog.revision, node="n", incarnation=1, blob=SHAS[1], held=True))
+    second = apply(catalog, live(catalog, SHAS[1]))
+    assert (states(second), second.models["t/m"].versions[SHAS[1]].who) == (["retired", "live"], "eve")
+    assert "never live" in problem(second, quarantine(second, SHAS[1], SHAS[2]))
+    back = apply(second, quarantine(second, SHAS[1], SHAS[0]))
     assert (states(back), back.models["t/m"].live) == (["live", "quarantined"], SHAS[0])
     assert back.models["t/m"].fallback is None, "a quarantined version is never fallen back to"
+    assert "decide anew" in problem(back, quarantine(second, SHAS[0])), "what it was decided on has changed"
     none = apply(back, quarantine(back, SHAS[0]))
     assert (states(none), none.models["t/m"].live) == (["quarantined", "quarantined"], "")
     wished = apply(none, version(none.revision, SHAS[1]))

@@ -48,6 +48,9 @@ def blob(number: int) -> str:
     return f"{number:064x}"
 
 
+STATES = ("live", "candidate", "waiting", "refused", "failing", "quarantined")
+
+
 class Run:
     """Applies events and keeps every action, checking what must hold after each."""
 
@@ -70,7 +73,7 @@ class Run:
                 del self.live[action.version.name]
         assert {version.name: version.version for version, _ in self.snapshot.live} == self.live
         for name in self.snapshot.models:
-            assert status(self.snapshot, name)["state"] in ("live", "candidate", "waiting", "refused", "failing")
+            assert status(self.snapshot, name)["state"] in STATES
         return list(actions)
 
     def seen(self, name: ModelName, text: bytes, number: int) -> list[Action]:
@@ -109,6 +112,56 @@ def test_a_pair_is_tried_then_live_and_its_successor_retires_it() -> None:
     assert actions[1].version.version == first
     assert [type(action) for action in run(PairGone(BID))] == [Retire]
     assert run.snapshot.models == {}
+
+
+def two_versions() -> tuple[Run, str, str]:
+    run = Run()
+    for number in (1, 2):
+        run.seen(BID, manifest(), number)
+        run.passed(BID)
+    entry = run.snapshot.models[BID]
+    assert entry.previous is not None
+    return run, entry.previous.version.version, run.live[BID]
+
+
+def test_a_version_that_fails_by_its_own_fault_gives_way_to_the_one_before() -> None:
+    run, first, second = two_versions()
+    actions = run(VersionFailing(BID, second, "5 rows killed it", 7, at_fault=True))
+    assert [type(action) for action in actions] == [GoLive, Retire, WriteStatus]
+    assert run.live[BID] == first
+    told = status(run.snapshot, BID)
+    assert (told["state"], told["version"]) == ("quarantined", second)
+    assert "5 rows killed it" in str(told["problems"])
+    assert isinstance(told["running"], dict)
+    assert told["running"]["version"] == first
+    assert run.seen(BID, manifest(), 2) == [], "the same pair is not tried again"
+    run(VersionFailing(BID, first, "so does this", 8, at_fault=True))
+    assert run.live[BID] == first, "there is none before it"
+    run.seen(BID, manifest(), 3)
+    run.passed(BID)
+    assert (run.state(BID), run.live[BID] not in (first, second)) == ("live", True)
+    entry = run.snapshot.models[BID]
+    assert entry.previous is None, "what was failing is nothing to fall back to"
+
+
+def test_what_is_not_the_model_s_fault_rolls_nothing_back() -> None:
+    run, _, second = two_versions()
+    run(VersionFailing(BID, second, "its file is not here", 7))
+    assert (run.live[BID], run.state(BID)) == (second, "failing")
+
+
+def test_a_restart_remembers_what_failed_and_what_may_be_fallen_back_to() -> None:
+    run, first, second = two_versions()
+    restored, problems = decode(encode(run.snapshot), SCHEMA)
+    assert problems == ()
+    assert restored.models[BID].previous == run.snapshot.models[BID].previous
+    run.snapshot = restored
+    run(VersionFailing(BID, second, "it crashes", 7, at_fault=True))
+    run.snapshot, _ = decode(encode(run.snapshot), SCHEMA)
+    assert run.live[BID] == first
+    assert [type(action) for action in run.seen(BID, manifest(), 2)] == [WriteStatus]
+    assert run.state(BID) == "quarantined"
+    assert "it crashes" in str(status(run.snapshot, BID)["problems"])
 
 
 def test_a_bad_file_never_touches_the_running_version() -> None:
@@ -261,7 +314,7 @@ happenings = st.one_of(
     st.tuples(st.just("passed"), names),
     st.tuples(st.just("failed"), names),
     st.tuples(st.just("gone"), names),
-    st.tuples(st.just("failing"), names),
+    st.tuples(st.just("failing"), names, st.booleans()),
     st.tuples(st.just("tenant gone"), st.sampled_from(["ads", "grocery"])),
 )
 
@@ -283,8 +336,8 @@ def test_any_order_of_events_keeps_one_live_version_and_survives_a_restart(run_o
                 assert run.live == running
             case ("gone", ModelName() as name):
                 run(PairGone(name))
-            case ("failing", ModelName() as name):
-                run(VersionFailing(name, run.live.get(name, ""), "why"))
+            case ("failing", ModelName() as name, bool(at_fault)):
+                run(VersionFailing(name, run.live.get(name, ""), "why", run.time_ms, at_fault))
             case ("tenant gone", str(tenant)):
                 run(TenantGone(tenant))
         for name, entry in run.snapshot.models.items():
