@@ -22,7 +22,7 @@ from sklearn.preprocessing import OneHotEncoder
 
 from node.kernel.clock import ManualClock, SystemClock
 from node.kernel.errors import BoundExceeded, NotFound
-from node.kernel.limits import ISOLATION_CALLS_MAX, KIB, WORKER_BACKOFF_MS_MAX
+from node.kernel.limits import FATAL_ROWS_MAX, ISOLATION_CALLS_MAX, KIB, WORKER_BACKOFF_MS_MAX
 from node.kernel.ports import ModelRunner
 from node.kernel.supervise import Supervisor
 from node.kernel.types import FeatureRows, ModelName, ModelOutputs, ModelVersion
@@ -245,6 +245,29 @@ async def test_rows_that_take_the_worker_along_are_found_and_the_rest_is_answere
     good = [row for row in range(13) if row != 9]
     expected = model.predict_proba([texts[row] for row in good])[:, 1]
     np.testing.assert_allclose(outputs.values[good, 0], expected, rtol=1e-12)
+
+
+async def test_a_version_with_too_many_fatal_rows_is_failing_and_takes_no_more_workers_along(running: Running) -> None:
+    words = ["ab aab", "aaab", "xab ab", "b"] * 20
+    vectorizer = CountVectorizer(token_pattern=r"(?:a+)+b")
+    model = make_pipeline(vectorizer, MultinomialNB()).fit(words, [0, 1, 1, 0] * 20)
+    version = running.models.add(model, features=("query",), deadline_ms=200)
+
+    def submitted(text: str) -> asyncio.Future[ModelOutputs]:
+        return running.pool.submit(version, FeatureRows(("query",), np.full((1, 1), np.nan), {"query": [text]}))
+
+    for _ in range(FATAL_ROWS_MAX):
+        assert not running.failing
+        assert not (await answered(submitted("ab"))).errors  # which ends the back-off too
+        assert "lost 2 times" in (await answered(submitted("a" * 60))).errors[0]
+    await until(lambda: running.failing)
+    restarts = running.tenant().restarts
+    for text in ("ab", "a" * 60):
+        assert f"{FATAL_ROWS_MAX} rows" in (await answered(submitted(text))).errors[0]
+    assert [(name, hash_) for name, hash_, _ in running.failing] == [(version.name, version.version)]
+    healthy = running.models.add(LINEAR, name="other")
+    assert not (await answered(running.pool.submit(healthy, rows_of(X)))).errors
+    assert running.tenant().restarts <= restarts + 1, "the last death may be told only now"
 
 
 async def test_a_version_that_cannot_load_fails_its_rows_and_tells(running: Running) -> None:
