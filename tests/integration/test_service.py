@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import io
+import json
 import shutil
 from collections.abc import AsyncIterator, Callable
 from pathlib import Path
@@ -17,7 +18,7 @@ from sklearn.linear_model import LogisticRegression
 from node.kernel.clock import SystemClock
 from node.kernel.errors import StoreUnavailable
 from node.kernel.supervise import Supervisor
-from node.kernel.types import EventSchema, ModelName
+from node.kernel.types import EventSchema, FeatureRows, ModelName
 from replication.blobs import BlobStore
 from tenants.sandbox import SandboxSettings
 from tenants.service import ServiceSettings, TenantService
@@ -83,6 +84,10 @@ class Node:
     def live(self, name: ModelName = BID) -> str:
         assert self.service is not None
         return next((version.version for version in self.service.plan().models if version.name == name), "")
+
+    def status(self) -> dict[str, object]:
+        found: dict[str, object] = json.loads((self.root / "ads" / "bid.status.json").read_text())
+        return found
 
     def kept(self) -> set[str]:
         return {path.name for path in (self.data / "versions").iterdir()}
@@ -159,3 +164,30 @@ async def test_what_no_model_needs_any_more_is_removed(node: Node) -> None:
     await until(lambda: node.blobs.names() == [])
     assert node.kept() == set()
     assert service.version(BID, first) is None
+
+
+async def test_a_failed_version_gives_way_and_the_one_before_runs_what_waits(node: Node) -> None:
+    node.drop()
+    service = await node.start()
+    await until(node.live)
+    first = node.live()
+    node.drop(model=model_file(0.01))
+    await until(lambda: node.live() not in ("", first))
+    second = node.live()
+    service.watcher.failing(BID, second, "rows kill it", True)
+    await until(lambda: node.live() == first)
+    await until(lambda: node.status()["state"] == "quarantined")
+    running = node.status()["running"]
+    assert isinstance(running, dict)
+    assert running["version"] == first
+    waiting = service.version(BID, second)
+    assert waiting is not None
+    assert waiting.version == first, "its columns and outputs are alike"
+    rows = FeatureRows(("amount",), X[:5])
+    assert not (await service.runner.submit(waiting, rows)).errors
+    await node.stop()
+
+    service = await node.start()
+    await until(service.watcher.caught_up.is_set)
+    assert node.live() == first
+    assert service.statistics().watch.trials == 0, "the quarantined pair is not tried again"
