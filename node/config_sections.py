@@ -493,7 +493,7 @@ class Config(Section, frozen=True):
 
     @property
     def transactions(self) -> Literal["auto", "required", "off"]:
-        """As configured, but `required` in a cluster: without transactions nothing fences an owner that was replaced."""
+        """As configured, but `required` in a cluster: without them nothing fences an owner that was replaced."""
         return self.kafka.transactions if self.cluster is None else "required"
 
     def schema(self) -> EventSchema:
