@@ -92,6 +92,11 @@ class Ownership(Protocol):
         """Whether the catalog known here is recent."""
         ...
 
+    async def may_forget(self, partition: int) -> bool:
+        """Whether enough others have what this node, no replica any more, has of it. Raises BrokerUnavailable,
+        TopicMissing, StoreUnavailable."""
+        ...
+
     async def released(self, partition: int, epoch: int, to: str, revision: int) -> None:
         """This owner has closed the partition, so the move may complete. Raises ClusterUnavailable, PeerUnavailable,
         or PeerRefused when the move is no more."""
@@ -375,7 +380,8 @@ class Replica:
     # neither
 
     async def _idle(self, duty: Duty) -> None:
-        """Keep the state for a while: it may be wanted back, and is deleted on a recent catalog's word only."""
+        """Keep the state for a while: it may be wanted back. It is deleted on a recent catalog's word only, and not
+        while the changelog is cut behind what too few others have."""
         if self._state.store is not None:
             self._kept_offset = self._state.store.changelog_offset()
         self._state.close()
@@ -383,11 +389,20 @@ class Replica:
         self.condition.phase, self.condition.reason = "stopped", ""
         while self._lasts(duty):
             if self._around.clock.monotonic() - since > UNUSED_MS_MAX / 1000 and self._around.ownership.has_lease():
-                await self._state.delete()
-                self._kept_offset = None
-                await self._until_other(duty)
-                return
+                if await self._may_forget() and self._lasts(duty):
+                    self._kept_offset = None
+                    await self._state.delete()
+                    await self._until_other(duty)
+                    return
+                since = self._around.clock.monotonic()  # asked again only after as long
             await self._pause(_LOOK_SECONDS)
+
+    async def _may_forget(self) -> bool:
+        try:
+            return not self._state.exists or await self._around.ownership.may_forget(self.number)
+        except RECOVERABLE as failure:
+            log.info("unused state kept", partition=self.number, reason=str(failure))
+            return False
 
     # what others see
 

@@ -215,9 +215,31 @@ async def test_only_the_owner_uploads_and_what_others_had_is_removed(
     assert standby.snapshots.statistics().partitions[0].uploaded_offset == 0
     standby.stores.pop(0).close()
     agree([owner, standby])
-    await until(lambda: not standby.snapshots.verified(), "removed")
+    standby.bounds = (5, 100)
+    assert standby.cluster.catalog.settings.snapshot_holders_min == 2
+    await until(lambda: not standby.snapshots.verified(), "removed, for the owner and the store have it")
     assert standby.folder.offsets(0) == []
     assert owner.folder.offsets(0) == [10]
+
+
+async def test_a_copy_that_the_changelog_was_cut_behind_is_kept_until_enough_others_have_one(nodes: Nodes) -> None:
+    owner, standby, left = [await nodes.start(name) for name in ("a", "b", "c")]
+    agree([owner, standby, left], standbys=("b",))
+    for node in (owner, left):
+        fold(node.open(0), frames(), 10)
+        await node.snapshots.take(0)
+    left.bounds = (0, 20)
+    assert await left.snapshots.may_forget(0), "all frames are there still"
+    left.bounds = (10, 20)
+    assert not await left.snapshots.may_forget(0), "the owner's disk may be lost next"
+    fold(standby.open(0), frames(), 9)
+    await standby.snapshots.take(0)
+    assert not await left.snapshots.may_forget(0), "the standby's ends before the changelog begins"
+    fold(standby.open(0, "further"), frames(), 10)
+    await standby.snapshots.take(0)
+    assert await left.snapshots.may_forget(0)
+    await standby.server.stop()
+    assert not await left.snapshots.may_forget(0), "it does not answer"
 
 
 @pytest.mark.parametrize("path", ["x", "-1", "1" * 20, "0/5/" + "0" * 64, "0/10/" + "0" * 64, "0/10/.."])

@@ -87,6 +87,8 @@ class Agreed:
     revision: int = 0
     unavailable: int = 0
     """Calls that will find no quorum."""
+    held_elsewhere: bool = False
+    """Whether enough others have what a node is to forget."""
 
     def changed(self) -> None:
         for seat in self.seats:
@@ -117,6 +119,8 @@ class Seat:
         self.name = name
         self.leads = leads
         self.update: Callable[[], None] = lambda: None
+        self.asked = 0
+        """How often it was asked whether it may forget."""
         agreed.seats.append(self)
         agreed.leases.add(name)
 
@@ -133,6 +137,10 @@ class Seat:
 
     def has_lease(self) -> bool:
         return self.name in self.agreed.leases
+
+    async def may_forget(self, partition: int) -> bool:
+        self.asked += 1
+        return self.agreed.held_elsewhere
 
     async def released(self, partition: int, epoch: int, to: str, revision: int) -> None:
         await asyncio.sleep(0)
@@ -515,3 +523,22 @@ async def test_state_that_is_not_wanted_any_more_is_closed_and_comes_back(applic
     await application.exactly_once()
     await equal(a, b)
     assert b.restored == [0], "once, when it was empty"
+
+
+async def test_state_is_deleted_only_once_enough_others_have_it(
+    application: Application, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("node.replicas.UNUSED_MS_MAX", 0)
+    monkeypatch.setattr("node.replicas._LOOK_SECONDS", 0.01)
+    a, b = await pair(application)
+    folder = application.folder / "b" / "0"
+    application.agreed.assign(0, standbys=())
+    await b.until(lambda: b.seat.asked > 2, "it asks, and again")
+    assert folder.exists()
+    kept = b.progress(0)
+    assert kept is not None, "the leader may still give it the partition"
+    application.agreed.held_elsewhere = True
+    await b.until(lambda: not folder.exists(), "it is deleted")
+    assert b.progress(0) is None
+    await application.exactly_once()
+    assert a.store().changelog_offset() >= kept.offset
