@@ -29,6 +29,7 @@ from node.kernel.limits import (
     UNUSED_MS_MAX,
 )
 from replication.catalog import Catalog
+from replication.peer_messages import settled
 from replication.peers import PeerCall, PeerReply, PeerRoute
 from replication.retention import may_forget
 from replication.snapshot import Snapshot, SnapshotFile, decode_snapshot, encode_snapshot, superseded
@@ -415,7 +416,7 @@ class Snapshots:
                         break
             if found is None:
                 raise PeerUnavailable(f"no snapshot of partition {partition} could be fetched whole; it is tried again")
-            await asyncio.to_thread(self._folder.link, found, folder)
+            await _to_the_end(self._folder.link, found, folder)
             told = Restored(source, found.changelog_offset, found.bytes, fetched, self._clock.monotonic() - started)
             self._restored[partition] = told
             log.info("snapshot restored", partition=partition, source=source, offset=told.changelog_offset,
@@ -482,7 +483,7 @@ class Snapshots:
         except BaseExceptionGroup as failures:
             log.warning("snapshot not fetched", source=source.name, reason=str(failures.exceptions[0]))
             raise failures.exceptions[0] from None
-        await asyncio.to_thread(self._folder.adopt, snapshot)
+        await _to_the_end(self._folder.adopt, snapshot)
         self._verified[snapshot.partition] = snapshot
         self._looked.add(snapshot.partition)
         await self._prune(snapshot.partition)
@@ -572,3 +573,8 @@ def number_of(call: PeerCall, name: str) -> int:
     if not (text.isascii() and text.isdecimal() and len(text) <= _NUMBER_DIGITS_MAX):
         raise NotFound(f"{name} {text[:40]!r} is no number")
     return int(text)
+
+
+async def _to_the_end(work: Callable[..., None], *arguments: object) -> None:
+    """In a thread, and waited for even when cancelled: whoever comes next finds nobody else at these files."""
+    await settled(asyncio.ensure_future(asyncio.to_thread(work, *arguments)), lambda: None)

@@ -4,17 +4,18 @@ from __future__ import annotations
 
 import asyncio
 import sys
+import threading
 from collections.abc import AsyncIterator
 from pathlib import Path
 
 import pytest
-from snapshot_support import CHANGELOG, SnapshotNode, agree, damage, digest_folder, fold, frames, until
+from snapshot_support import CHANGELOG, WAIT_S_MAX, SnapshotNode, agree, damage, digest_folder, fold, frames, until
 
 from node.kernel.clock import SystemClock
 from node.kernel.digest import digest_store
 from node.kernel.errors import NotFound, PeerRefused, PeerUnavailable, StateCorrupt
 from node.kernel.limits import MIB
-from replication.snapshot import decode_snapshot
+from replication.snapshot import Snapshot, decode_snapshot
 from replication.snapshot_store import SnapshotStore
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -115,6 +116,33 @@ async def test_a_new_node_restores_from_a_peer_and_folds_the_rest(nodes: Nodes) 
     assert here.folder.offsets(0) == [20]
     await here.snapshots.verify_again(0)
     assert dict(here.snapshots.verified()) == {0: 20}
+
+
+async def test_a_restore_that_is_called_off_changes_nothing_behind_the_next_one(
+    nodes: Nodes, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The folder would be put in place under a store that is open on it."""
+    there, here = await nodes.start("a"), await nodes.start("b")
+    agree([there, here])
+    fold(there.open(0), frames(), 10)
+    await there.snapshots.take(0)
+    begun, goes_on, link = threading.Event(), threading.Event(), here.folder.link
+
+    def slow(snapshot: Snapshot, folder: Path) -> None:
+        begun.set()
+        assert goes_on.wait(WAIT_S_MAX)
+        link(snapshot, folder)
+
+    monkeypatch.setattr(here.folder, "link", slow)
+    restoring = asyncio.create_task(here.snapshots.restore(0, here.path / "store-0"))
+    await asyncio.to_thread(begun.wait)
+    restoring.cancel()
+    done, _ = await asyncio.wait({restoring}, timeout=0.1)
+    assert not done, "what is under way on the disk is waited for"
+    goes_on.set()
+    await asyncio.wait({restoring})
+    assert restoring.cancelled()
+    assert here.open(0).changelog_offset() == 10
 
 
 async def test_nobody_has_a_snapshot(nodes: Nodes) -> None:
