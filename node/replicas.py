@@ -317,7 +317,9 @@ class Replica:
 
     async def _fold(self, duty: Duty) -> None:
         """Raises what the store, the changelog or restoring a snapshot raises."""
-        store = await self._state.open()
+        store = await self._opened(duty)
+        if store is None:
+            return
         failed: asyncio.Future[HeadraceError] = asyncio.get_running_loop().create_future()
 
         def fail(failure: HeadraceError) -> None:
@@ -340,6 +342,18 @@ class Replica:
             raise failed.result()
         if promoted:
             self._tail = _Tail(self._around.standbys, self.number)
+
+    async def _opened(self, duty: Duty) -> StateStore | None:
+        """The store; None when there is another duty first, since a restore may take minutes. It is taken up again."""
+        opening = asyncio.ensure_future(self._state.open())
+        changed = asyncio.ensure_future(self._until_other(duty))
+        try:
+            await asyncio.wait({opening, changed}, return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            changed.cancel()
+            opening.cancel()
+            await asyncio.wait({opening})
+        return None if opening.cancelled() else opening.result()
 
     def _tell_standing_by(self, duty: Duty) -> None:
         condition = self.condition

@@ -29,7 +29,7 @@ from node.ingest.source import Source
 from node.ingest.topics import Topics
 from node.kernel.clock import SystemClock
 from node.kernel.errors import ClusterUnavailable, PeerRefused
-from node.kernel.limits import STANDBY_UNKNOWN_FRAMES
+from node.kernel.limits import STANDBY_UNKNOWN_FRAMES, STOP_MS_MAX
 from node.kernel.ports import StateStore
 from node.kernel.supervise import Supervisor
 from node.kernel.types import FeatureRows, Frame, ModelOutputs, ModelVersion, ReplicaProgress
@@ -218,6 +218,8 @@ class Node:
         self.supervisor = Supervisor()
         self.restored: list[int] = []
         self.snapshots: dict[int, Callable[[Path], bool]] = {}
+        self.snapshots_there = asyncio.Event()
+        self.snapshots_there.set()
         environment = RocksEnvironment.of()
         self.folders = StateFolders(
             application.folder / name, lambda path: RocksStore(path, environment), self._restore
@@ -236,6 +238,7 @@ class Node:
 
     async def _restore(self, partition: int, path: Path) -> bool:
         self.restored.append(partition)
+        await self.snapshots_there.wait()
         return self.snapshots.get(partition, lambda path: False)(path)
 
     async def _open(
@@ -542,3 +545,21 @@ async def test_state_is_deleted_only_once_enough_others_have_it(
     assert b.progress(0) is None
     await application.exactly_once()
     assert a.store().changelog_offset() >= kept.offset
+
+
+async def test_a_standby_that_restores_heeds_what_it_is_told_meanwhile(application: Application) -> None:
+    """A restore of gigabytes may take minutes."""
+    a, _ = await pair(application)
+    fresh = application.node("c")
+    fresh.snapshots_there.clear()
+    fresh.start()
+    application.agreed.assign(0, standbys=("b", "c"))
+    await fresh.until(lambda: bool(fresh.restored), "it restores")
+    application.agreed.assign(0, standbys=("b",))
+    await fresh.until(lambda: fresh.replicas._all[0].condition.phase == "stopped", "it has no business with it")
+    application.agreed.assign(0, standbys=("b", "c"))
+    await fresh.until(lambda: len(fresh.restored) == 2, "it restores again")
+    async with asyncio.timeout(STOP_MS_MAX / 3000):
+        await fresh.stop()
+    await application.exactly_once()
+    assert a.store().changelog_offset() > 0
