@@ -235,7 +235,7 @@ def _summary(config: Config) -> list[tuple[str, str]]:
     partitions = "all" if kafka.partitions == "all" else ", ".join(map(str, kafka.partitions))
     return [
         ("node", f"{config.node.name}, data in {config.node.data_dir}"),
-        ("kafka", f"{', '.join(kafka.bootstrap)}, transactions {kafka.transactions}"),
+        ("kafka", f"{', '.join(kafka.bootstrap)}, transactions {config.transactions}"),
         ("reads", f"{', '.join(kafka.topics)}; partitions: {partitions}"),
         ("writes", ", ".join((kafka.inferences_topic, kafka.changelog_topic, kafka.dead_letters_topic))),
         ("event types", ", ".join(events.types)),

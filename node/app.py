@@ -184,7 +184,7 @@ class Node:
                 self._outputs,
                 config.kafka.application,
                 number,
-                config.kafka.transactions,
+                config.transactions,
                 config.kafka.compression,
                 encode_frame,
                 clock,

@@ -48,8 +48,9 @@ _REPORT_PATH = "/peer/report"
 class CatalogOwnership:
     """`node.replicas.Ownership`, as the catalog has it."""
 
-    def __init__(self, cluster: Cluster) -> None:
+    def __init__(self, cluster: Cluster, snapshots: Snapshots) -> None:
         self._cluster = cluster
+        self._snapshots = snapshots
 
     @property
     def leads(self) -> bool:
@@ -72,6 +73,9 @@ class CatalogOwnership:
 
     def has_lease(self) -> bool:
         return self._cluster.has_lease()
+
+    async def may_forget(self, partition: int) -> bool:
+        return await self._snapshots.may_forget(partition)
 
     async def released(self, partition: int, epoch: int, to: str, revision: int) -> None:
         """The leader is told too: it completes the move should this node fail before it has."""
@@ -152,9 +156,8 @@ class Clustering:
         sources: tuple[str, ...],
         outputs: Mapping[str, TopicSettings],
     ) -> Replicas:
-        around = Surroundings(
-            CatalogOwnership(self.cluster), self._standbys, open_session, commit_interval_seconds, self._clock
-        )
+        ownership = CatalogOwnership(self.cluster, self._snapshots)
+        around = Surroundings(ownership, self._standbys, open_session, commit_interval_seconds, self._clock)
         self._replicas = Replicas(around, folders, topics, sources, outputs, self._supervisor)
         return self._replicas
 

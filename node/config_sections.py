@@ -491,6 +491,11 @@ class Config(Section, frozen=True):
     cluster: ClusterSection | None = None
     """None: a node on its own."""
 
+    @property
+    def transactions(self) -> Literal["auto", "required", "off"]:
+        """As configured, but `required` in a cluster: without them nothing fences an owner that was replaced."""
+        return self.kafka.transactions if self.cluster is None else "required"
+
     def schema(self) -> EventSchema:
         """What manifests may name of the events."""
         from node.kernel.types import EventSchema  # here, because it brings numpy: `headrace check` starts without

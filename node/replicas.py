@@ -92,6 +92,11 @@ class Ownership(Protocol):
         """Whether the catalog known here is recent."""
         ...
 
+    async def may_forget(self, partition: int) -> bool:
+        """Whether enough others have what this node, no replica any more, has of it. Raises BrokerUnavailable,
+        TopicMissing, StoreUnavailable."""
+        ...
+
     async def released(self, partition: int, epoch: int, to: str, revision: int) -> None:
         """This owner has closed the partition, so the move may complete. Raises ClusterUnavailable, PeerUnavailable,
         or PeerRefused when the move is no more."""
@@ -312,7 +317,9 @@ class Replica:
 
     async def _fold(self, duty: Duty) -> None:
         """Raises what the store, the changelog or restoring a snapshot raises."""
-        store = await self._state.open()
+        store = await self._opened(duty)
+        if store is None:
+            return
         failed: asyncio.Future[HeadraceError] = asyncio.get_running_loop().create_future()
 
         def fail(failure: HeadraceError) -> None:
@@ -335,6 +342,18 @@ class Replica:
             raise failed.result()
         if promoted:
             self._tail = _Tail(self._around.standbys, self.number)
+
+    async def _opened(self, duty: Duty) -> StateStore | None:
+        """The store; None when there is another duty first, since a restore may take minutes. It is taken up again."""
+        opening = asyncio.ensure_future(self._state.open())
+        changed = asyncio.ensure_future(self._until_other(duty))
+        try:
+            await asyncio.wait({opening, changed}, return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            changed.cancel()
+            opening.cancel()
+            await asyncio.wait({opening})
+        return None if opening.cancelled() else opening.result()
 
     def _tell_standing_by(self, duty: Duty) -> None:
         condition = self.condition
@@ -375,7 +394,8 @@ class Replica:
     # neither
 
     async def _idle(self, duty: Duty) -> None:
-        """Keep the state for a while: it may be wanted back, and is deleted on a recent catalog's word only."""
+        """Keep the state for a while: it may be wanted back. It is deleted on a recent catalog's word only, and not
+        while the changelog is cut behind what too few others have."""
         if self._state.store is not None:
             self._kept_offset = self._state.store.changelog_offset()
         self._state.close()
@@ -383,11 +403,20 @@ class Replica:
         self.condition.phase, self.condition.reason = "stopped", ""
         while self._lasts(duty):
             if self._around.clock.monotonic() - since > UNUSED_MS_MAX / 1000 and self._around.ownership.has_lease():
-                await self._state.delete()
-                self._kept_offset = None
-                await self._until_other(duty)
-                return
+                if await self._may_forget() and self._lasts(duty):
+                    self._kept_offset = None
+                    await self._state.delete()
+                    await self._until_other(duty)
+                    return
+                since = self._around.clock.monotonic()  # asked again only after as long
             await self._pause(_LOOK_SECONDS)
+
+    async def _may_forget(self) -> bool:
+        try:
+            return not self._state.exists or await self._around.ownership.may_forget(self.number)
+        except RECOVERABLE as failure:
+            log.info("unused state kept", partition=self.number, reason=str(failure))
+            return False
 
     # what others see
 

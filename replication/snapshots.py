@@ -29,7 +29,9 @@ from node.kernel.limits import (
     UNUSED_MS_MAX,
 )
 from replication.catalog import Catalog
+from replication.peer_messages import settled
 from replication.peers import PeerCall, PeerReply, PeerRoute
+from replication.retention import may_forget
 from replication.snapshot import Snapshot, SnapshotFile, decode_snapshot, encode_snapshot, superseded
 from replication.snapshot_folder import SnapshotFolder
 from replication.snapshot_store import SnapshotStore
@@ -326,10 +328,34 @@ class Snapshots:
         unused = {number for number in here if number < known} - assigned
         self._unused = {number: self._unused.get(number, now) for number in unused}
         for number, since in list(self._unused.items()):
-            if now - since >= UNUSED_MS_MAX / 1000:
-                async with self._busy[number]:
+            if now - since < UNUSED_MS_MAX / 1000:
+                continue
+            self._unused[number] = now  # asked again only after as long
+            async with self._busy[number]:
+                if await self.may_forget(number):
                     self._verified.pop(number, None)
                     await asyncio.to_thread(self._folder.forget, number)
+
+    async def may_forget(self, partition: int) -> bool:
+        """Whether this node, no replica of the partition any more, may delete what it has of it: see `retention`.
+
+        The replicas, and the store by URL where they are too few, are asked for what they have now. Raises
+        BrokerUnavailable, TopicMissing, StoreUnavailable.
+        """
+        start, _ = await self._sources.changelog_bounds(partition)
+        catalog = self._cluster.catalog
+        holders_min = catalog.settings.snapshot_holders_min
+        held = catalog.partitions[partition : partition + 1]
+        names = {name for one in held for name in (one.owner, *one.standbys)} - {self._cluster.name}
+        replicas = [catalog.nodes[name] for name in sorted(names & catalog.nodes.keys())]
+        told = await asyncio.gather(*(self._told(node.name, node.http_address, partition) for node in replicas))
+        verified = {source.name: source.snapshot.changelog_offset for source in told if source is not None}
+        if self._store is not None and not may_forget(verified, start, holders_min):
+            verified[STORE_HOLDER] = await self.stored(partition)
+        allowed = may_forget(verified, start, holders_min)
+        if not allowed:
+            log.info("copy kept, too few others have one", partition=partition, start=start, holders=verified)
+        return allowed
 
     # the store by URL
 
@@ -390,7 +416,7 @@ class Snapshots:
                         break
             if found is None:
                 raise PeerUnavailable(f"no snapshot of partition {partition} could be fetched whole; it is tried again")
-            await asyncio.to_thread(self._folder.link, found, folder)
+            await _to_the_end(self._folder.link, found, folder)
             told = Restored(source, found.changelog_offset, found.bytes, fetched, self._clock.monotonic() - started)
             self._restored[partition] = told
             log.info("snapshot restored", partition=partition, source=source, offset=told.changelog_offset,
@@ -457,7 +483,7 @@ class Snapshots:
         except BaseExceptionGroup as failures:
             log.warning("snapshot not fetched", source=source.name, reason=str(failures.exceptions[0]))
             raise failures.exceptions[0] from None
-        await asyncio.to_thread(self._folder.adopt, snapshot)
+        await _to_the_end(self._folder.adopt, snapshot)
         self._verified[snapshot.partition] = snapshot
         self._looked.add(snapshot.partition)
         await self._prune(snapshot.partition)
@@ -547,3 +573,8 @@ def number_of(call: PeerCall, name: str) -> int:
     if not (text.isascii() and text.isdecimal() and len(text) <= _NUMBER_DIGITS_MAX):
         raise NotFound(f"{name} {text[:40]!r} is no number")
     return int(text)
+
+
+async def _to_the_end(work: Callable[..., None], *arguments: object) -> None:
+    """In a thread, and waited for even when cancelled: whoever comes next finds nobody else at these files."""
+    await settled(asyncio.ensure_future(asyncio.to_thread(work, *arguments)), lambda: None)

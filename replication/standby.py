@@ -321,6 +321,9 @@ class StandbyFolder:
                 continue
             if fold.hold is not None and record.offset + 1 > fold.hold:
                 fold.hold = fold.store.changelog_offset()
+                # The reader is past frames that were not folded, and so must not be taken for how far they are, even
+                # if the hold ends at once: `finish` would promote without them.
+                fold.assigned = False
                 self._reassign()
                 return
             fold.store.apply(frame, record.offset + 1)

@@ -29,6 +29,10 @@ class StateFolder:
         self.store: StateStore | None = None
         """While it is open."""
 
+    @property
+    def exists(self) -> bool:
+        return self._path.exists()
+
     async def open(self) -> StateStore:
         """The store that is open, or else opened now; where nothing was folded yet, a snapshot is asked for first.
 

@@ -4,17 +4,18 @@ from __future__ import annotations
 
 import asyncio
 import sys
+import threading
 from collections.abc import AsyncIterator
 from pathlib import Path
 
 import pytest
-from snapshot_support import CHANGELOG, SnapshotNode, agree, damage, digest_folder, fold, frames, until
+from snapshot_support import CHANGELOG, WAIT_S_MAX, SnapshotNode, agree, damage, digest_folder, fold, frames, until
 
 from node.kernel.clock import SystemClock
 from node.kernel.digest import digest_store
 from node.kernel.errors import NotFound, PeerRefused, PeerUnavailable, StateCorrupt
 from node.kernel.limits import MIB
-from replication.snapshot import decode_snapshot
+from replication.snapshot import Snapshot, decode_snapshot
 from replication.snapshot_store import SnapshotStore
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -117,6 +118,33 @@ async def test_a_new_node_restores_from_a_peer_and_folds_the_rest(nodes: Nodes) 
     assert dict(here.snapshots.verified()) == {0: 20}
 
 
+async def test_a_restore_that_is_called_off_changes_nothing_behind_the_next_one(
+    nodes: Nodes, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The folder would be put in place under a store that is open on it."""
+    there, here = await nodes.start("a"), await nodes.start("b")
+    agree([there, here])
+    fold(there.open(0), frames(), 10)
+    await there.snapshots.take(0)
+    begun, goes_on, link = threading.Event(), threading.Event(), here.folder.link
+
+    def slow(snapshot: Snapshot, folder: Path) -> None:
+        begun.set()
+        assert goes_on.wait(WAIT_S_MAX)
+        link(snapshot, folder)
+
+    monkeypatch.setattr(here.folder, "link", slow)
+    restoring = asyncio.create_task(here.snapshots.restore(0, here.path / "store-0"))
+    await asyncio.to_thread(begun.wait)
+    restoring.cancel()
+    done, _ = await asyncio.wait({restoring}, timeout=0.1)
+    assert not done, "what is under way on the disk is waited for"
+    goes_on.set()
+    await asyncio.wait({restoring})
+    assert restoring.cancelled()
+    assert here.open(0).changelog_offset() == 10
+
+
 async def test_nobody_has_a_snapshot(nodes: Nodes) -> None:
     there, here = await nodes.start("a"), await nodes.start("b", f"file://{nodes.path}/remote")
     agree([there, here])
@@ -215,9 +243,31 @@ async def test_only_the_owner_uploads_and_what_others_had_is_removed(
     assert standby.snapshots.statistics().partitions[0].uploaded_offset == 0
     standby.stores.pop(0).close()
     agree([owner, standby])
-    await until(lambda: not standby.snapshots.verified(), "removed")
+    standby.bounds = (5, 100)
+    assert standby.cluster.catalog.settings.snapshot_holders_min == 2
+    await until(lambda: not standby.snapshots.verified(), "removed, for the owner and the store have it")
     assert standby.folder.offsets(0) == []
     assert owner.folder.offsets(0) == [10]
+
+
+async def test_a_copy_that_the_changelog_was_cut_behind_is_kept_until_enough_others_have_one(nodes: Nodes) -> None:
+    owner, standby, left = [await nodes.start(name) for name in ("a", "b", "c")]
+    agree([owner, standby, left], standbys=("b",))
+    for node in (owner, left):
+        fold(node.open(0), frames(), 10)
+        await node.snapshots.take(0)
+    left.bounds = (0, 20)
+    assert await left.snapshots.may_forget(0), "all frames are there still"
+    left.bounds = (10, 20)
+    assert not await left.snapshots.may_forget(0), "the owner's disk may be lost next"
+    fold(standby.open(0), frames(), 9)
+    await standby.snapshots.take(0)
+    assert not await left.snapshots.may_forget(0), "the standby's ends before the changelog begins"
+    fold(standby.open(0, "further"), frames(), 10)
+    await standby.snapshots.take(0)
+    assert await left.snapshots.may_forget(0)
+    await standby.server.stop()
+    assert not await left.snapshots.may_forget(0), "it does not answer"
 
 
 @pytest.mark.parametrize("path", ["x", "-1", "1" * 20, "0/5/" + "0" * 64, "0/10/" + "0" * 64, "0/10/.."])

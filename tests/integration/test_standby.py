@@ -231,6 +231,51 @@ async def test_an_owner_goes_on_from_a_standby(application: Application, stores:
         await until(lambda: store.changelog_offset() == end, "it stands by again")
 
 
+class Calling(RocksStore):
+    """A store that calls back once it has applied a frame."""
+
+    applied: Callable[[], None] = lambda self: None
+
+    def apply(self, frame: Frame, changelog_offset: int) -> None:
+        super().apply(frame, changelog_offset)
+        self.applied()
+
+
+async def test_frames_that_were_held_back_are_not_missed_by_a_promotion(
+    application: Application, tmp_path: Path
+) -> None:
+    """Held while a poll is folded, and let go before that poll is done with: the rest of it is still to be folded."""
+    ends: dict[int, int] = {}
+    for partition in (0, 1):
+        outbox = await application.outbox(partition)
+        for number in range(1, 9):
+            ends[partition] = await outbox.send(Outgoing(frame(number)))
+    stores = [Calling(tmp_path / str(partition), RocksEnvironment.of()) for partition in (0, 1)]
+    finishing: dict[int, asyncio.Future[object]] = {}
+    held: list[int] = []
+
+    async with folding(application.address, application.topics.changelog) as folder:
+
+        def applied(partition: int) -> None:
+            """The first of the two that folds a frame is held there, and promoted once the other folds one."""
+            if not held:
+                held.append(partition)
+                folder.hold(partition, 0)
+            elif not finishing and partition not in held:
+                finishing[held[0]] = asyncio.ensure_future(folder.finish(held[0]))
+
+        for partition, store in enumerate(stores):
+            store.applied = lambda partition=partition: applied(partition)  # type: ignore[method-assign, misc]
+            folder.add(partition, store, refuse)
+        await until(lambda: finishing, "one is promoted in mid-poll")
+        for partition, finished in finishing.items():
+            await finished
+            assert stores[partition].changelog_offset() == ends[partition]
+            assert stores[partition].progress() == {"source": 8}
+    for store in stores:
+        store.close()
+
+
 async def test_one_that_cannot_go_on_is_told_and_the_others_do(
     application: Application, stores: Callable[[str], RocksStore]
 ) -> None:

@@ -29,7 +29,7 @@ from node.ingest.source import Source
 from node.ingest.topics import Topics
 from node.kernel.clock import SystemClock
 from node.kernel.errors import ClusterUnavailable, PeerRefused
-from node.kernel.limits import STANDBY_UNKNOWN_FRAMES
+from node.kernel.limits import STANDBY_UNKNOWN_FRAMES, STOP_MS_MAX
 from node.kernel.ports import StateStore
 from node.kernel.supervise import Supervisor
 from node.kernel.types import FeatureRows, Frame, ModelOutputs, ModelVersion, ReplicaProgress
@@ -87,6 +87,8 @@ class Agreed:
     revision: int = 0
     unavailable: int = 0
     """Calls that will find no quorum."""
+    held_elsewhere: bool = False
+    """Whether enough others have what a node is to forget."""
 
     def changed(self) -> None:
         for seat in self.seats:
@@ -117,6 +119,8 @@ class Seat:
         self.name = name
         self.leads = leads
         self.update: Callable[[], None] = lambda: None
+        self.asked = 0
+        """How often it was asked whether it may forget."""
         agreed.seats.append(self)
         agreed.leases.add(name)
 
@@ -133,6 +137,10 @@ class Seat:
 
     def has_lease(self) -> bool:
         return self.name in self.agreed.leases
+
+    async def may_forget(self, partition: int) -> bool:
+        self.asked += 1
+        return self.agreed.held_elsewhere
 
     async def released(self, partition: int, epoch: int, to: str, revision: int) -> None:
         await asyncio.sleep(0)
@@ -210,6 +218,8 @@ class Node:
         self.supervisor = Supervisor()
         self.restored: list[int] = []
         self.snapshots: dict[int, Callable[[Path], bool]] = {}
+        self.snapshots_there = asyncio.Event()
+        self.snapshots_there.set()
         environment = RocksEnvironment.of()
         self.folders = StateFolders(
             application.folder / name, lambda path: RocksStore(path, environment), self._restore
@@ -228,6 +238,7 @@ class Node:
 
     async def _restore(self, partition: int, path: Path) -> bool:
         self.restored.append(partition)
+        await self.snapshots_there.wait()
         return self.snapshots.get(partition, lambda path: False)(path)
 
     async def _open(
@@ -515,3 +526,40 @@ async def test_state_that_is_not_wanted_any_more_is_closed_and_comes_back(applic
     await application.exactly_once()
     await equal(a, b)
     assert b.restored == [0], "once, when it was empty"
+
+
+async def test_state_is_deleted_only_once_enough_others_have_it(
+    application: Application, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("node.replicas.UNUSED_MS_MAX", 0)
+    monkeypatch.setattr("node.replicas._LOOK_SECONDS", 0.01)
+    a, b = await pair(application)
+    folder = application.folder / "b" / "0"
+    application.agreed.assign(0, standbys=())
+    await b.until(lambda: b.seat.asked > 2, "it asks, and again")
+    assert folder.exists()
+    kept = b.progress(0)
+    assert kept is not None, "the leader may still give it the partition"
+    application.agreed.held_elsewhere = True
+    await b.until(lambda: not folder.exists(), "it is deleted")
+    assert b.progress(0) is None
+    await application.exactly_once()
+    assert a.store().changelog_offset() >= kept.offset
+
+
+async def test_a_standby_that_restores_heeds_what_it_is_told_meanwhile(application: Application) -> None:
+    """A restore of gigabytes may take minutes."""
+    a, _ = await pair(application)
+    fresh = application.node("c")
+    fresh.snapshots_there.clear()
+    fresh.start()
+    application.agreed.assign(0, standbys=("b", "c"))
+    await fresh.until(lambda: bool(fresh.restored), "it restores")
+    application.agreed.assign(0, standbys=("b",))
+    await fresh.until(lambda: fresh.replicas._all[0].condition.phase == "stopped", "it has no business with it")
+    application.agreed.assign(0, standbys=("b", "c"))
+    await fresh.until(lambda: len(fresh.restored) == 2, "it restores again")
+    async with asyncio.timeout(STOP_MS_MAX / 3000):
+        await fresh.stop()
+    await application.exactly_once()
+    assert a.store().changelog_offset() > 0

@@ -314,6 +314,11 @@ def test_one_mistake_of_a_cluster_is_one_line(old: str, new: str, expected: str)
     assert only.startswith(expected)
 
 
+def test_a_node_of_a_cluster_takes_no_broker_that_cannot_fence() -> None:
+    assert parse(GOOD).transactions == "auto"
+    assert parse(GOOD + CLUSTER).transactions == "required"
+
+
 def test_all_mistakes_of_a_cluster_are_told_at_once() -> None:
     text = CLUSTER.replace("127.0.0.1:7101", "0.0.0.0:7101").replace('name = "n1"', 'name = "n3"')
     found = problems(f'{GOOD}[kafka]\ntransactions = "off"\n{text}lease_ms = 1\nzone = "a"\n')
