@@ -14,7 +14,7 @@ from collections import deque
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Literal, TypeAlias
+from typing import TypeAlias
 
 import numpy as np
 import structlog
@@ -28,9 +28,11 @@ from tenants.batch import Batch, Piece, Submission
 from tenants.cost import CostEstimate
 from tenants.isolation import Isolation, first_pieces, halves
 from tenants.manifest import TenantSettings
+from tenants.memory import keep_measured
+from tenants.pool_statistics import PoolStatistics, TenantStatistics, VersionState, VersionStatistics
 from tenants.registry import Action, ConfigureTenant, GoLive, RemoveTenant, Retire
 from tenants.scheduler import URGENT, Dispatch, Scheduler, SchedulerStatistics
-from tenants.workers import LoadReport, WarmServer, WorkerProcess, WorkerStatistics
+from tenants.workers import LoadReport, WarmServer, WorkerProcess
 
 log = structlog.get_logger(__name__)
 
@@ -45,42 +47,6 @@ DEADLINE_SHARE_MAX = 0.25
 
 FailingCallback: TypeAlias = Callable[[ModelName, str, str, bool], None]
 """Model, version, reason, and whether the model itself is to blame."""
-VersionState: TypeAlias = Literal["fetching", "fetched", "loaded", "failing"]
-
-
-@dataclass(frozen=True, slots=True)
-class VersionStatistics:
-    """Times in CPU seconds; `rows` and `calls` since the version came here."""
-
-    model: str
-    version: str
-    state: VersionState
-    rows: int
-    calls: int
-    cpu_seconds: float
-    rows_queued: int
-    seconds_per_call: float
-    seconds_per_row: float
-    rows_failed: int
-    last_error: str
-
-
-@dataclass(frozen=True, slots=True)
-class TenantStatistics:
-    tenant: str
-    weight: float
-    cpu_seconds: float
-    restarts: int
-    backoff_ms: int
-    last_error: str
-    worker: WorkerStatistics | None
-    versions: tuple[VersionStatistics, ...]
-
-
-@dataclass(frozen=True, slots=True)
-class PoolStatistics:
-    tenants: tuple[TenantStatistics, ...]
-    scheduler: SchedulerStatistics
 
 
 @dataclass(slots=True, eq=False)
@@ -196,6 +162,8 @@ class ModelPool:
             return
         tenant.settings = settings
         self._scheduler.set_weight(settings.tenant, settings.weight)
+        if tenant.worker is not None:
+            self._server.set_weight(tenant.worker, settings.weight)
 
     def admit(self, version: ModelVersion, text_features: tuple[str, ...] = ()) -> None:
         """Load a version before rows come for it; without it, the first submission does."""
@@ -241,6 +209,10 @@ class ModelPool:
             for ticket in self._scheduler.remove_tenant(name):
                 self._abandon(ticket, "")
             await self._close(removed)
+
+    async def keep_measured(self) -> None:
+        """Measure the memory of the workers, for ever."""
+        await keep_measured(lambda: (tenant.worker for tenant in self._tenants.values() if tenant.worker is not None))
 
     def statistics(self) -> PoolStatistics:
         shares = self._scheduler.statistics()
@@ -358,7 +330,8 @@ class ModelPool:
         if tenant.backoff_ms:
             await asyncio.sleep(tenant.backoff_ms / 1000)
         try:
-            worker = await self._server.spawn(tenant.name, tenant.settings.memory_mb * limits.MIB)
+            settings = tenant.settings
+            worker = await self._server.spawn(tenant.name, settings.memory_mb * limits.MIB, settings.weight)
         except WorkerLost as error:
             self._back_off(tenant, str(error))
             return

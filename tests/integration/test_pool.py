@@ -28,7 +28,8 @@ from node.kernel.supervise import Supervisor
 from node.kernel.types import FeatureRows, ModelName, ModelOutputs, ModelVersion
 from tenants import messages
 from tenants.manifest import TenantSettings
-from tenants.pool import FETCH_SECONDS_MAX, ModelPool, TenantStatistics, VersionStatistics
+from tenants.pool import FETCH_SECONDS_MAX, ModelPool
+from tenants.pool_statistics import TenantStatistics, VersionStatistics
 from tenants.sandbox import SandboxSettings
 from tenants.workers import WarmServer
 
