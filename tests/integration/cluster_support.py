@@ -22,13 +22,16 @@ SUMS = {"amount": "event.amount", "spent": "sum(transaction.amount, '30d')"}
 
 
 class Cluster:
-    """Nodes n1, n2… on one topic; none is started yet."""
+    """Nodes n1, n2… on one topic; none is started yet. `settings` are more of [cluster]."""
 
-    def __init__(self, folder: Path, kafka: Kafka, topic: str, partitions: int, application: str) -> None:
+    def __init__(
+        self, folder: Path, kafka: Kafka, topic: str, partitions: int, application: str, **settings: object
+    ) -> None:
         self.kafka = kafka
         self.topic = topic
         self.partitions = partitions
         self.application = application
+        self._settings = settings
         self._folder = folder
         self._secret = folder / "secret"
         self._secret.write_text("a secret of the test's own")
@@ -44,6 +47,7 @@ class Cluster:
                 "peer_listen": f"127.0.0.1:{harness.free_port()}",
                 "secret_file": str(self._secret),
                 "snapshot_interval_s": 2,
+                **self._settings,
             }
             self.nodes[name] = Node(
                 self._folder / name,
@@ -196,12 +200,18 @@ class Load:
 
 @contextlib.contextmanager
 def running(
-    folder: Path, kafka: Kafka, topic: str, partitions: int, application: str, names: Sequence[str] = NAMES
+    folder: Path,
+    kafka: Kafka,
+    topic: str,
+    partitions: int,
+    application: str,
+    names: Sequence[str] = NAMES,
+    **settings: object,
 ) -> Iterator[Cluster]:
     """A ready cluster, the model shop/spend dropped at its first node and live on all; killed at the end."""
     from node_support import drop
 
-    cluster = Cluster(folder, kafka, topic, partitions, application)
+    cluster = Cluster(folder, kafka, topic, partitions, application, **settings)
     cluster.make(*names)
     drop(cluster.nodes[names[0]].models, "shop/spend", linear(1, 1), SUMS)
     try:

@@ -21,7 +21,7 @@ from typing import Any, TypeVar
 import joblib
 import numpy as np
 from aiokafka import AIOKafkaConsumer, AIOKafkaProducer, TopicPartition
-from aiokafka.admin import AIOKafkaAdminClient, NewPartitions, NewTopic
+from aiokafka.admin import AIOKafkaAdminClient, NewPartitions, NewTopic, RecordsToDelete
 from sklearn.linear_model import LinearRegression
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import FunctionTransformer
@@ -90,6 +90,11 @@ class Kafka:
 
     def grow(self, topic: str, partitions: int) -> None:
         self._admin(lambda admin: admin.create_partitions({topic: NewPartitions(partitions)}))
+
+    def cut(self, topic: str, before: Mapping[int, int]) -> None:
+        """Delete the records of each partition before its offset."""
+        places = {TopicPartition(topic, number): RecordsToDelete(offset) for number, offset in before.items()}
+        self._admin(lambda admin: admin.delete_records(places))
 
     def produce(
         self,
@@ -277,6 +282,11 @@ class Node(harness.Node):
 
     def log_has(self, text: str) -> bool:
         return text in self.log.read_text(errors="replace")
+
+    def logged(self, event: str) -> list[dict[str, Any]]:
+        """The log's entries of that event, in order."""
+        lines = [line for line in self.log.read_text(errors="replace").splitlines() if event in line]
+        return [one for one in map(json.loads, lines) if one["event"] == event]
 
 
 @contextlib.contextmanager
