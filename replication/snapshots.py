@@ -10,10 +10,10 @@ import asyncio
 import contextlib
 import math
 from collections import defaultdict
-from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeGuard
 
 import structlog
 
@@ -122,6 +122,10 @@ class _Source:
     name: str
     address: str
     snapshot: Snapshot
+
+    @property
+    def key(self) -> tuple[str, int]:
+        return self.name, self.snapshot.changelog_offset
 
 
 class Snapshots:
@@ -397,25 +401,19 @@ class Snapshots:
     async def restore(self, partition: int, folder: Path) -> bool:
         """Put a snapshot that the changelog goes on from into `folder`, in place of what is there. False: none is.
 
-        The nearest is taken: the newest on the own disk, of a peer, in the store by URL. Raises BrokerUnavailable,
-        StoreUnavailable when this node's disk refuses.
+        The nearest is taken: the newest on the own disk, of a peer, in the store by URL; the next one where that can't
+        be had whole. While the changelog is whole, nothing that is wrong with others keeps it from being folded.
+        Raises BrokerUnavailable, PeerUnavailable, StoreUnavailable also when this node's disk refuses.
         """
         async with self._busy[partition]:
             started = self._clock.monotonic()
             start, end = await self._sources.changelog_bounds(partition)
-            found = await self._own(partition, start, end)
-            fetched, source = 0, self._cluster.name
+            found, fetched, source = await self._own(partition, start, end), 0, self._cluster.name
             if found is None:
-                for _ in range(SNAPSHOT_ATTEMPTS_MAX):
-                    nearest = await self._nearest(partition, start, end)
-                    if nearest is None:
-                        return False
-                    with contextlib.suppress(PeerUnavailable, PeerRefused, NotFound, StateCorrupt):
-                        fetched += await self._fetch(nearest)
-                        found, source = nearest.snapshot, nearest.name
-                        break
-            if found is None:
-                raise PeerUnavailable(f"no snapshot of partition {partition} could be fetched whole; it is tried again")
+                taken = await self._fetch_nearest(partition, start, end)
+                if taken is None:
+                    return False
+                found, fetched, source = taken
             await _to_the_end(self._folder.link, found, folder)
             told = Restored(source, found.changelog_offset, found.bytes, fetched, self._clock.monotonic() - started)
             self._restored[partition] = told
@@ -438,7 +436,24 @@ class Snapshots:
             return snapshot
         return None
 
-    async def _nearest(self, partition: int, start: int, end: int) -> _Source | None:
+    async def _fetch_nearest(self, partition: int, start: int, end: int) -> tuple[Snapshot, int, str] | None:
+        """A snapshot that is now one of this node's own, the bytes that came, and from where; None: there is none."""
+        failed: set[tuple[str, int]] = set()
+        while len(failed) < SNAPSHOT_ATTEMPTS_MAX:
+            nearest = await self._nearest(partition, start, end, failed)
+            if nearest is None:
+                break
+            try:
+                return nearest.snapshot, await self._fetch(nearest), nearest.name
+            except (PeerUnavailable, PeerRefused, NotFound, StateCorrupt):
+                failed.add(nearest.key)
+        if failed and start:
+            raise PeerUnavailable(f"no snapshot of partition {partition} could be fetched whole; it is tried again")
+        return None
+
+    async def _nearest(
+        self, partition: int, start: int, end: int, failed: Collection[tuple[str, int]] = ()
+    ) -> _Source | None:
         """The peer with the newest snapshot, those of the same rack and owner and standbys first; else the store."""
         catalog = self._cluster.catalog
         own, held = catalog.nodes.get(self._cluster.name), catalog.partitions[partition : partition + 1]
@@ -446,15 +461,28 @@ class Snapshots:
         others = [node for node in catalog.nodes.values() if node.name != self._cluster.name][:NODES_MAX]
         others.sort(key=lambda node: (node.rack != (own.rack if own else ""), node.name not in replicas, node.name))
         told = await asyncio.gather(*(self._told(node.name, node.http_address, partition) for node in others))
-        useful = [source for source in told if source and start <= source.snapshot.changelog_offset <= end]
-        if useful:
-            return max(useful, key=lambda source: source.snapshot.changelog_offset)
+
+        def useful(source: _Source | None) -> TypeGuard[_Source]:
+            return source is not None and start <= source.snapshot.changelog_offset <= end and source.key not in failed
+
+        found = [source for source in told if useful(source)]
+        if found:
+            return max(found, key=lambda source: source.snapshot.changelog_offset)
+        stored = await self._in_store(partition, start)
+        return stored if useful(stored) else None
+
+    async def _in_store(self, partition: int, start: int) -> _Source | None:
+        """The newest in the store by URL. Raises StoreUnavailable when the changelog does not have all by itself."""
         if self._store is None:
             return None
-        snapshot = await asyncio.to_thread(self._store.newest, partition)
-        if snapshot is None or not start <= snapshot.changelog_offset <= end:
+        try:
+            snapshot = await asyncio.to_thread(self._store.newest, partition)
+        except StoreUnavailable as failure:
+            if start:
+                raise
+            log.warning("store not asked, the changelog is whole", partition=partition, reason=str(failure))
             return None
-        return _Source(STORE_HOLDER, "", snapshot)
+        return None if snapshot is None else _Source(STORE_HOLDER, "", snapshot)
 
     async def _told(self, name: str, address: str, partition: int) -> _Source | None:
         try:

@@ -13,7 +13,7 @@ from snapshot_support import CHANGELOG, WAIT_S_MAX, SnapshotNode, agree, damage,
 
 from node.kernel.clock import SystemClock
 from node.kernel.digest import digest_store
-from node.kernel.errors import NotFound, PeerRefused, PeerUnavailable, StateCorrupt
+from node.kernel.errors import NotFound, PeerRefused, PeerUnavailable, StateCorrupt, StoreUnavailable
 from node.kernel.limits import MIB
 from replication.snapshot import Snapshot, decode_snapshot
 from replication.snapshot_store import SnapshotStore
@@ -194,20 +194,44 @@ async def _source_of(node: SnapshotNode, owner: SnapshotNode) -> object:
 
 
 async def test_a_damaged_file_of_a_peer_is_not_taken_and_another_source_is(nodes: Nodes) -> None:
+    """Whoever offers the newest snapshot can't give it whole: then others are asked, the store by URL last."""
     url = f"file://{nodes.path}/remote"
-    there, here = await nodes.start("a", url, 0.0), await nodes.start("b", url)
-    agree([there, here])
-    fold(there.open(0), frames(), 10)
-    there.run()
-    await until(lambda: there.snapshots.statistics().partitions.get(0, None), "taken")
-    await until(lambda: there.snapshots.statistics().partitions[0].uploaded_offset == 10, "uploaded")
-    damage(max(there.folder.place(0, 10).glob("*.sst"), key=lambda path: path.stat().st_size))
+    there, older, here = await nodes.start("a", url), await nodes.start("b"), await nodes.start("c", url)
+    agree([there, older, here])
+    store, source = there.open(0), frames()
+    fold(store, source, 10)
+    snapshot = await there.snapshots.take(0)
+    await asyncio.to_thread(there.snapshots._store.upload, snapshot, there.folder.place(0, 10))  # type: ignore[union-attr]
+    fold(store, source, 10)
+    await there.snapshots.take(0)
+    await older.snapshots._fetch(await _source_of(older, there))  # type: ignore[arg-type]
+    fold(store, source, 10)
+    await there.snapshots.take(0)
+    here.bounds = (10, 40)
+    for bad, offset, expected in ((there, 30, "b"), (older, 20, "store")):
+        damage(next(bad.folder.place(0, offset).glob("MANIFEST-*")))
+        assert await here.snapshots.restore(0, here.path / "store-0")
+        assert here.snapshots.statistics().restored[0].source == expected
+        here.folder.forget(0)
+    here.bounds = (20, 40)
     with pytest.raises(PeerUnavailable, match="tried again"):
         await here.snapshots.restore(0, here.path / "store-0")
-    await there.snapshots.verify_again(0)
-    there.stores.pop(0).close()
-    assert await here.snapshots.restore(0, here.path / "store-0")
-    assert here.snapshots.statistics().restored[0].source == "store"
+    here.bounds = (0, 9)
+    assert not await here.snapshots.restore(0, here.path / "store-0")
+
+
+async def test_a_changelog_that_is_whole_is_folded_where_no_snapshot_can_be_had(nodes: Nodes) -> None:
+    """Neither a peer's damaged snapshot nor a store by URL that can't be asked keeps a partition from starting."""
+    there, here = await nodes.start("a"), await nodes.start("b", f"file://{nodes.path}/remote")
+    agree([there, here])
+    fold(there.open(0), frames(), 10)
+    await there.snapshots.take(0)
+    damage(max(there.folder.place(0, 10).glob("*.sst"), key=lambda path: path.stat().st_size))
+    (nodes.path / "remote").write_text("no folder")
+    assert not await here.snapshots.restore(0, here.path / "store-0")
+    here.bounds = (1, 20)
+    with pytest.raises((PeerUnavailable, StoreUnavailable)):
+        await here.snapshots.restore(0, here.path / "store-0")
 
 
 async def test_a_snapshot_that_a_peer_is_fetching_stays(nodes: Nodes) -> None:
