@@ -18,6 +18,7 @@ import structlog
 from node.ingest.topics import Topics, TopicSettings
 from node.kernel.clock import Clock
 from node.kernel.errors import (
+    BoundExceeded,
     BrokerUnavailable,
     ChangelogCut,
     ClusterUnavailable,
@@ -49,6 +50,7 @@ log = structlog.get_logger(__name__)
 
 _LOOK_SECONDS = 15.0
 """How often the leader looks at the source topics for added partitions."""
+_NOT_LOOKED_UP = (BoundExceeded, BrokerUnavailable, TopicMissing, ClusterUnavailable, PeerRefused, PeerUnavailable)
 _TELL_SECONDS = 0.4
 """A release that could not be told is told again after this."""
 _LEASE_LOST = (
@@ -99,7 +101,7 @@ class Ownership(Protocol):
 
     async def released(self, partition: int, epoch: int, to: str, revision: int) -> None:
         """This owner has closed the partition, so the move may complete. Raises ClusterUnavailable, PeerUnavailable,
-        or PeerRefused when the move is no more."""
+        BoundExceeded, or PeerRefused when the move is no more."""
         ...
 
     async def grow(self, count: int) -> None:
@@ -387,7 +389,7 @@ class Replica:
             except PeerRefused as refused:
                 log.info("move is no more", partition=self.number, to=duty.to, reason=str(refused))
                 return
-            except (ClusterUnavailable, PeerUnavailable) as failure:
+            except (BoundExceeded, ClusterUnavailable, PeerUnavailable) as failure:
                 log.debug("release not told", partition=self.number, reason=str(failure))
                 await asyncio.sleep(_TELL_SECONDS)
 
@@ -546,7 +548,7 @@ class Replicas:
                     self.reason = ""
                 wait_ms = BROKER_RETRY_MS_MIN
                 pause = _LOOK_SECONDS
-            except (BrokerUnavailable, TopicMissing, ClusterUnavailable, PeerRefused, PeerUnavailable) as failure:
+            except _NOT_LOOKED_UP as failure:
                 reason = f"{type(failure).__name__}: {failure}"
                 if reason != self.reason:
                     log.warning("topics not ready", reason=reason)

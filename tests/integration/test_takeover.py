@@ -28,7 +28,7 @@ from node.ingest.decode import EventDecoder
 from node.ingest.source import Source
 from node.ingest.topics import Topics
 from node.kernel.clock import SystemClock
-from node.kernel.errors import ClusterUnavailable, PeerRefused
+from node.kernel.errors import BoundExceeded, ClusterUnavailable, HeadraceError, PeerRefused
 from node.kernel.limits import STANDBY_UNKNOWN_FRAMES, STOP_MS_MAX
 from node.kernel.ports import StateStore
 from node.kernel.supervise import Supervisor
@@ -89,6 +89,7 @@ class Agreed:
     """Calls that will find no quorum."""
     held_elsewhere: bool = False
     """Whether enough others have what a node is to forget."""
+    refusal: type[HeadraceError] = ClusterUnavailable
 
     def changed(self) -> None:
         for seat in self.seats:
@@ -143,16 +144,20 @@ class Seat:
         return self.agreed.held_elsewhere
 
     async def released(self, partition: int, epoch: int, to: str, revision: int) -> None:
-        await asyncio.sleep(0)
-        if self.agreed.unavailable:
-            self.agreed.unavailable -= 1
-            raise ClusterUnavailable("no quorum")
+        await self._ask()
         one = self.agreed.partitions[partition]
         if (one.epoch, one.to, one.revision) != (epoch, to, revision):
             raise PeerRefused("the move was cancelled")
         self.agreed.take_over(partition, to)
 
+    async def _ask(self) -> None:
+        await asyncio.sleep(0)
+        if self.agreed.unavailable:
+            self.agreed.unavailable -= 1
+            raise self.agreed.refusal("not now")
+
     async def grow(self, count: int) -> None:
+        await self._ask()
         missing = count - len(self.agreed.partitions)
         self.agreed.partitions += [Assigned() for _ in range(missing)]
         self.agreed.changed()
@@ -386,6 +391,18 @@ async def _produce_until_cancelled(application: Application) -> None:
     while True:
         number += 1
         await application.produce(f"c{number % 7}")
+
+
+async def test_a_node_that_proposes_too_much_at_once_asks_again(application: Application) -> None:
+    application.agreed.refusal, application.agreed.unavailable = BoundExceeded, 1
+    a, b = await pair(application)
+    assert application.agreed.unavailable == 0
+    application.agreed.unavailable = 1
+    application.agreed.assign(0, to="b")
+    await b.serves()
+    assert application.agreed.unavailable == 0
+    await application.exactly_once()
+    await a.follows()
 
 
 async def test_a_cancelled_move_leaves_the_owner_in_place(application: Application) -> None:
