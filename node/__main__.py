@@ -248,7 +248,7 @@ def restore(
     """
     from node import cluster_console
 
-    _operate(cluster_console.restore(_loaded(config), partition, source, typer.echo))
+    _operate(cluster_console.restore(_loaded(config, secrets=False), partition, source, typer.echo))
 
 
 def _operate(command: Coroutine[Any, Any, Outcome]) -> Outcome:
@@ -264,11 +264,11 @@ def _operate(command: Coroutine[Any, Any, Outcome]) -> Outcome:
         _fail("stopped waiting; what was asked for goes on, `headrace status` shows how far")
 
 
-def _loaded(path: Path) -> Config:
+def _loaded(path: Path, secrets: bool = True) -> Config:
     from node.config import load_config
 
     try:
-        return load_config(path)
+        return load_config(path, secrets)
     except ConfigError as error:
         _fail(*(f"{path}: {problem}" for problem in error.problems))
 

@@ -340,34 +340,44 @@ async def _verify_once(operator: Operator, partition: int) -> VerifiedPartition:
 
 async def restore(config: Config, partition: int, source: str, say: Say) -> None:
     """Replace a stopped node's store of a partition by a snapshot: of a peer (its HOST:PORT), a URL, or its own."""
-    cluster = _cluster_of(config)
+    _cluster_of(config)
     data, changelog, name = Path(config.node.data_dir), config.kafka.changelog_topic, config.node.name
     clock = SystemClock()
     folder = SnapshotFolder(data / "snapshots", changelog, name, clock)
-    client = PeerClient(OPERATOR, cluster.secret(), clock)
-    store: SnapshotStore | None = None
     try:
         with stopped(data / "cluster" / "raft" / "lock"):
-            await client.start()
-            found: Source | None = None
-            if "://" in source:
-                store = SnapshotStore(source, config.kafka.application, changelog, name, clock)
-                found = StoreSource(store)
-            elif source:
-                if address_problems(source):
-                    raise CommandFailed(f"{source} is neither a URL nor a peer's HOST:PORT")
-                found = PeerSource(client, source, changelog)
-            target = data / "partitions" / str(partition)
-            snapshot = await restore_stopped(partition, target, folder, found, changelog_offset_of, _Progress(say))
+            async with _source(config, source, clock) as found:
+                target = data / "partitions" / str(partition)
+                snapshot = await restore_stopped(partition, target, folder, found, changelog_offset_of, _Progress(say))
     finally:
-        await client.stop()
         folder.close()
-        if store is not None:
-            store.close()
     say(
         f"partition {partition} restored from {source or 'its own snapshot'}: {snapshot.bytes:,} bytes as of "
         f"{snapshot.changelog_offset:,}; the node goes on from there when it is started"
     )
+
+
+@asynccontextmanager
+async def _source(config: Config, source: str, clock: SystemClock) -> AsyncIterator[Source | None]:
+    """Only a peer is asked with the secret: systemd takes it away from a unit that is stopped."""
+    changelog = config.kafka.changelog_topic
+    if not source:
+        yield None
+    elif "://" in source:
+        store = SnapshotStore(source, config.kafka.application, changelog, config.node.name, clock)
+        try:
+            yield StoreSource(store)
+        finally:
+            store.close()
+    elif address_problems(source):
+        raise CommandFailed(f"{source} is neither a URL nor a peer's HOST:PORT")
+    else:
+        client = PeerClient(OPERATOR, _cluster_of(config).secret(), clock)
+        await client.start()
+        try:
+            yield PeerSource(client, source, changelog)
+        finally:
+            await client.stop()
 
 
 class _Progress:

@@ -12,7 +12,7 @@ import keyword
 import os
 import re
 import tomllib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -66,14 +66,15 @@ PROFILE_REFERENCE = (
 )
 
 
-def load_config(path: Path | str) -> Config:
+def load_config(path: Path | str, secrets: bool = True) -> Config:
     """Read and check the file, its paths made absolute.
 
+    Without `secrets` none has to be there: systemd takes its credentials away from a unit that is stopped.
     Raises ConfigError with one line for each mistake, about the file's text or what it names on this machine.
     """
     path = Path(path)
     config = parse_config(_read(path), path.resolve().parent)
-    problems = [*_file_problems(config)]
+    problems = [*_file_problems(config), *(_secret_problems(config) if secrets else ())]
     if problems:
         raise ConfigError([printable(problem) for problem in problems])
     return config
@@ -325,9 +326,6 @@ def _file_problems(config: Config) -> Iterator[str]:
         yield f"[tenants] directory is {tenants} and [node] data_dir is {data}; allowed: neither inside the other"
     if config.kafka.ssl_ca_file and not os.access(config.kafka.ssl_ca_file, os.R_OK):
         yield f"[kafka] ssl_ca_file is {config.kafka.ssl_ca_file}; allowed: a file that the node can read"
-    yield from _password_problems(config.kafka)
-    if config.cluster is not None:
-        yield from _secret_problems(config.cluster)
 
 
 def _directory_problems(where: str, path: Path) -> Iterator[str]:
@@ -345,20 +343,15 @@ def _directory_problems(where: str, path: Path) -> Iterator[str]:
         yield f"{where} is {path}, but {existing} is not writable; allowed: a folder that the node can write"
 
 
-def _password_problems(kafka: KafkaSection) -> Sequence[str]:
-    try:
-        kafka.sasl_password()
-    except ConfigError as error:
-        return error.problems
-    return ()
-
-
-def _secret_problems(cluster: ClusterSection) -> Sequence[str]:
-    try:
-        cluster.secret()
-    except ConfigError as error:
-        return error.problems
-    return ()
+def _secret_problems(config: Config) -> Iterator[str]:
+    readers: list[Callable[[], object]] = [config.kafka.sasl_password]
+    if config.cluster is not None:
+        readers.append(config.cluster.secret)
+    for read in readers:
+        try:
+            read()
+        except ConfigError as error:
+            yield from error.problems
 
 
 def allowed(kind: Any) -> str:

@@ -87,7 +87,7 @@ async def restore(
         raise NotFound(f"{where} has no snapshot of partition {partition}; give another source with --from")
     if source is not None:
         await _fetch(snapshot, folder, source, told)
-    await asyncio.to_thread(folder.verify, snapshot, True)
+    await asyncio.to_thread(folder.verify, snapshot)
     found = await opened_offset(folder.place(partition, snapshot.changelog_offset))
     if found != snapshot.changelog_offset:
         raise StateCorrupt(
