@@ -25,6 +25,7 @@ from node.kernel.limits import (
     SNAPSHOT_FETCHES_MAX,
     SNAPSHOT_LOOK_MS,
     SNAPSHOT_PIN_MS_MAX,
+    SNAPSHOT_RESTORES_MAX,
     SNAPSHOT_RETRY_MS,
     UNUSED_MS_MAX,
 )
@@ -149,6 +150,7 @@ class Snapshots:
         self._interval = interval_seconds
         self._store = store
         self._busy: defaultdict[int, asyncio.Lock] = defaultdict(asyncio.Lock)
+        self._restoring = asyncio.Semaphore(SNAPSHOT_RESTORES_MAX)
         self._verified: dict[int, Snapshot] = {}
         self._looked: set[int] = set()
         """Partitions whose snapshots of an earlier run have been verified, or were found wanting."""
@@ -405,7 +407,7 @@ class Snapshots:
         be had whole. While the changelog is whole, nothing that is wrong with others keeps it from being folded.
         Raises BrokerUnavailable, PeerUnavailable, StoreUnavailable also when this node's disk refuses.
         """
-        async with self._busy[partition]:
+        async with self._busy[partition], self._restoring:
             started = self._clock.monotonic()
             start, end = await self._sources.changelog_bounds(partition)
             found, fetched, source = await self._own(partition, start, end), 0, self._cluster.name

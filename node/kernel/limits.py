@@ -253,6 +253,8 @@ SNAPSHOT_RETRY_MS = 30_000
 """A snapshot that could not be taken or uploaded is tried again after this."""
 SNAPSHOT_ATTEMPTS_MAX = 8
 """Snapshots tried in one restore: one may be damaged or removed, or its node go, while it is being fetched."""
+SNAPSHOT_RESTORES_MAX = 8
+"""Partitions of a node restored at once; others wait. Each asks every other node, at most PEER_ASKS_MAX in all."""
 SNAPSHOT_UPLOAD_MS_MAX = 30 * 60 * 1000
 """Of one snapshot, then it is given up and tried again; what was uploaded meanwhile is found there."""
 SNAPSHOT_STORE_KEPT_MS_MIN = 3 * SNAPSHOT_UPLOAD_MS_MAX

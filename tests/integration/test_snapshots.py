@@ -6,6 +6,7 @@ import asyncio
 import sys
 import threading
 from collections.abc import AsyncIterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -14,7 +15,7 @@ from snapshot_support import CHANGELOG, WAIT_S_MAX, SnapshotNode, agree, damage,
 from node.kernel.clock import SystemClock
 from node.kernel.digest import digest_store
 from node.kernel.errors import NotFound, PeerRefused, PeerUnavailable, StateCorrupt, StoreUnavailable
-from node.kernel.limits import MIB
+from node.kernel.limits import MIB, NODES_MAX, PEER_ASKS_MAX, SNAPSHOT_RESTORES_MAX
 from replication.snapshot import Snapshot, decode_snapshot
 from replication.snapshot_store import SnapshotStore
 
@@ -152,6 +153,28 @@ async def test_nobody_has_a_snapshot(nodes: Nodes) -> None:
     await there.server.stop()
     assert not await here.snapshots.restore(0, here.path / "store-0")
     assert not (here.path / "store-0").exists()
+
+
+async def test_few_partitions_are_restored_at_once(nodes: Nodes) -> None:
+    """More would have more calls under way than a node may, and take a peer that was not asked for one without any."""
+    there, here = await nodes.start("a"), await nodes.start("b")
+    agree([there, here], partitions=3 * SNAPSHOT_RESTORES_MAX)
+    running, most = 0, 0
+
+    async def bounds(partition: int) -> tuple[int, int]:
+        nonlocal running, most
+        running += 1
+        most = max(most, running)
+        await asyncio.sleep(0)
+        running -= 1
+        return 0, 100
+
+    here.snapshots._sources = replace(here.snapshots._sources, changelog_bounds=bounds)
+    partitions = range(3 * SNAPSHOT_RESTORES_MAX)
+    found = await asyncio.gather(*(here.snapshots.restore(number, here.path / str(number)) for number in partitions))
+    assert not any(found)
+    assert 1 < most <= SNAPSHOT_RESTORES_MAX
+    assert SNAPSHOT_RESTORES_MAX * NODES_MAX <= PEER_ASKS_MAX
 
 
 async def test_the_nearest_useful_snapshot_is_taken(nodes: Nodes) -> None:
