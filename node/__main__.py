@@ -215,6 +215,27 @@ def leave(
 
 
 @app.command()
+def settings(
+    config: ConfigPath,
+    standbys: Annotated[int | None, typer.Option(help="Copies of a partition beside its owner's.")] = None,
+    snapshot_holders_min: Annotated[
+        int | None, typer.Option(help="Nodes that must have verified a snapshot before the changelog is cut behind it.")
+    ] = None,
+    moves_max: Annotated[int | None, typer.Option(help="Partitions that move at once.")] = None,
+    builds_max: Annotated[int | None, typer.Option(help="New standbys that catch up at once.")] = None,
+) -> None:
+    """Show the settings that hold for the whole cluster, or set some.
+
+    The config of its first node gave them; from then on they are changed here, while the nodes run.
+    """
+    from node import cluster_console
+    from replication.operators import SettingsBody
+
+    changes = SettingsBody(standbys, snapshot_holders_min, moves_max, builds_max)
+    _operate(cluster_console.settings(_loaded(config), changes, typer.echo))
+
+
+@app.command()
 def snapshot(partitions: PartitionNumbers = None, *, config: ConfigPath) -> None:
     """Take a snapshot of partitions now, or of all: on each node that has them."""
     from node import cluster_console

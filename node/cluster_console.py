@@ -21,7 +21,7 @@ from node.serving.cluster import ClusterMember, ClusterPartition, ClusterStatus
 from node.state.inspection import changelog_offset_of
 from replication.offline_restore import PeerSource, Source, StoreSource, stopped
 from replication.offline_restore import restore as restore_stopped
-from replication.operators import OPERATORS_PATH, STATUS_PATH, Job, JoinBody, NodeBody, PartitionBody
+from replication.operators import OPERATORS_PATH, STATUS_PATH, Job, JoinBody, NodeBody, PartitionBody, SettingsBody
 from replication.peers import PeerClient
 from replication.raft_types import address_problems
 from replication.snapshot_folder import SnapshotFolder
@@ -207,6 +207,15 @@ async def _another(operator: Operator, name: str) -> str:
         raise CommandFailed(f"{name} is the last node there is; stop it and delete its data_dir instead")
     addresses = [member.peer_address for member in others]
     return operator.address if operator.address in addresses else addresses[0]
+
+
+async def settings(config: Config, changes: SettingsBody, say: Say) -> None:
+    """Set what is given, for the whole cluster; a line for each setting as it is then."""
+    async with operating(config) as operator:
+        if changes != SettingsBody():
+            await operator.post(operator.address, "settings", changes)
+        for name, value in msgspec.structs.asdict((await operator.status()).settings).items():
+            say(f"{name} = {value}")
 
 
 # --- partitions -----------------------------------------------------------------------------------------------------

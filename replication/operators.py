@@ -9,15 +9,16 @@ from __future__ import annotations
 import asyncio
 import re
 from collections.abc import Awaitable, Callable, Mapping
-from typing import Any, Final, Literal, Protocol, TypeAlias, TypeVar
+from typing import Annotated, Any, Final, Literal, Protocol, TypeAlias, TypeVar
 
 import msgspec
 import structlog
+from msgspec import Meta
 
 from node.kernel.errors import HeadraceError, NotFound, PeerRefused
-from node.kernel.limits import OPERATOR_JOBS_KEPT_MAX, OPERATOR_JOBS_MAX
+from node.kernel.limits import MOVES_MAX, NODES_MAX, OPERATOR_JOBS_KEPT_MAX, OPERATOR_JOBS_MAX, STANDBY_COUNT_MAX
 from replication.catalog import Catalog
-from replication.commands import Command, DrainNode, Name
+from replication.commands import Command, DrainNode, Name, SetSettings, Settings
 from replication.peers import PeerCall, PeerReply, PeerRoute
 
 log = structlog.get_logger(__name__)
@@ -26,6 +27,9 @@ STATUS_PATH: Final = "/peer/cluster"
 OPERATORS_PATH: Final = "/peer/operators"
 _STALE_TRIES = 3
 """A command decided on an old catalog is refused; it is decided anew so often."""
+
+_SETTINGS = {"standbys": "standby_count"}
+"""A setting's name here -> in the catalog, where that differs."""
 
 JobState: TypeAlias = Literal["running", "done", "failed"]
 
@@ -45,6 +49,21 @@ class PartitionBody(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """Of snapshot and verify."""
 
     partition: int
+
+
+class SettingsBody(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """What is None stays as it is. Names are those of the config and of status."""
+
+    standbys: Annotated[int, Meta(ge=0, le=STANDBY_COUNT_MAX)] | None = None
+    snapshot_holders_min: Annotated[int, Meta(ge=1, le=NODES_MAX)] | None = None
+    moves_max: Annotated[int, Meta(ge=1, le=MOVES_MAX)] | None = None
+    builds_max: Annotated[int, Meta(ge=1, le=MOVES_MAX)] | None = None
+
+    def applied_to(self, settings: Settings) -> Settings:
+        changes = {_SETTINGS.get(name, name): value for name, value in msgspec.structs.asdict(self).items()}
+        return msgspec.structs.replace(
+            settings, **{name: value for name, value in changes.items() if value is not None}
+        )
 
 
 class Job(msgspec.Struct, frozen=True):
@@ -94,6 +113,7 @@ class Operators:
             PeerRoute("GET", STATUS_PATH, self._tell_status),
             PeerRoute("POST", f"{OPERATORS_PATH}/drain", self._drain),
             PeerRoute("POST", f"{OPERATORS_PATH}/undrain", self._undrain),
+            PeerRoute("POST", f"{OPERATORS_PATH}/settings", self._set_settings),
             PeerRoute("POST", f"{OPERATORS_PATH}/join", self._join),
             PeerRoute("POST", f"{OPERATORS_PATH}/leave", self._leave),
             PeerRoute("POST", f"{OPERATORS_PATH}/snapshot", self._start_snapshot),
@@ -119,15 +139,25 @@ class Operators:
         return await self._set_draining(_body(call, NodeBody).node, False)
 
     async def _set_draining(self, node: str, draining: bool) -> PeerReply:
+        await self._insist(lambda catalog: DrainNode(revision=catalog.revision, name=node, draining=draining))
+        log.info("an operator has said whether a node drains", node=node, draining=draining)
+        return PeerReply(b"{}")
+
+    async def _insist(self, decide: Callable[[Catalog], Command]) -> None:
         for tries_left in reversed(range(_STALE_TRIES)):
-            catalog = await self._cluster.agreed()
             try:
-                await self._cluster.propose(DrainNode(revision=catalog.revision, name=node, draining=draining))
+                await self._cluster.propose(decide(await self._cluster.agreed()))
                 break
             except PeerRefused:
                 if not tries_left:
                     raise
-        log.info("an operator has said whether a node drains", node=node, draining=draining)
+
+    async def _set_settings(self, call: PeerCall) -> PeerReply:
+        body = _body(call, SettingsBody)
+        await self._insist(
+            lambda catalog: SetSettings(revision=catalog.revision, settings=body.applied_to(catalog.settings))
+        )
+        log.info("an operator has set the cluster's settings", **msgspec.structs.asdict(body))
         return PeerReply(b"{}")
 
     async def _join(self, call: PeerCall) -> PeerReply:

@@ -95,7 +95,14 @@ class Cluster:
             )
             for number, held in enumerate(catalog.partitions)
         ]
-        agreement = ClusterAgreement(standbys=1, lease_ms=1, moves_max=1, builds_max=1, snapshot_holders_min=1)
+        agreed = self.catalog.settings
+        agreement = ClusterAgreement(
+            standbys=agreed.standby_count,
+            lease_ms=agreed.lease_ms,
+            moves_max=agreed.moves_max,
+            builds_max=agreed.builds_max,
+            snapshot_holders_min=agreed.snapshot_holders_min,
+        )
         return msgspec.json.encode(
             ClusterStatus(
                 node="n2", leader="n2", complete=True, ready=True, revision=1, now_ms=0, settings=agreement,
@@ -181,6 +188,23 @@ async def test_drain_and_undrain(cluster: Cluster, config: Callable[..., str]) -
     ran = await headrace("undrain", "n1", "--config", config())
     assert (ran.code, ran.err) == (0, "")
     assert not cluster.catalog.nodes["n1"].draining
+
+
+async def test_settings_of_the_cluster(cluster: Cluster, config: Callable[..., str]) -> None:
+    before = cluster.catalog.settings
+    ran = await headrace("settings", "--config", config())
+    assert (ran.code, ran.err) == (0, "")
+    assert f"standbys = {before.standby_count}\n" in ran.out
+    assert cluster.catalog.settings == before
+    cluster.stale = 1
+    ran = await headrace("settings", "--standbys", "2", "--moves-max", "5", "--config", config())
+    assert (ran.code, ran.err) == (0, "")
+    assert "standbys = 2\n" in ran.out
+    assert cluster.catalog.settings == msgspec.structs.replace(before, standby_count=2, moves_max=5)
+    ran = await headrace("settings", "--standbys", "99", "--config", config())
+    assert (ran.code, ran.out) == (1, "")
+    assert "standbys" in ran.err
+    assert cluster.catalog.settings.standby_count == 2
 
 
 async def test_drain_gives_up_waiting_in_time(cluster: Cluster, config: Callable[..., str], monkeypatch: Any) -> None:
