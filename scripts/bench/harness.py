@@ -154,10 +154,18 @@ def _processes() -> Iterator[tuple[int, _Process]]:
 # --- processes ------------------------------------------------------------------------------------------------------
 
 
+_ports_given: set[int] = set()
+
+
 def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
+    """One that nobody listens on, and that was not given before: the kernel may name one twice until it is used."""
+    while True:
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            port = int(probe.getsockname()[1])
+        if port not in _ports_given:
+            _ports_given.add(port)
+            return port
 
 
 @dataclass(frozen=True, slots=True)
