@@ -214,6 +214,18 @@ def leave(
     _operate(cluster_console.leave(_loaded(config), node, dead, wait_s, typer.echo))
 
 
+@app.command("accept-loss")
+def accept_loss(config: ConfigPath) -> None:
+    """Let a node vote that came back with an empty disk, when a majority of the nodes did so at once.
+
+    The last resort: without a majority that kept its disks no leader is elected. Start the empty node once, stop it,
+    say this with its config, and start it again; for as few of them as make a majority with those that kept theirs.
+    """
+    from node import cluster_console
+
+    _operate(cluster_console.accept_loss(_loaded(config, secrets=False), typer.echo))
+
+
 @app.command()
 def settings(
     config: ConfigPath,

@@ -23,6 +23,7 @@ from replication.offline_restore import PeerSource, Source, StoreSource, stopped
 from replication.offline_restore import restore as restore_stopped
 from replication.operators import OPERATORS_PATH, STATUS_PATH, Job, JoinBody, NodeBody, PartitionBody, SettingsBody
 from replication.peers import PeerClient
+from replication.raft_journal import accept_loss as accept_loss_of
 from replication.raft_types import address_problems
 from replication.snapshot_folder import SnapshotFolder
 from replication.snapshot_store import SnapshotStore
@@ -207,6 +208,22 @@ async def _another(operator: Operator, name: str) -> str:
         raise CommandFailed(f"{name} is the last node there is; stop it and delete its data_dir instead")
     addresses = [member.peer_address for member in others]
     return operator.address if operator.address in addresses else addresses[0]
+
+
+async def accept_loss(config: Config, say: Say) -> None:
+    """Let this stopped node, whose disk was lost, vote again; see `replication.raft_journal.accept_loss`."""
+    _cluster_of(config)
+    folder = Path(config.node.data_dir) / "cluster" / "raft"
+    with stopped(folder / "lock"):
+        if not folder.exists():
+            raise CommandFailed(
+                f"{config.node.name} has no catalog in {folder} yet: start it once, stop it, say it again"
+            )
+        await asyncio.to_thread(accept_loss_of, folder)
+    say(
+        f"{config.node.name} votes with the catalog it has, once it is started; what only the lost disks had is gone. "
+        "Do this to no more nodes than it takes for a majority with those that kept their disks"
+    )
 
 
 async def settings(config: Config, changes: SettingsBody, say: Say) -> None:

@@ -2,15 +2,26 @@
 
 from __future__ import annotations
 
+import contextlib
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from urllib.error import URLError
 
+import pytest
 from cluster_support import Cluster, Load, running
-from node_support import Kafka, wait_until
+from node_support import Kafka, Node, wait_until
 
 PARTITIONS = 4
 CUSTOMERS = 50
+
+
+@pytest.fixture
+def cluster(kafka: str, tmp_path: Path, topic_names: Callable[[str], str]) -> Iterator[Cluster]:
+    broker = Kafka(kafka)
+    topic = broker.create(topic_names("events"), PARTITIONS)
+    with running(tmp_path, broker, topic, PARTITIONS, topic_names("restore")) as made:
+        yield made
 
 
 def loaded(cluster: Cluster) -> Load:
@@ -36,6 +47,41 @@ def cut_behind_snapshots(cluster: Cluster) -> dict[int, int]:
     cuts = wait_until(snapshots, "verified snapshots of owners and standbys")
     cluster.kafka.cut(f"{cluster.application}.changelog", cuts)
     return cuts
+
+
+def reason(node: Node) -> str:
+    """Why it is not ready, once it answers."""
+    with contextlib.suppress(URLError):
+        return node.unready()
+    return ""
+
+
+def test_two_of_three_disks_are_lost_and_an_operator_accepts_it(cluster: Cluster) -> None:
+    cluster.settle()
+    load = loaded(cluster)
+    members = {one["name"]: one["incarnation"] for one in cluster.status()["members"]}
+    cluster.kill()
+    empty = [cluster.nodes[name] for name in ("n2", "n3")]
+    for node in empty:
+        shutil.rmtree(node.folder / "data")
+    refused = cluster.headrace("accept-loss", at="n2", code=1)
+    assert "start it once" in refused
+    load.send(2 * CUSTOMERS)
+    for node in cluster.nodes.values():
+        node.start(wait_s_max=0)
+    for node in cluster.nodes.values():
+        wait_until(lambda node=node: "no leader" in reason(node), "it says that there is no leader")  # type: ignore[misc]
+    wait_until(lambda: (empty[0].folder / "data" / "cluster" / "raft" / "node").exists(), "its catalog is begun")
+    assert "a node runs on" in cluster.headrace("accept-loss", at="n2", code=1)
+    cluster.nodes["n2"].stop()
+    assert "n2 votes with the catalog it has" in cluster.headrace("accept-loss", at="n2")
+    cluster.start("n2")
+    cluster.settle()
+    load.check()
+    now = {one["name"]: one["incarnation"] for one in cluster.status()["members"]}
+    assert now["n1"] == members["n1"], "the catalog is that of the disk that was kept"
+    assert all(now[name] > members[name] for name in ("n2", "n3"))
+    cluster.headrace("verify")
 
 
 def test_all_disks_but_kafka_and_the_store_are_lost(
