@@ -11,9 +11,10 @@ import contextlib
 import math
 from collections import defaultdict
 from collections.abc import Awaitable, Callable, Collection, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Protocol, TypeGuard
+from typing import Any, Protocol, TypeGuard, TypeVar
 
 import structlog
 
@@ -27,6 +28,9 @@ from node.kernel.limits import (
     SNAPSHOT_PIN_MS_MAX,
     SNAPSHOT_RESTORES_MAX,
     SNAPSHOT_RETRY_MS,
+    SNAPSHOT_STORE_ASK_MS_MAX,
+    SNAPSHOT_STORE_CALLS_MAX,
+    SNAPSHOT_THREADS_MAX,
     UNUSED_MS_MAX,
 )
 from replication.catalog import Catalog
@@ -42,6 +46,7 @@ log = structlog.get_logger(__name__)
 STORE_HOLDER = "store"
 """Stands among the nodes that have a snapshot for the store by URL."""
 _NUMBER_DIGITS_MAX = 19
+_Result = TypeVar("_Result")
 
 
 class Copied(Protocol):
@@ -150,6 +155,8 @@ class Snapshots:
         self._interval = interval_seconds
         self._store = store
         self._busy: defaultdict[int, asyncio.Lock] = defaultdict(asyncio.Lock)
+        self._disk_threads = ThreadPoolExecutor(SNAPSHOT_THREADS_MAX, thread_name_prefix="snapshots")
+        self._store_threads = ThreadPoolExecutor(SNAPSHOT_STORE_CALLS_MAX, thread_name_prefix="snapshots-store")
         self._restoring = asyncio.Semaphore(SNAPSHOT_RESTORES_MAX)
         self._verified: dict[int, Snapshot] = {}
         self._looked: set[int] = set()
@@ -166,13 +173,15 @@ class Snapshots:
 
     async def open(self) -> None:
         """Remove what a crash left. Raises StoreUnavailable."""
-        await asyncio.to_thread(self._folder.open)
+        await self._at_disk(self._folder.open)
 
     def close(self) -> None:
         """Once `run` has been cancelled; transfers in threads end soon."""
         self._folder.close()
         if self._store is not None:
             self._store.close()
+        for threads in (self._disk_threads, self._store_threads):
+            threads.shutdown(wait=False, cancel_futures=True)
 
     def verified(self) -> Mapping[int, int]:
         """Partition -> changelog offset of the newest snapshot here that this process has verified."""
@@ -180,10 +189,38 @@ class Snapshots:
 
     async def stored(self, partition: int) -> int:
         """Changelog offset of the newest snapshot in the store by URL; 0: none. Raises StoreUnavailable."""
-        if self._store is None:
-            return 0
-        newest = await asyncio.to_thread(self._store.newest, partition)
+        newest = await self._newest_stored(partition)
         return 0 if newest is None else newest.changelog_offset
+
+    async def _newest_stored(self, partition: int) -> Snapshot | None:
+        """Raises StoreUnavailable."""
+        if self._store is None:
+            return None
+        try:
+            async with asyncio.timeout(SNAPSHOT_STORE_ASK_MS_MAX / 1000):
+                return await self._at_store(self._store.newest, partition)
+        except TimeoutError:
+            reason = f"{self._store.place} did not answer in {SNAPSHOT_STORE_ASK_MS_MAX} ms (SNAPSHOT_STORE_ASK_MS_MAX)"
+            raise StoreUnavailable(f"{reason}; look whether it can be reached from this node") from None
+
+    # threads of its own: a store that hangs, or a disk that is read for long, must not hold up partitions that flush
+
+    async def _at_disk(self, work: Callable[..., _Result], *arguments: Any) -> _Result:
+        return await self._at(self._disk_threads, work, *arguments)
+
+    async def _to_the_end(self, work: Callable[..., None], *arguments: Any) -> None:
+        """Waited for even when cancelled: whoever comes next finds nobody else at these files."""
+        await settled(asyncio.ensure_future(self._at_disk(work, *arguments)), lambda: None)
+
+    async def _at_store(self, work: Callable[..., _Result], *arguments: Any) -> _Result:
+        return await self._at(self._store_threads, work, *arguments)
+
+    async def _at(self, threads: ThreadPoolExecutor, work: Callable[..., _Result], *arguments: Any) -> _Result:
+        try:
+            future = asyncio.get_running_loop().run_in_executor(threads, work, *arguments)
+        except RuntimeError:
+            raise StoreUnavailable("the node stops, nothing more is done with its snapshots") from None
+        return await future
 
     # taking
 
@@ -197,7 +234,7 @@ class Snapshots:
 
     async def _look_at_all(self) -> None:
         with self._logged("look at snapshots"):
-            for partition in await asyncio.to_thread(self._folder.partitions):
+            for partition in await self._at_disk(self._folder.partitions):
                 await self._look(partition)
 
     @contextlib.contextmanager
@@ -262,10 +299,10 @@ class Snapshots:
             raise NotFound(f"partition {partition} is not open on this node; ask its owner or a standby")
         if held is not None and store.changelog_offset() <= held.changelog_offset:
             return held
-        snapshot = await asyncio.to_thread(self._folder.take, partition, store.checkpoint)
+        snapshot = await self._at_disk(self._folder.take, partition, store.checkpoint)
         await self._verify(snapshot)
         self._taken += 1
-        await asyncio.to_thread(self._folder.forget_fetched, partition)
+        await self._at_disk(self._folder.forget_fetched, partition)
         await self._prune(partition)
         log.info("snapshot taken", partition=partition, offset=snapshot.changelog_offset, bytes=snapshot.bytes)
         return snapshot
@@ -277,7 +314,7 @@ class Snapshots:
         """
         partition, offset = snapshot.partition, snapshot.changelog_offset
         try:
-            await asyncio.to_thread(self._folder.verify, snapshot, since_s)
+            await self._at_disk(self._folder.verify, snapshot, since_s)
             found = await self._sources.opened_offset(self._folder.place(partition, offset))
             if found != offset:
                 raise StateCorrupt(
@@ -286,7 +323,7 @@ class Snapshots:
         except StateCorrupt:
             if self._verified.get(partition) == snapshot:
                 del self._verified[partition]
-            await asyncio.to_thread(self._folder.remove, partition, offset)
+            await self._at_disk(self._folder.remove, partition, offset)
             raise
         held = self._verified.get(partition)
         if held is None or held.changelog_offset <= offset:
@@ -296,8 +333,8 @@ class Snapshots:
         now = self._clock.monotonic()
         self._pins = {key: until for key, until in self._pins.items() if until > now}
         pinned = {offset for number, offset in self._pins if number == partition}
-        for offset in superseded(await asyncio.to_thread(self._folder.offsets, partition), pinned):
-            await asyncio.to_thread(self._folder.remove, partition, offset)
+        for offset in superseded(await self._at_disk(self._folder.offsets, partition), pinned):
+            await self._at_disk(self._folder.remove, partition, offset)
 
     def _pin(self, snapshot: Snapshot) -> None:
         key = (snapshot.partition, snapshot.changelog_offset)
@@ -310,7 +347,7 @@ class Snapshots:
                 return
             self._looked.add(partition)
             while partition not in self._verified:
-                newest = await asyncio.to_thread(self._folder.newest, partition)
+                newest = await self._at_disk(self._folder.newest, partition)
                 if newest is None:
                     return
                 try:
@@ -330,7 +367,7 @@ class Snapshots:
             if self._cluster.name in (held.owner, *held.standbys)
         }
         known = len(self._cluster.catalog.partitions)
-        here = await asyncio.to_thread(self._folder.partitions)
+        here = await self._at_disk(self._folder.partitions)
         unused = {number for number in here if number < known} - assigned
         self._unused = {number: self._unused.get(number, now) for number in unused}
         for number, since in list(self._unused.items()):
@@ -340,7 +377,7 @@ class Snapshots:
             async with self._busy[number]:
                 if await self.may_forget(number):
                     self._verified.pop(number, None)
-                    await asyncio.to_thread(self._folder.forget, number)
+                    await self._at_disk(self._folder.forget, number)
 
     async def may_forget(self, partition: int) -> bool:
         """Whether this node, no replica of the partition any more, may delete what it has of it: see `retention`.
@@ -381,16 +418,14 @@ class Snapshots:
     async def _upload(self, store: SnapshotStore, snapshot: Snapshot) -> None:
         """Its folder may go meanwhile only if this takes longer than a peer may take for one file."""
         partition, offset = snapshot.partition, snapshot.changelog_offset
-        uploading = asyncio.ensure_future(
-            asyncio.to_thread(store.upload, snapshot, self._folder.place(partition, offset))
-        )
+        uploading = asyncio.ensure_future(self._at_store(store.upload, snapshot, self._folder.place(partition, offset)))
         try:
             while not uploading.done():
                 self._pin(snapshot)
                 await asyncio.wait({uploading}, timeout=SNAPSHOT_PIN_MS_MAX / 4000)
             uploading.result()
             self._uploaded[partition] = offset
-            await asyncio.to_thread(store.collect, partition)
+            await self._at_store(store.collect, partition)
             log.info("snapshot uploaded", partition=partition, offset=offset, place=store.place)
         except HeadraceError as failure:
             self._upload_due[partition] = self._clock.monotonic() + SNAPSHOT_RETRY_MS / 1000
@@ -416,7 +451,7 @@ class Snapshots:
                 if taken is None:
                     return False
                 found, fetched, source = taken
-            await _to_the_end(self._folder.link, found, folder)
+            await self._to_the_end(self._folder.link, found, folder)
             told = Restored(source, found.changelog_offset, found.bytes, fetched, self._clock.monotonic() - started)
             self._restored[partition] = told
             log.info("snapshot restored", partition=partition, source=source, offset=told.changelog_offset,
@@ -426,11 +461,11 @@ class Snapshots:
     async def _own(self, partition: int, start: int, end: int) -> Snapshot | None:
         """The newest on this disk that is of use, read again: what it shares with a damaged store may be damaged."""
         since_s = self._clock.monotonic()
-        for offset in reversed(await asyncio.to_thread(self._folder.offsets, partition)):
+        for offset in reversed(await self._at_disk(self._folder.offsets, partition)):
             if not start <= offset <= end:
                 continue
             try:
-                snapshot = await asyncio.to_thread(self._folder.read, partition, offset)
+                snapshot = await self._at_disk(self._folder.read, partition, offset)
                 await self._verify(snapshot, since_s)
             except (StateCorrupt, NotFound) as failure:
                 log.error("damaged snapshot not used", partition=partition, reason=str(failure))
@@ -475,10 +510,8 @@ class Snapshots:
 
     async def _in_store(self, partition: int, start: int) -> _Source | None:
         """The newest in the store by URL. Raises StoreUnavailable when the changelog does not have all by itself."""
-        if self._store is None:
-            return None
         try:
-            snapshot = await asyncio.to_thread(self._store.newest, partition)
+            snapshot = await self._newest_stored(partition)
         except StoreUnavailable as failure:
             if start:
                 raise
@@ -499,7 +532,7 @@ class Snapshots:
     async def _fetch(self, source: _Source) -> int:
         """Make the snapshot one of this node's own; the bytes that were not here yet."""
         snapshot = source.snapshot
-        wanted = await asyncio.to_thread(self._folder.wanted, snapshot)
+        wanted = await self._at_disk(self._folder.wanted, snapshot)
         slots = asyncio.Semaphore(SNAPSHOT_FETCHES_MAX)
 
         async def fetch(file: SnapshotFile) -> None:
@@ -513,7 +546,7 @@ class Snapshots:
         except BaseExceptionGroup as failures:
             log.warning("snapshot not fetched", source=source.name, reason=str(failures.exceptions[0]))
             raise failures.exceptions[0] from None
-        await _to_the_end(self._folder.adopt, snapshot)
+        await self._to_the_end(self._folder.adopt, snapshot)
         self._verified[snapshot.partition] = snapshot
         self._looked.add(snapshot.partition)
         await self._prune(snapshot.partition)
@@ -526,8 +559,8 @@ class Snapshots:
             path = f"/peer/snapshots/{snapshot.partition}/{snapshot.changelog_offset}/{file.sha256}"
             await self._client.fetch(source.address, path, target, file.bytes, file.sha256, sync=False)
         elif self._store is not None:
-            await asyncio.to_thread(self._store.fetch, snapshot, file, target)
-        await asyncio.to_thread(self._folder.arrived, snapshot.partition, file.sha256)
+            await self._at_store(self._store.fetch, snapshot, file, target)
+        await self._at_disk(self._folder.arrived, snapshot.partition, file.sha256)
 
     # operators and peers
 
@@ -546,9 +579,9 @@ class Snapshots:
         """Read every file of the snapshots here again; a damaged one is removed, named, and a new one is due."""
         async with self._busy[partition]:
             right, damaged, since_s = [], [], self._clock.monotonic()
-            for offset in await asyncio.to_thread(self._folder.offsets, partition):
+            for offset in await self._at_disk(self._folder.offsets, partition):
                 try:
-                    await self._verify(await asyncio.to_thread(self._folder.read, partition, offset), since_s)
+                    await self._verify(await self._at_disk(self._folder.read, partition, offset), since_s)
                     right.append(offset)
                 except StateCorrupt as failure:
                     damaged.append(str(failure))
@@ -574,7 +607,7 @@ class Snapshots:
         partition, offset = number_of(call, "partition"), number_of(call, "offset")
         held = self._verified.get(partition)
         if held is None or held.changelog_offset != offset:
-            held = await asyncio.to_thread(self._folder.read, partition, offset)
+            held = await self._at_disk(self._folder.read, partition, offset)
         self._pin(held)
         return PeerReply(file=self._folder.path(held, call.variables["sha256"]))
 
@@ -603,8 +636,3 @@ def number_of(call: PeerCall, name: str) -> int:
     if not (text.isascii() and text.isdecimal() and len(text) <= _NUMBER_DIGITS_MAX):
         raise NotFound(f"{name} {text[:40]!r} is no number")
     return int(text)
-
-
-async def _to_the_end(work: Callable[..., None], *arguments: object) -> None:
-    """In a thread, and waited for even when cancelled: whoever comes next finds nobody else at these files."""
-    await settled(asyncio.ensure_future(asyncio.to_thread(work, *arguments)), lambda: None)

@@ -255,6 +255,10 @@ SNAPSHOT_ATTEMPTS_MAX = 8
 """Snapshots tried in one restore: one may be damaged or removed, or its node go, while it is being fetched."""
 SNAPSHOT_RESTORES_MAX = 8
 """Partitions of a node restored at once; others wait. Each asks every other node, at most PEER_ASKS_MAX in all."""
+SNAPSHOT_STORE_CALLS_MAX = 8
+"""Calls of the store by URL at once, each by a thread: of several restores, an upload, and what is asked of it."""
+SNAPSHOT_STORE_ASK_MS_MAX = 60_000
+"""How long the store by URL may take to say what it has; a driver may take longer to give up by itself."""
 SNAPSHOT_UPLOAD_MS_MAX = 30 * 60 * 1000
 """Of one snapshot, then it is given up and tried again; what was uploaded meanwhile is found there."""
 SNAPSHOT_STORE_KEPT_MS_MIN = 3 * SNAPSHOT_UPLOAD_MS_MAX

@@ -317,6 +317,28 @@ async def test_a_copy_that_the_changelog_was_cut_behind_is_kept_until_enough_oth
     assert not await left.snapshots.may_forget(0), "it does not answer"
 
 
+async def test_a_store_by_url_that_hangs_holds_up_nothing_else(nodes: Nodes, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Partitions flush on the loop's own few threads; whoever asks the store is told after a while."""
+    monkeypatch.setattr("replication.snapshots.SNAPSHOT_STORE_ASK_MS_MAX", 100)
+    node = await nodes.start("a", f"file://{nodes.path}/remote")
+    agree([node], partitions=40)
+    going_on = threading.Event()
+    assert node.snapshots._store is not None
+    monkeypatch.setattr(node.snapshots._store._files, "ls", lambda *_, **__: going_on.wait() and [])
+    node.bounds = (1, 100)
+    try:
+        async with asyncio.timeout(20):
+            asking = [*map(node.snapshots.stored, range(40)), node.snapshots.restore(0, node.path / "store-0")]
+            told = await asyncio.gather(*asking, return_exceptions=True)
+            assert {type(one) for one in told} == {StoreUnavailable}
+            assert await asyncio.to_thread(lambda: "flushed") == "flushed"
+            node.snapshots.close()
+            with pytest.raises(StoreUnavailable, match="stops"):
+                await node.snapshots.restore(0, node.path / "store-0")
+    finally:
+        going_on.set()
+
+
 @pytest.mark.parametrize("path", ["x", "-1", "1" * 20, "0/5/" + "0" * 64, "0/10/" + "0" * 64, "0/10/.."])
 async def test_peers_get_nothing_but_files_of_snapshots(nodes: Nodes, path: str) -> None:
     there, here = await nodes.start("a"), await nodes.start("b")
