@@ -196,11 +196,6 @@ class Clustering:
         """`node.state.folder.Restore`: a snapshot in place of what is in the folder; False if there is none."""
         return await self._snapshots.restore(partition, folder)
 
-    def unready(self) -> list[str]:
-        if self.cluster.ready:
-            return []
-        return ["the cluster has no leader that this node can hear, or has not taken it in yet: see /v1/cluster"]
-
     def _changed(self) -> None:
         self._agreed(agreed_models(self.cluster.catalog, self.cluster.name))
         if self._replicas is not None:
