@@ -241,9 +241,13 @@ def settings(
     The config of its first node gave them; from then on they are changed here, while the nodes run.
     """
     from node import cluster_console
-    from replication.operators import SettingsBody
 
-    changes = SettingsBody(standbys, snapshot_holders_min, moves_max, builds_max)
+    changes = {
+        "standbys": standbys,
+        "snapshot_holders_min": snapshot_holders_min,
+        "moves_max": moves_max,
+        "builds_max": builds_max,
+    }
     _operate(cluster_console.settings(_loaded(config), changes, typer.echo))
 
 

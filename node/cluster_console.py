@@ -226,11 +226,12 @@ async def accept_loss(config: Config, say: Say) -> None:
     )
 
 
-async def settings(config: Config, changes: SettingsBody, say: Say) -> None:
-    """Set what is given, for the whole cluster; a line for each setting as it is then."""
+async def settings(config: Config, changes: Mapping[str, int | None], say: Say) -> None:
+    """Set what is given and not None, for the whole cluster; a line for each setting as it is then."""
+    body = SettingsBody(**changes)
     async with operating(config) as operator:
-        if changes != SettingsBody():
-            await operator.post(operator.address, "settings", changes)
+        if body != SettingsBody():
+            await operator.post(operator.address, "settings", body)
         for name, value in msgspec.structs.asdict((await operator.status()).settings).items():
             say(f"{name} = {value}")
 
