@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import contextlib
-import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from urllib.error import URLError
 
 import pytest
-from cluster_support import Cluster, Load, running
+from cluster_support import Cluster, Load, lose_disk, running
 from node_support import Kafka, Node, wait_until
 
 PARTITIONS = 4
@@ -63,7 +62,7 @@ def test_two_of_three_disks_are_lost_and_an_operator_accepts_it(cluster: Cluster
     cluster.kill()
     empty = [cluster.nodes[name] for name in ("n2", "n3")]
     for node in empty:
-        shutil.rmtree(node.folder / "data")
+        lose_disk(node)
     refused = cluster.headrace("accept-loss", at="n2", code=1)
     assert "start it once" in refused
     load.send(2 * CUSTOMERS)
@@ -105,7 +104,7 @@ def test_all_disks_but_kafka_and_the_store_are_lost(
         wait_until(stored, "snapshots in the store")
         cluster.kill()
         for node in cluster.nodes.values():
-            shutil.rmtree(node.folder / "data")
+            lose_disk(node)
         load.send(2 * CUSTOMERS)
         cluster.start()
         cluster.settle()

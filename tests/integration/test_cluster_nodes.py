@@ -6,13 +6,12 @@ Whatever happens, each event ends in exactly one inference, the right one, and c
 from __future__ import annotations
 
 import os
-import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
-from cluster_support import Cluster, Load, running, serves
+from cluster_support import Cluster, Load, lose_disk, running, serves
 from node_support import Kafka, drop, linear, status_file, wait_until
 
 PARTITIONS = 4
@@ -131,7 +130,7 @@ def test_a_lost_disk_and_all_nodes_killed_at_once(cluster: Cluster) -> None:
         lost = cluster.settle()[2]
         incarnation = member(cluster, lost)["incarnation"]
         cluster.nodes[lost].kill()
-        shutil.rmtree(cluster.nodes[lost].folder / "data")
+        lose_disk(cluster.nodes[lost])
         cluster.start(lost)
         wait_until(lambda: member(cluster, lost).get("incarnation", 0) > incarnation, "joins as a new incarnation")
         cluster.settle()

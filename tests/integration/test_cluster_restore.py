@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import json
-import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
-from cluster_support import Cluster, Load, running
+from cluster_support import Cluster, Load, lose_disk, running
 from node_support import Kafka, wait_until
 
 from replication.cutter import Changelogs
@@ -72,7 +71,7 @@ def test_a_disk_that_is_lost_after_the_changelog_was_cut_comes_back_from_snapsho
         held = {number for number in starts if lost in {one["node"] for one in replicas(cluster, number)}}
         assert not restored(cluster, lost)
         cluster.nodes[lost].kill()
-        shutil.rmtree(cluster.nodes[lost].folder / "data")
+        lose_disk(cluster.nodes[lost])
         cluster.start(lost)
         wait_until(lambda: held <= restored(cluster, lost).keys(), "restored from snapshots")
         cluster.settle()
