@@ -51,8 +51,7 @@ from replication.rollout import rollout
 
 log = structlog.get_logger(__name__)
 
-_PLAN_S = 0.1
-"""How often a leader looks whether a lease has run out: half of it is added to every takeover."""
+_PLAN_S = 0.2
 _RETRY_S = 1.0
 _LEAVE_S = 0.1
 _REFUSALS = (ClusterUnavailable, PeerRefused, BoundExceeded)
@@ -430,9 +429,16 @@ class Cluster:
 
     async def _lead(self) -> None:
         while True:
-            await _pause(self._plan_now, _PLAN_S if self.leads else None)
+            await _pause(self._plan_now, self._next_look_s() if self.leads else None)
             if self.leads:
                 await self._propose_all(self._plan())
+
+    def _next_look_s(self) -> float:
+        """Until a node's lease will surely have run out, if it is not heard of: looking later delays its takeover."""
+        wait_ms = takeover_wait_ms(self.catalog.settings.lease_ms, self.settings.plan)
+        now_ms, heard = self.now_ms(), self.reports().nodes
+        left_ms = [heard[name].heard_ms + wait_ms - now_ms for name in self.catalog.nodes if name in heard]
+        return min([_PLAN_S, *((left + 1) / 1000 for left in left_ms if left >= 0)])
 
     def _plan(self) -> Sequence[Command]:
         """What is to be done next; nothing at next to no cost when nothing changed since that was the answer."""
