@@ -12,6 +12,7 @@ import sim_models
 import sim_node
 import sim_session
 from sim_broker import PartitionLog, Transaction
+from sim_checks import InvariantBroken
 from sim_node import SimNode
 from sim_session import Replica, Session
 from sim_world import simulate
@@ -343,11 +344,11 @@ MUTATIONS = (
 
 
 def seeds_until_caught(mutation: Mutation, steps: int, seeds_max: int) -> tuple[int, str] | None:
-    """How many seeds it takes, and what breaks; None: nothing does."""
+    """How many seeds it takes, and what breaks; None: nothing does. A mistake that can't be made raises."""
     with mutation.made():
         for seed in range(seeds_max):
             try:
                 simulate(seed, steps)
-            except Exception as failure:
-                return seed + 1, str(failure).partition("\n")[0] or type(failure).__name__
+            except InvariantBroken as broken:
+                return seed + 1, str(broken).partition("\n")[0]
     return None
