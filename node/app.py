@@ -300,7 +300,7 @@ def _tenant_service(
         sandbox=SandboxSettings(
             required=frozenset(tenants.sandbox_required),
             libraries=frozenset(tenants.allow),
-            extra_globals=tuple(tenants.allow_globals),
+            extra_globals=tuple(map(allowlist_line, tenants.allow_globals)),
         ),
         versions=data / "versions",
         parallel=tenants.workers_parallel or max(1, (os.cpu_count() or 2) - 1),
@@ -308,6 +308,11 @@ def _tenant_service(
     )
     kept = Blobs(blobs.put, blobs.get, blobs.names, blobs.delete)
     return TenantService(settings, config.schema(), kept, clock, supervisor, publish)
+
+
+def allowlist_line(name: str) -> str:
+    """A dotted name of the config as the list of allowed globals has it: `package.module Name`."""
+    return " ".join(name.rpartition(".")[::2])
 
 
 def row_refusal(plan: FeaturePlan) -> str:
