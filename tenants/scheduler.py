@@ -6,8 +6,8 @@ virtual time that rises by (CPU seconds used / weight); the waiting tenant whose
 A tenant's flows, one for each model and priority, share its time in the same way.
 
 Costs are unknown before a batch has run (the problem of 2DFQ, Mace et al., SIGCOMM 2016). A tenant has one worker,
-hence at most one running batch, so its virtual time moves once a batch, by what was measured: estimates decide only how
-many rows make a batch, never who goes next, and a wrong one can't shift shares.
+hence at most one running batch, so its virtual time moves once a batch, by what was measured: estimates decide how
+many rows make a batch and whether it is short, and a wrong one can't shift shares.
 """
 
 from __future__ import annotations
@@ -25,6 +25,8 @@ from tenants.cost import CostEstimate
 CHARGE_SECONDS_MIN = 20e-6
 """A batch is charged at least this, so that nothing runs for nothing, whatever was measured."""
 CREDIT_BATCHES_MAX = 2
+SHORT_QUANTUM_SHARE = 0.25
+"""A batch that is estimated to cost at most this part of a quantum is short."""
 COSTLIEST_DECAY = 0.995
 """Of the costliest recent batch, with each later one."""
 URGENT = 0
@@ -54,6 +56,8 @@ class Dispatch:
     rows: int
     seconds_estimated: float
     whole: bool = False
+    short: bool = False
+    """It was started beside what runs in the slots."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -151,6 +155,9 @@ class _Running:
     tenant: _Tenant
     model: _Model
     flow: _Flow
+    beside: bool = False
+    """It is the short batch that runs beside the slots."""
+    lent: bool = False
 
 
 _virtual = attrgetter("virtual")
@@ -168,6 +175,14 @@ class Scheduler:
     a quantum) and forgiven beyond, so that it can't lock others out later; counting what was forgiven as served, the
     bound then holds with that credit, divided by its weight, added for each of the two.
 
+    **Short batches.** With `short_beside`, one short batch at a time may start while all slots are taken, if its tenant
+    is then, by estimate, less than a quantum ahead of the batch that was started last: a light tenant doesn't wait for
+    the end of a heavy one's batch, nor for one that never ends. That is a quantum of credit at most, which adds
+    (quantum / weight) to the bound for whichever tenant is ahead.
+
+    **Lending.** A batch that holds its slot without computing (it sleeps) can be made to lend it to others, see
+    `overrun`. Then as many batches compute at once as there are slots; a tenant that lends falls behind as with more.
+
     **Work-conserving.** `next` returns a batch whenever a slot is free and some tenant that isn't blocked or
     running has rows of a model that isn't blocked.
 
@@ -176,13 +191,21 @@ class Scheduler:
     """
 
     def __init__(
-        self, parallel: int, quantum_seconds: float = 0.010, batch_rows_max: int = limits.SEQUENCE_CHUNK_ROWS_MAX
+        self,
+        parallel: int,
+        quantum_seconds: float = 0.010,
+        batch_rows_max: int = limits.SEQUENCE_CHUNK_ROWS_MAX,
+        *,
+        short_beside: bool = False,
     ) -> None:
         if parallel < 1 or not quantum_seconds > 0 or batch_rows_max < 1:
             raise ValueError("a scheduler needs at least one slot, a quantum above 0 and batches of at least one row")
         self.parallel = parallel
         self.quantum_seconds = quantum_seconds
         self.batch_rows_max = batch_rows_max
+        self._short_seconds_max = quantum_seconds * SHORT_QUANTUM_SHARE if short_beside else 0.0
+        self._slots_taken = 0
+        self._short_runs = False
         self._tenants: dict[str, _Tenant] = {}
         self._ready: dict[str, _Tenant] = {}
         self._running: dict[int, _Running] = {}
@@ -317,11 +340,34 @@ class Scheduler:
 
     def next(self) -> Dispatch | None:
         """The next batch to start, or None when no slot is free or nothing may run."""
-        if len(self._running) >= self.parallel or not self._ready:
+        if not self._ready:
             return None
-        tenant = min(self._ready.values(), key=_virtual)
+        if self._slots_taken < self.parallel:
+            tenant = min(self._ready.values(), key=_virtual)
+            self._virtual = max(self._virtual, tenant.virtual)
+            self._slots_taken += 1
+            return self._start(tenant, short=False)
+        if not self._short_seconds_max or self._short_runs:
+            return None
+        beside = min(filter(self._may_run_beside, self._ready.values()), key=_virtual, default=None)
+        if beside is None:
+            return None
+        self._short_runs = True
+        return self._start(beside, short=True)
+
+    def _may_run_beside(self, tenant: _Tenant) -> bool:
         flow = min(tenant.ready.values(), key=_virtual)
-        self._virtual = max(self._virtual, tenant.virtual)
+        cost, head = flow.model.cost, flow.entries[0]
+        if flow.priority != URGENT or cost.calls == 0:
+            return False
+        seconds = cost.seconds(
+            head.stop - head.start if head.whole else min(flow.model.rows_queued, self._wanted(flow))
+        )
+        ahead = tenant.virtual - self._virtual
+        return seconds <= self._short_seconds_max and ahead * tenant.weight + seconds <= self.quantum_seconds
+
+    def _start(self, tenant: _Tenant, *, short: bool) -> Dispatch:
+        flow = min(tenant.ready.values(), key=_virtual)
         tenant.flows_virtual = max(tenant.flows_virtual, flow.virtual)
         model = flow.model
         whole = flow.entries[0].whole
@@ -332,12 +378,24 @@ class Scheduler:
             del tenant.ready[model.name, flow.priority]
         self._number += 1
         dispatch = Dispatch(
-            self._number, tenant.name, model.name, flow.priority, parts, rows, model.cost.seconds(rows), whole
+            self._number, tenant.name, model.name, flow.priority, parts, rows, model.cost.seconds(rows), whole, short
         )
-        self._running[dispatch.number] = _Running(dispatch, tenant, model, flow)
+        self._running[dispatch.number] = _Running(dispatch, tenant, model, flow, short)
         tenant.running += 1
         del self._ready[tenant.name]
         return dispatch
+
+    def overrun(self, dispatch: Dispatch, computing: bool) -> None:
+        """The batch takes longer than usual. While it isn't computing it lends its slot to others; once it is again,
+        that is one slot too many until another batch ends. If it was a short one, the next short one may start."""
+        running = self._running.get(dispatch.number)
+        if running is None:
+            return
+        if running.beside:
+            running.beside, running.lent, self._short_runs = False, True, False
+        if running.lent == computing:
+            running.lent = not computing
+            self._slots_taken += 1 if computing else -1
 
     def complete(
         self, dispatch: Dispatch, cpu_seconds: float, rows_done: int | None = None, *, learn: bool = True
@@ -348,6 +406,10 @@ class Scheduler:
         """
         running = self._running.pop(dispatch.number)
         tenant, model, flow = running.tenant, running.model, running.flow
+        if running.beside:
+            self._short_runs = False
+        elif not running.lent:
+            self._slots_taken -= 1
         done = dispatch.rows if rows_done is None else rows_done
         charge = max(cpu_seconds, CHARGE_SECONDS_MIN) if math.isfinite(cpu_seconds) else CHARGE_SECONDS_MIN
         if learn and done == dispatch.rows:
@@ -421,13 +483,17 @@ class Scheduler:
         tenant.cpu_seconds += seconds
         tenant.virtual += seconds / tenant.weight
 
+    def _wanted(self, flow: _Flow) -> int:
+        model = flow.model
+        return model.cost.rows_within(self.quantum_seconds, model.call_seconds_max, self.batch_rows_max)
+
     def _take(self, flow: _Flow) -> tuple[tuple[Part, ...], int]:
         """Parts for one batch of about a quantum: small tickets together, a large one split."""
-        model, entries = flow.model, flow.entries
+        entries = flow.entries
         if entries[0].whole:
             entry = entries.popleft()
             return (Part(entry.ticket, entry.start, entry.stop),), entry.stop - entry.start
-        wanted = model.cost.rows_within(self.quantum_seconds, model.call_seconds_max, self.batch_rows_max)
+        wanted = self._wanted(flow)
         parts: list[Part] = []
         rows = 0
         while rows < wanted and entries and not entries[0].whole:
