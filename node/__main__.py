@@ -122,6 +122,48 @@ def models(url: Url = NODE_URL, as_json: AsJson = False) -> None:
 
 
 @app.command()
+def tenant_log(
+    tenant: Annotated[str, typer.Argument(metavar="TENANT", help="Its name.")],
+    url: Url = NODE_URL,
+    as_json: AsJson = False,
+) -> None:
+    """Show what a tenant's models printed lately, on a running node."""
+    from urllib.parse import quote
+
+    from node import console
+
+    path = f"/v1/tenants/{quote(tenant, safe='')}/log"
+    try:
+        if as_json:
+            typer.echo(console.fetch(url, path))
+        else:
+            console.show(*console.log_view(console.fetch_object(url, path)))
+    except HeadraceError as error:
+        _fail(str(error))
+
+
+@app.command()
+def sandbox_report(config: ConfigPath, as_json: AsJson = False) -> None:
+    """Show which layers of the sandbox would hold a worker in, started from here.
+
+    By a worker that is started as the node starts them and thrown away. Exits 1 if a layer that [tenants]
+    sandbox_required demands is missing. A control group is there only if this is run in one of its own, as systemd
+    gives the node: what a running node found is in its `status --json`.
+    """
+    from node import console
+    from node.app import sandbox_report as probe
+
+    settings = _loaded(config)
+    report = _operate(probe(settings))
+    if as_json:
+        typer.echo(console.as_json(report))
+    else:
+        console.show(*console.sandbox_view(report))
+    if report["lacking"]:
+        raise typer.Exit(1)
+
+
+@app.command()
 def drain(node: NodeName, config: ConfigPath, wait: Wait = False, wait_s: WaitSeconds = WAIT_S) -> None:
     """Move all that a node owns to others.
 

@@ -34,7 +34,7 @@ from node.partition import Partition, unguarded
 from node.partitions import Partitions
 from node.replicas import Replicas
 from node.serving.server import HttpServer
-from node.serving.view import ModelCost, ModelInfo, TenantStatus
+from node.serving.view import MemoryStatus, ModelCost, ModelInfo, PrintedLine, SandboxStatus, TenantLog, TenantStatus
 from node.session import ChangelogReader, PartitionSession, Parts, open_session
 from node.state.folder import StateFolder, StateFolders
 from node.state.layout import Layout
@@ -45,14 +45,16 @@ from replication.blobs import BlobStore
 from replication.changelog import Changelog
 from replication.frame import encode_frame
 from tenants.agreement import ModelPublisher
+from tenants.cgroups import ControlGroups
 from tenants.expression import evaluate_profile
 from tenants.lineage import event_features
 from tenants.manifest import TenantCaps
 from tenants.pool import VersionStatistics
 from tenants.registry import Entry
-from tenants.sandbox import SandboxSettings
+from tenants.sandbox import SandboxReport, SandboxSettings
 from tenants.service import ServiceSettings, TenantService
 from tenants.watch import Blobs, WatchSettings
+from tenants.workers import WarmServer, WorkerStatistics
 
 log = structlog.get_logger(__name__)
 
@@ -236,6 +238,16 @@ class Tenants:
             info for _, entry in sorted(self._service.watcher.snapshot.models.items()) for info in _infos(entry, costs)
         ]
 
+    def sandbox(self) -> SandboxStatus:
+        return sandbox_status(self._service.sandbox)
+
+    def printed(self, tenant: str, after: int) -> TenantLog:
+        found = self._service.printed(tenant, after)
+        lines = [
+            PrintedLine(number=line.number, time_ms=line.time_ms, pid=line.pid, text=line.text) for line in found.lines
+        ]
+        return TenantLog(tenant=tenant, lines=lines, dropped=found.dropped)
+
     def tenants(self) -> list[TenantStatus]:
         pool = self._service.statistics().pool
         total = sum(tenant.cpu_seconds for tenant in pool.tenants)
@@ -249,9 +261,24 @@ class Tenants:
                 rows_queued=sum(version.rows_queued for version in tenant.versions),
                 restarts=tenant.restarts,
                 worker="running" if tenant.worker else tenant.last_error or "starting",
+                memory=_memory(tenant.worker),
+                sandbox=None if tenant.worker is None else sandbox_status(tenant.worker.sandbox),
             )
             for tenant in pool.tenants
         ]
+
+
+def _memory(worker: WorkerStatistics | None) -> MemoryStatus | None:
+    if worker is None or worker.memory is None:
+        return None
+    use = worker.memory
+    return MemoryStatus(
+        own_bytes=use.own_bytes, shared_bytes=use.shared_bytes, proportional_bytes=use.proportional_bytes
+    )
+
+
+def sandbox_status(report: SandboxReport) -> SandboxStatus:
+    return SandboxStatus(layers=list(report.layers), missing=dict(report.missing))
 
 
 def _cost(version: VersionStatistics) -> ModelCost:
@@ -300,7 +327,7 @@ def _tenant_service(
         sandbox=SandboxSettings(
             required=frozenset(tenants.sandbox_required),
             libraries=frozenset(tenants.allow),
-            extra_globals=tuple(tenants.allow_globals),
+            extra_globals=tuple(allowed_global(name) for name in tenants.allow_globals),
         ),
         versions=data / "versions",
         parallel=tenants.workers_parallel or max(1, (os.cpu_count() or 2) - 1),
@@ -308,6 +335,27 @@ def _tenant_service(
     )
     kept = Blobs(blobs.put, blobs.get, blobs.names, blobs.delete)
     return TenantService(settings, config.schema(), kept, clock, supervisor, publish)
+
+
+def allowed_global(dotted: str) -> str:
+    """A line of the workers' list of globals; what an operator adds may be called too."""
+    module, _, name = dotted.rpartition(".")
+    return f"{module} {name} call"
+
+
+async def sandbox_report(config: Config) -> dict[str, object]:
+    """The sandbox of a worker started from this process: `layers`, `missing` with reasons, `required`, and `lacking`:
+    what is required and missing. Raises WorkerLost."""
+    settings = SandboxSettings(required=frozenset())
+    server = WarmServer(settings, SystemClock(), ControlGroups.of_this_process())
+    try:
+        await server.start()
+        report = await server.probe()
+    finally:
+        await server.stop()
+    required = sorted(set(config.tenants.sandbox_required))
+    lacking = [layer for layer in required if layer not in report.layers]
+    return {"layers": report.layers, "missing": report.missing, "required": required, "lacking": lacking}
 
 
 def row_refusal(plan: FeaturePlan) -> str:

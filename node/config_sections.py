@@ -32,7 +32,7 @@ FilePath: TypeAlias = Annotated[str, Meta(pattern=r"^[^\x00-\x1f\x7f]{1,4096}\Z"
 Text: TypeAlias = Annotated[str, Meta(pattern=r"^[^\x00-\x1f\x7f]{0,1024}\Z")]
 DottedName: TypeAlias = Annotated[str, Meta(pattern=r"^[A-Za-z_][\w.]*\.[A-Za-z_]\w*\Z")]
 EventTypeText: TypeAlias = Annotated[str, Meta(min_length=1, max_length=limits.EVENT_TYPE_BYTES_MAX)]
-SandboxLayer: TypeAlias = Literal["landlock", "seccomp", "rlimits", "uid", "cgroup"]
+SandboxLayer: TypeAlias = Literal["cgroup", "resource_limits", "own_user", "no_new_privileges", "landlock", "seccomp"]
 
 PATTERN_WORDS = {
     get_args(alias)[1].pattern: words
@@ -342,7 +342,10 @@ class TenantsSection(Section, frozen=True):
     ] = ()
     sandbox_required: Annotated[
         tuple[SandboxLayer, ...],
-        Meta(description="Start only if these layers work here; otherwise a missing one is a warning."),
+        Meta(
+            description="Start only if these layers work here; otherwise a missing one is a warning. "
+            "`headrace sandbox-report` says which do."
+        ),
     ] = ()
 
 

@@ -10,6 +10,7 @@ import http.client
 import urllib.error
 import urllib.request
 from collections.abc import Iterable, Mapping
+from datetime import UTC, datetime
 from http import HTTPStatus
 from typing import Any
 
@@ -183,6 +184,29 @@ def _why(partition: Mapping[str, Any]) -> str:
     if not move:
         return reason
     return f"{reason}; since {_count(move.get('since_ms'))} ms, waits for {_text(move.get('waits_for'))}"
+
+
+def log_view(answer: Mapping[str, Any]) -> list[RenderableType]:
+    """Tenants' text: each line escaped, so that it can't move a terminal's cursor or look like another line."""
+    lines: list[RenderableType] = []
+    if dropped := answer.get("dropped"):
+        lines.append(Text(f"{_count(dropped)} older lines are gone", style="yellow"))
+    for line in answer.get("lines", ()):
+        seconds = line.get("time_ms", 0) / 1000
+        stamp = datetime.fromtimestamp(seconds, UTC).strftime("%Y-%m-%d %H:%M:%S")
+        lines.append(Text(f"{stamp} {line.get('pid')}  {_text(line.get('text'))}"))
+    return lines or [Text("nothing was printed")]
+
+
+def sandbox_view(report: Mapping[str, Any]) -> list[RenderableType]:
+    required = set(report.get("required", ()))
+    table = _table("layer", "in force", "required", "why not", right=())
+    missing: Mapping[str, str] = report.get("missing", {})
+    for layer in (*report.get("layers", ()), *missing):
+        in_force = layer not in missing
+        _add(table, layer, "yes" if in_force else "no", "yes" if layer in required else "", missing.get(layer))
+    lacking = ", ".join(report.get("lacking", ()))
+    return [table, Text(f"missing and required: {lacking}", style="red")] if lacking else [table]
 
 
 def models_view(answer: Mapping[str, Any]) -> list[RenderableType]:

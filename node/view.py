@@ -21,6 +21,8 @@ from node.serving.view import (
     ModelInfo,
     NodeStatus,
     PartitionStatus,
+    SandboxStatus,
+    TenantLog,
     TenantStatus,
 )
 from node.session import PartitionSession
@@ -65,6 +67,10 @@ class TenantView(Protocol):
 
     def tenants(self) -> Sequence[TenantStatus]: ...
 
+    def sandbox(self) -> SandboxStatus: ...
+
+    def printed(self, tenant: str, after: int) -> TenantLog: ...
+
     def event_features(self, name: ModelName) -> frozenset[str]: ...
 
 
@@ -101,6 +107,7 @@ class LocalView:
             delivery="at_least_once" if weakest else "exactly_once",
             partitions=partitions,
             tenants=list(self._tenants.tenants()),
+            sandbox=self._tenants.sandbox(),
             tasks=list(self._supervisor.statistics()["tasks"]),  # type: ignore[call-overload]
         )
 
@@ -109,6 +116,9 @@ class LocalView:
 
     def models(self) -> Sequence[ModelInfo]:
         return self._tenants.models()
+
+    def printed(self, tenant: str, after: int) -> TenantLog:
+        return self._tenants.printed(tenant, after)
 
     async def customer(self, customer: str, at: AsOf) -> CustomerState:
         return await self._reads.customer(customer, at)

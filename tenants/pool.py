@@ -28,6 +28,7 @@ from tenants.batch import Batch, Piece, Submission
 from tenants.cost import CostEstimate
 from tenants.isolation import Isolation, first_pieces, halves
 from tenants.manifest import TenantSettings
+from tenants.memory import keep_measured
 from tenants.registry import Action, ConfigureTenant, GoLive, RemoveTenant, Retire
 from tenants.scheduler import URGENT, Dispatch, Scheduler, SchedulerStatistics
 from tenants.workers import LoadReport, WarmServer, WorkerProcess, WorkerStatistics
@@ -196,6 +197,8 @@ class ModelPool:
             return
         tenant.settings = settings
         self._scheduler.set_weight(settings.tenant, settings.weight)
+        if tenant.worker is not None:
+            self._server.set_weight(tenant.worker, settings.weight)
 
     def admit(self, version: ModelVersion, text_features: tuple[str, ...] = ()) -> None:
         """Load a version before rows come for it; without it, the first submission does."""
@@ -241,6 +244,10 @@ class ModelPool:
             for ticket in self._scheduler.remove_tenant(name):
                 self._abandon(ticket, "")
             await self._close(removed)
+
+    async def keep_measured(self) -> None:
+        """Measure the memory of the workers, for ever."""
+        await keep_measured(lambda: (tenant.worker for tenant in self._tenants.values() if tenant.worker is not None))
 
     def statistics(self) -> PoolStatistics:
         shares = self._scheduler.statistics()
@@ -358,7 +365,8 @@ class ModelPool:
         if tenant.backoff_ms:
             await asyncio.sleep(tenant.backoff_ms / 1000)
         try:
-            worker = await self._server.spawn(tenant.name, tenant.settings.memory_mb * limits.MIB)
+            settings = tenant.settings
+            worker = await self._server.spawn(tenant.name, settings.memory_mb * limits.MIB, settings.weight)
         except WorkerLost as error:
             self._back_off(tenant, str(error))
             return

@@ -2,7 +2,8 @@
 
 Layers, each useful without the others: no new privileges; resource limits; an own user, when started as root;
 landlock (nothing but Python's libraries can be opened, and only for reading); seccomp (a list of the system
-calls that computing needs, all else is answered EPERM). `apply` reports which are in force and refuses to go on
+calls that computing needs, all else is answered EPERM; threads are not among them); a control group of its own,
+where the node could make one. `apply` reports which are in force and refuses to go on
 without those that the operator requires.
 """
 
@@ -22,23 +23,24 @@ from pathlib import Path
 import landlock
 
 from node.kernel.errors import SandboxUnavailable
+from node.kernel.limits import WORKER_THREADS_MAX
+from tenants.cgroups import Place
 
 try:
     import pyseccomp
 except (ImportError, RuntimeError):  # RuntimeError: libseccomp itself is not installed
     pyseccomp = None
 
-LAYERS = ("no_new_privileges", "resource_limits", "own_user", "landlock", "seccomp")
+LAYERS = ("cgroup", "resource_limits", "own_user", "no_new_privileges", "landlock", "seccomp")
+"""In the order in which they are put into force."""
 OWN_USER_FIRST = 61_700
 """Inside systemd's range of dynamic users, of which no host account is."""
 
 _PR_SET_PDEATHSIG = 1
 _PR_SET_DUMPABLE = 4
 _PR_SET_NO_NEW_PRIVS = 38
-_CLONE_THREAD = 0x10000
 _OPEN_CHANGES = os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_APPEND
 _FILES_MAX = 64
-_THREADS_MAX = 64
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,11 +86,11 @@ def die_with_parent(parent: int) -> None:
         os._exit(1)
 
 
-def close_files_except(*kept: int) -> None:
-    """Nothing of the warm server's is open any more; the standard streams lead nowhere."""
+def close_files_except(*kept: int, output: int | None = None) -> None:
+    """Nothing of the warm server's is open any more; what is printed goes to `output`, or nowhere."""
     null = os.open(os.devnull, os.O_RDWR)
     for stream in (0, 1, 2):
-        os.dup2(null, stream)
+        os.dup2(null if stream == 0 or output is None else output, stream)
     last = 3
     for descriptor in sorted(kept):
         os.closerange(last, descriptor)
@@ -96,13 +98,17 @@ def close_files_except(*kept: int) -> None:
     os.closerange(last, max(resource.getrlimit(resource.RLIMIT_NOFILE)[0], last))
 
 
-def apply(required: frozenset[str], memory_bytes: int, user: int | None, parent: int) -> SandboxReport:
+def apply(
+    required: frozenset[str], memory_bytes: int, user: int | None, parent: int, place: Place | None = None
+) -> SandboxReport:
     """Put every layer that can be had into force; there is no way back.
 
     `memory_bytes` is how much the process may take beyond what it has mapped now. `user` is the user and group
-    id to become, None to stay. Raises SandboxUnavailable when a required layer is missing.
+    id to become, None to stay. `place` is the control group to join. Raises SandboxUnavailable when a required layer
+    is missing.
     """
     steps: tuple[tuple[str, Callable[[], None]], ...] = (
+        ("cgroup", lambda: _join(place or Place())),
         ("resource_limits", lambda: _limit_resources(memory_bytes, own_user=user is not None and os.getuid() == 0)),
         ("own_user", lambda: _become(user)),
         ("no_new_privileges", lambda: _prctl(_PR_SET_NO_NEW_PRIVS, 1)),
@@ -122,13 +128,19 @@ def apply(required: frozenset[str], memory_bytes: int, user: int | None, parent:
         if name == "own_user":  # a change of user clears both
             _prctl(_PR_SET_DUMPABLE, 0)
             die_with_parent(parent)
-    lacking = sorted(required & missing.keys())
+    lacking = sorted(required - set(layers))
     if lacking:
-        reasons = "; ".join(f"{name}: {missing[name]}" for name in lacking)
+        reasons = "; ".join(f"{name}: {missing.get(name, 'there is no such layer')}" for name in lacking)
         raise SandboxUnavailable(
             f"a required layer of the sandbox can't be had ({reasons}); provide it, or take it off the required layers"
         )
     return SandboxReport(tuple(layers), missing)
+
+
+def _join(place: Place) -> None:
+    if not place.folder:
+        raise _LayerMissing(place.missing)
+    (Path(place.folder) / "cgroup.procs").write_text(str(os.getpid()))
 
 
 def _limit_resources(memory_bytes: int, own_user: bool) -> None:
@@ -142,7 +154,7 @@ def _limit_resources(memory_bytes: int, own_user: bool) -> None:
         resource.RLIMIT_MSGQUEUE: 0,
     }
     if own_user:  # it counts all of a user's threads, so it bounds nothing useful for a shared user
-        bounds[resource.RLIMIT_NPROC] = _THREADS_MAX
+        bounds[resource.RLIMIT_NPROC] = WORKER_THREADS_MAX
     for kind, bound in bounds.items():
         hard = resource.getrlimit(kind)[1]
         value = bound if hard == resource.RLIM_INFINITY else min(bound, hard)
@@ -203,9 +215,6 @@ def _restrict_calls() -> None:
         rules.add_rule(pyseccomp.ALLOW, "fcntl", pyseccomp.Arg(1, equal, command))  # F_SETOWN could signal others
     rules.add_rule(pyseccomp.ALLOW, "open", pyseccomp.Arg(1, masked, _OPEN_CHANGES, 0))
     rules.add_rule(pyseccomp.ALLOW, "openat", pyseccomp.Arg(2, masked, _OPEN_CHANGES, 0))
-    rules.add_rule(pyseccomp.ALLOW, "clone", pyseccomp.Arg(0, masked, _CLONE_THREAD, _CLONE_THREAD))
-    # Its flags lie in memory, where a filter can't look; glibc falls back to clone.
-    rules.add_rule(pyseccomp.ERRNO(errno.ENOSYS), "clone3")
     rules.add_rule(pyseccomp.ALLOW, "prlimit64", pyseccomp.Arg(0, equal, 0), pyseccomp.Arg(2, equal, 0))
     rules.add_rule(pyseccomp.ALLOW, "tgkill", pyseccomp.Arg(0, equal, os.getpid()))
     try:

@@ -10,16 +10,18 @@ from pathlib import Path
 import structlog
 
 from node.kernel.clock import Clock
-from node.kernel.errors import ManifestError, NotFound, StoreUnavailable
+from node.kernel.errors import ManifestError, NotFound, StoreUnavailable, printable
 from node.kernel.ports import FeaturePlan
 from node.kernel.supervise import Supervisor
 from node.kernel.types import AgreedModels, EventSchema, ModelName, ModelVersion
 from tenants.agreement import ModelPublisher, read_version
+from tenants.cgroups import ControlGroups
 from tenants.features import compile_plan
 from tenants.manifest import Manifest, TenantSettings
 from tenants.pool import ModelPool, PoolStatistics
 from tenants.registry import Shared, Snapshot
-from tenants.sandbox import SandboxSettings
+from tenants.sandbox import SandboxReport, SandboxSettings
+from tenants.tenant_log import LogLine
 from tenants.versions import VersionFolder
 from tenants.watch import Blobs, ModelWatcher, WatchSettings, WatchStatistics
 from tenants.workers import WarmServer
@@ -39,6 +41,14 @@ class ServiceSettings:
     versions: Path
     parallel: int
     quantum_seconds: float
+
+
+@dataclass(frozen=True, slots=True)
+class TenantPrinted:
+    """`dropped` lines were there before, and went for newer ones."""
+
+    lines: tuple[LogLine, ...]
+    dropped: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,7 +81,10 @@ class TenantService:
         self._live: tuple[tuple[ModelVersion, Manifest], ...] = ()
         self._plan: FeaturePlan = compile_plan((), schema)
         self._versions = VersionFolder(settings.versions)
-        self._server = WarmServer(settings.sandbox, clock)
+        self._supervisor = supervisor
+        self.sandbox = SandboxReport(())
+        """Of all workers here; empty before the start."""
+        self._server = WarmServer(settings.sandbox, clock, ControlGroups.of_this_process())
         self.watcher = ModelWatcher(
             settings.watch,
             schema,
@@ -100,7 +113,12 @@ class TenantService:
         Raises WorkerLost, ManifestError, SandboxUnavailable.
         """
         await self._server.start()
+        self.sandbox = await self._server.probe()
+        log.info("sandbox of workers", layers=self.sandbox.layers)
+        for layer, reason in self.sandbox.missing.items():
+            log.warning("a layer of the sandbox is missing", layer=layer, reason=reason)
         await self.watcher.start()
+        self._supervisor.start("memory of workers", self.runner.keep_measured())
 
     async def caught_up(self, seconds_max: float) -> None:
         """Wait until what is in the directory has been tried, so that a fresh node's first events find their models."""
@@ -171,6 +189,15 @@ class TenantService:
         self._agreed_blobs = frozenset(version.blob for version in models.versions)
         self._blobs_changed.set()
         self._blobs_changed = asyncio.Event()
+
+    def printed(self, tenant: str, after: int = 0) -> TenantPrinted:
+        """What the tenant's models printed, the lines after number `after`. Raises NotFound."""
+        found = self._server.logs.find(tenant)
+        if found is not None:
+            return TenantPrinted(tuple(found.lines(after)), found.dropped)
+        if tenant not in self.watcher.snapshot.tenants:
+            raise NotFound(f"no tenant {printable(tenant)} is known here; /v1/status lists those that are")
+        return TenantPrinted((), 0)
 
     def settings(self, tenant: str) -> TenantSettings:
         return self.watcher.snapshot.tenants.get(tenant) or TenantSettings(tenant)

@@ -6,6 +6,7 @@ message borders. It reads no tenant's bytes and runs no thread, so a fork of it 
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import os
 import signal
@@ -17,9 +18,11 @@ from typing import TYPE_CHECKING
 import msgspec
 
 from tenants import sandbox
+from tenants.cgroups import Place
 
 if TYPE_CHECKING:
     from tenants.unpickle import Allowlist
+    from tenants.worker import Ends
 
 MESSAGE_BYTES_MAX = 16 * 1024
 IMPORTED_EARLY = (
@@ -45,15 +48,19 @@ class Settings(msgspec.Struct, frozen=True):
 
 
 class Spawn(msgspec.Struct, frozen=True, tag="spawn"):
-    """Fork a worker; the end of its socket comes along."""
+    """Fork a worker; the end of its socket and that of the pipe it prints to come along."""
 
     number: int
     memory_bytes: int
     user: int | None
+    cgroup: str = ""
+    """Folder of the control group to join; '' with the reason why there is none."""
+    cgroup_missing: str = ""
 
 
 class Started(msgspec.Struct, frozen=True, tag="started"):
-    """A worker runs as `pid`; a descriptor of its process comes along. Number 0: the server is ready."""
+    """A worker runs as `pid`; descriptors of its process and of its memory figures come along, the latter if it can be
+    had. Number 0: the server is ready."""
 
     number: int
     pid: int
@@ -77,31 +84,39 @@ def main() -> None:
     gc.freeze()  # so that collections in the workers do not copy these pages
     control.send(msgspec.json.encode(Started(0, os.getpid())))
     while True:
-        message, descriptors, _, _ = socket.recv_fds(control, MESSAGE_BYTES_MAX, 1)
+        message, descriptors, _, _ = socket.recv_fds(control, MESSAGE_BYTES_MAX, 2)
         if not message:
             return  # the node closed its end; the kernel ends the workers with this process
         spawn = msgspec.json.decode(message, type=Spawn)
         with socket.socket(fileno=descriptors[0]) as end:
-            _fork(control, spawn, end, settings, allowlist)
+            _fork(control, spawn, worker.Ends(end.fileno(), descriptors[1]), settings, allowlist)
+        os.close(descriptors[1])
 
 
-def _fork(control: socket.socket, spawn: Spawn, end: socket.socket, settings: Settings, allowlist: Allowlist) -> None:
+def _fork(control: socket.socket, spawn: Spawn, ends: Ends, settings: Settings, allowlist: Allowlist) -> None:
     parent = os.getpid()
     signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGCHLD})  # not reaped before it has a descriptor
+    waits, opens = os.pipe()
+    kept: list[int] = []
     try:
         pid = os.fork()
         if pid == 0:
-            _become_worker(spawn, end, settings, allowlist, parent)
-        process = os.pidfd_open(pid)
-        socket.send_fds(control, [msgspec.json.encode(Started(spawn.number, pid))], [process])
-        os.close(process)
+            os.close(opens)
+            os.read(waits, 1)  # ends when the parent has opened what it can't once this process is locked down
+            _become_worker(spawn, ends, settings, allowlist, parent)
+        kept.append(os.pidfd_open(pid))
+        with contextlib.suppress(OSError):
+            kept.append(os.open(f"/proc/{pid}/smaps_rollup", os.O_RDONLY))
+        socket.send_fds(control, [msgspec.json.encode(Started(spawn.number, pid))], kept)
     except OSError as error:
         control.send(msgspec.json.encode(NotStarted(spawn.number, f"the kernel gave no new process: {error}")))
     finally:
+        for descriptor in (waits, opens, *kept):
+            os.close(descriptor)
         signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGCHLD})
 
 
-def _become_worker(spawn: Spawn, end: socket.socket, settings: Settings, allowlist: Allowlist, parent: int) -> None:
+def _become_worker(spawn: Spawn, ends: Ends, settings: Settings, allowlist: Allowlist, parent: int) -> None:
     """In the forked child; never returns."""
     from tenants import worker
 
@@ -109,7 +124,8 @@ def _become_worker(spawn: Spawn, end: socket.socket, settings: Settings, allowli
     try:
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)
         signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGCHLD})
-        worker.run(end.detach(), settings.required, spawn.memory_bytes, spawn.user, parent, allowlist)
+        place = Place(spawn.cgroup, spawn.cgroup_missing)
+        worker.run(ends, settings.required, spawn.memory_bytes, spawn.user, parent, allowlist, place)
         status = 0
     finally:
         os._exit(status)

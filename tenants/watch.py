@@ -586,7 +586,7 @@ class ModelWatcher:
         lost = ""
         for _ in range(TRIAL_ATTEMPTS_MAX):
             try:
-                worker = await self._server.spawn(version.name.tenant, settings.memory_mb * limits.MIB)
+                worker = await self._server.spawn(version.name.tenant, settings.memory_mb * limits.MIB, settings.weight)
             except WorkerLost as error:
                 lost = str(error)
                 continue

@@ -6,12 +6,17 @@ what the scheduler charges for.
 
 from __future__ import annotations
 
+import contextlib
+import faulthandler
 import importlib
+import io
 import os
 import resource
+import sys
 import time
 from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import Any, BinaryIO, TextIO, cast
 
 import joblib.externals.loky.backend.context
 import joblib.parallel
@@ -22,6 +27,7 @@ from node.kernel.errors import CallFailed, HeadraceError, SandboxUnavailable
 from node.kernel.limits import MODEL_UNPACKED_BYTES_MAX
 from node.kernel.types import Floats
 from tenants import messages, sandbox
+from tenants.cgroups import Place
 from tenants.inputs import ModelInput, Rows
 from tenants.messages import Buffer, Call, Called, Load, Loaded, Ready, Refused, Unload, Unloaded, shorten
 from tenants.outputs import Outputs
@@ -32,8 +38,8 @@ from tenants.unpickle import Allowlist, load_model
 def prepare(libraries: Iterable[str], extra_globals: Iterable[str], modules: Iterable[str]) -> Allowlist:
     """In the warm server: import all that workers will need, and make joblib compute in the calling thread.
 
-    Models stored with n_jobs > 1 would otherwise start processes, which the sandbox forbids, or threads, which
-    do not help a tenant whose share is less than a core. What is looked up in /proc and /sys is looked up now.
+    Models stored with n_jobs > 1 would otherwise start processes or threads, both of which the sandbox
+    forbids. What is looked up in /proc and /sys is looked up now.
     """
     for module in modules:
         importlib.import_module(module)
@@ -44,22 +50,65 @@ def prepare(libraries: Iterable[str], extra_globals: Iterable[str], modules: Ite
     return Allowlist.shipped(libraries, extra_globals)
 
 
+@dataclass(frozen=True, slots=True)
+class Ends:
+    """A worker's descriptors: of its socket to the node, and of the pipe that takes what it prints."""
+
+    channel: int
+    output: int
+
+
+class Printed(io.BufferedIOBase):
+    """What is printed, as long as the pipe takes it: a print never waits and never fails."""
+
+    def __init__(self, descriptor: int) -> None:
+        self._descriptor = descriptor
+
+    def writable(self) -> bool:
+        return True
+
+    def fileno(self) -> int:
+        return self._descriptor
+
+    def write(self, data: Any) -> int:
+        with contextlib.suppress(BlockingIOError):  # the node takes no more for now: it is lost
+            os.write(self._descriptor, data)
+        return len(memoryview(data).cast("B"))
+
+
+def _print_to(descriptor: int) -> TextIO:
+    """Python's streams, and the last words of a crash."""
+    stream = io.TextIOWrapper(cast("BinaryIO", Printed(descriptor)), "utf-8", "backslashreplace", line_buffering=True)
+    sys.stdout = sys.stderr = stream
+    faulthandler.enable(descriptor)
+    return stream
+
+
 def run(
-    descriptor: int, required: frozenset[str], memory_bytes: int, user: int | None, parent: int, allowlist: Allowlist
+    ends: Ends,
+    required: frozenset[str],
+    memory_bytes: int,
+    user: int | None,
+    parent: int,
+    allowlist: Allowlist,
+    place: Place,
 ) -> None:
     """Lock this process down, say how well that went, and serve until the node closes its end."""
-    channel = Channel(descriptor)
+    channel = Channel(ends.channel)
     memory = os.open("/proc/self/statm", os.O_RDONLY)
-    sandbox.close_files_except(descriptor, memory)
+    sandbox.close_files_except(ends.channel, memory, output=ends.output)
+    printed = _print_to(1)
     try:
-        report = sandbox.apply(required, memory_bytes, user, parent)
+        report = sandbox.apply(required, memory_bytes, user, parent, place)
     except SandboxUnavailable as reason:
         channel.write(messages.encode(Refused(shorten(str(reason)))))
         return
     channel.write(messages.encode(Ready(report.layers, report.missing)))
     worker = Worker(allowlist, memory, memory_bytes)
     while (frame := channel.read()) is not None:
-        channel.write(worker.answer(*frame))
+        answer = worker.answer(*frame)
+        printed.flush()
+        channel.write(answer)
 
 
 class Channel:

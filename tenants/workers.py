@@ -12,6 +12,7 @@ import os
 import signal
 import socket
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import count
 
@@ -31,14 +32,21 @@ from node.kernel.limits import (
 )
 from node.kernel.types import FeatureRows, ModelOutputs, ModelVersion
 from tenants import messages, warm_server
+from tenants.cgroup_files import WorkerLimits
+from tenants.cgroups import ControlGroups
+from tenants.memory import MemoryFile, MemoryUse
 from tenants.messages import Answer, Buffer, Called, Load, Loaded, MessageCorrupt, Ready, Refused, Unload, Unloaded
 from tenants.sandbox import SandboxReport, SandboxSettings
+from tenants.tenant_log import OutputReader, TenantLogs
 
 log = structlog.get_logger(__name__)
 
 _SMALL_ANSWER_BYTES_MAX = MIB
 _CLOSE_SECONDS_MAX = 2.0
 _SPAWN_ATTEMPTS_MAX = 3
+PROBE = "_probe"
+"""No tenant can have this name."""
+PROBE_MEMORY_BYTES = 64 * MIB
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,6 +77,8 @@ class WorkerStatistics:
     rows: int
     cpu_seconds: float
     """That the worker reports of its calls."""
+    memory: MemoryUse | None
+    """As last measured by the kernel; None before that."""
     busy_seconds: float
     """During which a request was in progress, as the node saw it."""
     sandbox: SandboxReport
@@ -149,9 +159,19 @@ class WorkerProcess:
         frames: _Frames,
         memory_bytes: int,
         clock: Clock,
+        memory: MemoryFile | None = None,
+        group: str = "",
+        ended: Callable[[], None] = lambda: None,
     ) -> None:
+        """`process` is a descriptor of it, `group` the folder of its control group; `ended` hears of its end."""
         self.tenant = tenant
+        self.group = group
+        self._hears_end = ended
         self.pid = pid
+        self._memory_file = memory
+        self._memory: MemoryUse | None = None
+        self._measured_requests = -1
+        self._requests = 0
         self.lost = asyncio.Event()
         self.sandbox = SandboxReport(())
         self._process: int | None = process
@@ -276,6 +296,7 @@ class WorkerProcess:
         if self.lost.is_set():
             raise WorkerLost(f"the worker of {self.tenant} has ended; it is started again")
         expected = self._frames.expect(bytes_max)
+        self._requests += 1
         started = self._clock.monotonic()
         self._transport.writelines(frame)
         try:
@@ -316,9 +337,12 @@ class WorkerProcess:
         asyncio.get_running_loop().remove_reader(self._process)
         os.close(self._process)
         self._process = None
+        if self._memory_file is not None:
+            self._memory_file.close()
         # Its last words may still lie in the socket, whose end then follows; or a thief keeps it open.
         asyncio.get_running_loop().call_later(_CLOSE_SECONDS_MAX, self._transport.abort)
         self.lost.set()
+        self._hears_end()
 
     async def close(self) -> None:
         """Close the socket, at which the worker ends; kill it if it does not."""
@@ -330,8 +354,21 @@ class WorkerProcess:
             self.kill()
             await self.lost.wait()
 
+    @property
+    def stale(self) -> bool:
+        """Whether its memory may have changed since it was measured: a worker that is asked nothing does nothing."""
+        return self._measured_requests != self._requests and self._process is not None
+
+    def measure(self) -> None:
+        """Ask the kernel for its memory. Blocking, some milliseconds; may be called in a thread."""
+        requests = self._requests
+        if self._memory_file is not None:
+            self._memory = self._memory_file.read() or self._memory
+        self._measured_requests = requests
+
     def statistics(self) -> WorkerStatistics:
         return WorkerStatistics(
+            memory=self._memory,
             tenant=self.tenant,
             pid=self.pid,
             versions=tuple(self._versions),
@@ -343,18 +380,29 @@ class WorkerProcess:
         )
 
 
+@dataclass(frozen=True, slots=True)
+class _Forked:
+    """A process that the warm server has forked: its number, a descriptor of it, and its memory figures."""
+
+    pid: int
+    process: int
+    memory: MemoryFile
+
+
 class WarmServer:
     """One a node: a warm process with the model libraries imported, which forks the workers.
 
     When it dies all workers die with it; the next `spawn` starts it again.
     """
 
-    def __init__(self, settings: SandboxSettings, clock: Clock) -> None:
+    def __init__(self, settings: SandboxSettings, clock: Clock, groups: ControlGroups | None = None) -> None:
+        self.logs = TenantLogs()
+        self._groups = groups or ControlGroups(None)
         self._settings = settings
         self._clock = clock
         self._process: asyncio.subprocess.Process | None = None
         self._control: socket.socket | None = None
-        self._waiting: dict[int, asyncio.Future[tuple[int, int]]] = {}
+        self._waiting: dict[int, asyncio.Future[_Forked]] = {}
         self._numbers = count(1)
         self._users: dict[str, int] = {}
         self._starting = asyncio.Lock()
@@ -393,41 +441,64 @@ class WarmServer:
             raise
         log.info("warm server started", pid=self._process.pid)
 
-    async def spawn(self, tenant: str, memory_bytes: int) -> WorkerProcess:
+    async def spawn(self, tenant: str, memory_bytes: int, weight: float = 1.0) -> WorkerProcess:
         """A new worker, locked down and waiting for models, that may take `memory_bytes` of its own.
+
+        `weight` is its share of CPU beside other workers', where it has a control group.
 
         One that ends before it is ready has seen no tenant's byte, so it is simply replaced, a few times. Raises
         WorkerLost when none started, SandboxUnavailable when a required layer can't be had.
         """
         for _ in range(_SPAWN_ATTEMPTS_MAX - 1):
             try:
-                return await self._spawn(tenant, memory_bytes)
+                return await self._spawn(tenant, memory_bytes, weight)
             except WorkerLost as lost:
                 log.warning("worker did not start", tenant=tenant, reason=str(lost))
-        return await self._spawn(tenant, memory_bytes)
+        return await self._spawn(tenant, memory_bytes, weight)
 
-    async def _spawn(self, tenant: str, memory_bytes: int) -> WorkerProcess:
+    async def _spawn(self, tenant: str, memory_bytes: int, weight: float) -> WorkerProcess:
         await self.start()
+        number = next(self._numbers)
+        place = self._groups.create(tenant, number, WorkerLimits(weight, memory_bytes))
+        spawn = warm_server.Spawn(number, memory_bytes, self._user(tenant), place.folder, place.missing)
         ours, theirs = socket.socketpair()
+        output, printed = os.pipe()
+        os.set_blocking(printed, False)  # or a worker that prints more than is read would stand still
         try:
             with theirs:
-                spawn = warm_server.Spawn(next(self._numbers), memory_bytes, self._user(tenant))
-                self._send(spawn, theirs)
+                self._send(spawn, theirs, printed)
                 # Open here until it has arrived: the kernel (6.18) at times takes a socket that is nowhere but on its
                 # way for garbage, when other processes pass theirs, and the worker finds its end closed.
-                pid, process = await self._reply(spawn.number)
+                forked = await self._reply(spawn.number)
         except BaseException:
             ours.close()
+            os.close(output)
+            self._groups.remove(place.folder)
             raise
+        finally:
+            os.close(printed)
         ours.setblocking(False)
+        OutputReader(output, self.logs.of(tenant), forked.pid, self._clock)
         transport, frames = await asyncio.get_running_loop().create_unix_connection(_Frames, sock=ours)
-        worker = WorkerProcess(tenant, pid, process, transport, frames, memory_bytes, self._clock)
+        worker = WorkerProcess(
+            tenant, forked.pid, forked.process, transport, frames, memory_bytes, self._clock, forked.memory,
+            place.folder, lambda: self._groups.remove(place.folder),
+        )  # fmt: skip
         try:
             await worker.ready()
         except BaseException:
             worker.kill()
             raise
         return worker
+
+    def set_weight(self, worker: WorkerProcess, weight: float) -> None:
+        self._groups.set_weight(worker.group, weight)
+
+    async def probe(self) -> SandboxReport:
+        """What holds of every worker here, by one that is thrown away. Raises as `spawn` does."""
+        worker = await self.spawn(PROBE, PROBE_MEMORY_BYTES)
+        await worker.close()
+        return worker.sandbox
 
     def _user(self, tenant: str) -> int | None:
         """An own user id for each tenant, in the order they come."""
@@ -436,16 +507,16 @@ class WarmServer:
         place = self._users.setdefault(tenant, len(self._users) % TENANTS_MAX)
         return self._settings.own_user_first + place
 
-    def _send(self, spawn: warm_server.Spawn, end: socket.socket) -> None:
+    def _send(self, spawn: warm_server.Spawn, end: socket.socket, printed: int) -> None:
         if self._control is None:
             raise WorkerLost("the warm server has ended; it is started again")
         try:
-            socket.send_fds(self._control, [msgspec.json.encode(spawn)], [end.fileno()])
+            socket.send_fds(self._control, [msgspec.json.encode(spawn)], [end.fileno(), printed])
         except OSError as error:
             raise WorkerLost(f"the warm server took no request ({error}); it is asked again") from error
 
-    async def _reply(self, number: int) -> tuple[int, int]:
-        waiting: asyncio.Future[tuple[int, int]] = asyncio.get_running_loop().create_future()
+    async def _reply(self, number: int) -> _Forked:
+        waiting: asyncio.Future[_Forked] = asyncio.get_running_loop().create_future()
         self._waiting[number] = waiting
         try:
             async with asyncio.timeout(WORKER_START_MS_MAX / 1000):
@@ -458,7 +529,7 @@ class WarmServer:
     def _received(self) -> None:
         assert self._control is not None
         try:
-            message, descriptors, _, _ = socket.recv_fds(self._control, warm_server.MESSAGE_BYTES_MAX, 1)
+            message, descriptors, _, _ = socket.recv_fds(self._control, warm_server.MESSAGE_BYTES_MAX, 2)
         except BlockingIOError:
             return
         except OSError:
@@ -474,7 +545,8 @@ class WarmServer:
         elif isinstance(reply, warm_server.NotStarted):
             waiting.set_exception(WorkerLost(f"no worker could be started: {reply.reason}; it is tried again"))
         else:
-            waiting.set_result((reply.pid, descriptors[0] if descriptors else -1))
+            process, memory = (*descriptors, -1, -1)[:2]
+            waiting.set_result(_Forked(reply.pid, process, MemoryFile(memory)))
 
     def _forget(self) -> None:
         if self._control is not None:

@@ -75,6 +75,19 @@ QUARANTINED_PER_MODEL_MAX = 8
 FATAL_ROWS_MAX = 5
 """Rows that each took their worker along twice, within FATAL_ROWS_MS: then the version is failing, not the rows."""
 FATAL_ROWS_MS = 600_000
+WORKER_THREADS_MAX = 1
+"""A worker is one thread: what it uses is then at most a core, and only while a call that is charged for runs."""
+WORKER_MEMORY_EXTRA_BYTES = 64 * MIB
+"""Of a worker's control group, beyond the tenant's memory: pages of the warm server that it changes count there."""
+WORKER_MEMORY_SAMPLE_MS = 5_000
+"""A worker that has done something is measured so often; one that is idle, not again."""
+TENANT_LOG_BYTES_MAX = 128 * KIB
+"""Of one tenant's printed lines, kept in memory; the oldest go first."""
+TENANT_LOG_LINE_BYTES_MAX = 4 * KIB
+"""A longer line is cut into several."""
+TENANT_LOG_BYTES_PER_SECOND = 32 * KIB
+"""Taken from one tenant's workers; what they print beyond it they lose."""
+TENANT_LOG_BURST_BYTES = 128 * KIB
 VERSIONS_PER_TENANT_MAX = 2 * MODELS_PER_TENANT_MAX
 """Twice the models: while versions are swapped, rows of the old ones still run."""
 TENANT_FOLDER_ENTRIES_MAX = 4096

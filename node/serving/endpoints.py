@@ -15,7 +15,7 @@ from node.serving.cluster import ClusterStatus, ClusterView
 from node.serving.metrics import METRICS_TYPE, NodeMetrics
 from node.serving.openapi import openapi_document
 from node.serving.problems import not_found, unavailable
-from node.serving.routes import AtQuery, Call, FeaturesQuery, ModelsQuery, Reply, Route
+from node.serving.routes import AtQuery, Call, FeaturesQuery, LogQuery, ModelsQuery, Reply, Route
 from node.serving.view import (
     AsOf,
     Body,
@@ -27,6 +27,7 @@ from node.serving.view import (
     Models,
     NodeStatus,
     NodeView,
+    TenantLog,
 )
 
 API_VERSION = "1"
@@ -72,6 +73,7 @@ class Endpoints:
             Route(
                 "/v1/models", "All versions of all models, with state and reasons", self._models, Models, ModelsQuery
             ),
+            Route("/v1/tenants/{tenant}/log", "What a tenant's models printed", self._log, TenantLog, LogQuery, _READS),
             Route("/v1/customers/{customer}", "Profile and aggregates", self._customer, CustomerState, AtQuery, _READS),
             Route(
                 "/v1/customers/{customer}/features",
@@ -133,6 +135,9 @@ class Endpoints:
         page = wanted[:HTTP_MODELS_MAX]
         following = "/".join(page[-1][0]) if len(wanted) > len(page) else None
         return _reply(Models(models=[model for _, model in page], next=following))
+
+    async def _log(self, call: Call) -> Reply:
+        return _reply(self._view.printed(call.variables["tenant"], int(call.query.after)))
 
     async def _customer(self, call: Call) -> Reply:
         return _reply(await self._view.customer(call.variables["customer"], self._at(call)))

@@ -117,6 +117,11 @@ def _tenant_metrics(status: NodeStatus) -> Iterator[Metric]:
     yield _counter("worker_cpu_seconds", "CPU time of workers.", label, by_tenant(lambda one: one.cpu_seconds))
     yield _counter("worker_calls", "Batches run.", label, by_tenant(lambda one: one.calls))
     yield _counter("worker_restarts", "Workers started again.", label, by_tenant(lambda one: one.restarts))
+    measured = {(tenant.tenant,): tenant.memory for tenant in status.tenants if tenant.memory is not None}
+    own: Series = {labels: float(memory.own_bytes) for labels, memory in measured.items()}
+    shared: Series = {labels: float(memory.shared_bytes) for labels, memory in measured.items()}
+    yield _gauge("worker_memory_bytes", "Memory of the worker's own.", label, own)
+    yield _gauge("worker_memory_shared_bytes", "Memory it has in common with other processes.", label, shared, max)
     yield _gauge("rows_queued", "Rows that wait for a worker.", label, by_tenant(lambda one: one.rows_queued))
 
 

@@ -46,6 +46,12 @@ class ModelsQuery(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     ] = ""
 
 
+class LogQuery(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    after: Annotated[
+        str, Meta(pattern="^[0-9]{1,18}$", description="Number of the last line that is known already.")
+    ] = "0"
+
+
 class FeaturesQuery(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     model: Annotated[str, Meta(pattern=f"^{_NAME}/{_NAME}$", description="`tenant/model`; a live one.")]
     at: At = ""

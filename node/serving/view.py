@@ -181,6 +181,45 @@ class PartitionStatus(Body, frozen=True):
     cache: CacheStatus = CacheStatus()
 
 
+class SandboxStatus(Body, frozen=True):
+    """What holds a worker in: the layers in force, and why each of the others is missing."""
+
+    layers: list[str]
+    missing: dict[str, str]
+
+
+class MemoryStatus(Body, frozen=True):
+    """Of a worker, as the kernel counted it last."""
+
+    own_bytes: int
+    """Free if it ended."""
+    shared_bytes: int
+    """Mapped by other processes too; every worker counts it whole."""
+    proportional_bytes: int
+    """PSS: its own, and its part of what is shared."""
+
+
+class PrintedLine(Body, frozen=True):
+    """A line that a tenant's model printed; untrusted text."""
+
+    number: int
+    """Counts the tenant's lines from 1."""
+    time_ms: int
+    """When the node read it."""
+    pid: int
+    """Of the worker."""
+    text: str
+
+
+class TenantLog(Body, frozen=True):
+    """The last lines that a tenant's models printed."""
+
+    tenant: str
+    lines: list[PrintedLine]
+    dropped: int
+    """Lines that went for newer ones."""
+
+
 class TenantStatus(Body, frozen=True):
     tenant: str
     weight: float = 1.0
@@ -193,6 +232,10 @@ class TenantStatus(Body, frozen=True):
     restarts: int = 0
     worker: str = ""
     """What its worker process does: running, starting, backing off…"""
+    memory: MemoryStatus | None = None
+    """Null before it was measured."""
+    sandbox: SandboxStatus | None = None
+    """Of its worker; null while it has none."""
 
 
 class HttpStatus(Body, frozen=True):
@@ -217,6 +260,8 @@ class NodeStatus(Body, frozen=True):
     """Why it is not ready."""
     partitions: list[PartitionStatus] = []
     tenants: list[TenantStatus] = []
+    sandbox: SandboxStatus | None = None
+    """Of every worker on this node, as found at its start."""
     tasks: list[str] = []
     """Background tasks that run."""
     http: HttpStatus | None = None
@@ -237,6 +282,10 @@ class NodeView(Protocol):
         ...
 
     def models(self) -> Sequence[ModelInfo]: ...
+
+    def printed(self, tenant: str, after: int) -> TenantLog:
+        """The tenant's lines with a larger number than `after`. Raises NotFound for an unknown tenant."""
+        ...
 
     async def customer(self, customer: str, at: AsOf) -> CustomerState: ...
 

@@ -26,6 +26,8 @@ from node.serving.view import (
     ModelInfo,
     NodeStatus,
     PartitionStatus,
+    PrintedLine,
+    TenantLog,
     TenantStatus,
 )
 
@@ -56,6 +58,12 @@ class MemoryView:
 
     def models(self) -> Sequence[ModelInfo]:
         return self.models_known
+
+    def printed(self, tenant: str, after: int) -> TenantLog:
+        if tenant != "ads":
+            raise NotFound(f"no tenant {tenant} is known here")
+        lines = [PrintedLine(number=number, time_ms=NOW_MS, pid=7, text="a\x1b[2J") for number in (1, 2)]
+        return TenantLog(tenant=tenant, lines=[line for line in lines if line.number > after], dropped=3)
 
     async def _find(self, customer: str) -> float:
         if self.held is not None:

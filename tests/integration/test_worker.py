@@ -88,12 +88,45 @@ async def test_report_and_outputs(worker: WorkerProcess) -> None:
 
 
 async def test_all_layers_are_in_force(worker: WorkerProcess) -> None:
-    expected = set(LAYERS) if os.getuid() == 0 else set(LAYERS) - {"own_user"}
+    expected = set(LAYERS) - {"cgroup"} if os.getuid() == 0 else set(LAYERS) - {"cgroup", "own_user"}
     assert set(worker.sandbox.layers) == expected
     status = process_status(worker)
     assert "NoNewPrivs:\t1" in status
     assert "Seccomp:\t2" in status
     assert len(os.listdir(f"/proc/{worker.pid}/fd")) == 5
+
+
+async def test_memory_is_measured_once_after_what_it_has_done(worker: WorkerProcess) -> None:
+    assert worker.statistics().memory is None
+    assert worker.stale
+    worker.measure()
+    empty = worker.statistics().memory
+    assert empty is not None
+    assert empty.own_bytes < 64 * MIB
+    assert empty.shared_bytes > empty.own_bytes, "the libraries are the warm server's"
+    assert not worker.stale
+    model = fit(LogisticRegression())
+    model.padding_ = np.ones(4 * MIB)
+    await worker.load(version_of(NAMES), stored(model))
+    assert worker.stale
+    worker.measure()
+    loaded = worker.statistics().memory
+    assert loaded is not None
+    assert loaded.own_bytes - empty.own_bytes >= model.padding_.nbytes
+    await worker.close()
+    worker.measure()
+    assert worker.statistics().memory == loaded
+
+
+async def test_what_a_model_prints_is_its_tenant_s(server: WarmServer) -> None:
+    worker = await server.spawn("printer", MEMORY_BYTES)
+    await worker.load(version_of(NAMES), stored(fit(RandomForestClassifier(20, verbose=3))))
+    log = server.logs.of("printer")
+    async with asyncio.timeout(10):
+        while not any("Parallel" in line.text for line in log.lines()):  # noqa: ASYNC110
+            await asyncio.sleep(0.01)
+    assert {line.pid for line in log.lines()} == {worker.pid}
+    await worker.close()
 
 
 async def test_two_versions_side_by_side_and_unload(worker: WorkerProcess) -> None:
