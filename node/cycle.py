@@ -114,7 +114,7 @@ class Cycle:
         with steps.measure("poll"):  # 1. Poll a micro-batch.
             polled = await self._source.poll(engine.settings.events_max, engine.settings.wait_ms)
         settled = state.backlog.settle()
-        if not polled.records and not settled.cursors and not self._progress_due(polled):
+        if not polled.records and not settled.changed and not self._progress_due(polled):
             self._committer.check()
             state.backlog.pump()
             return False
@@ -211,6 +211,7 @@ class Cycle:
             appended=outcome.appended,
             cursors=outcome.cursors,
             counters=dict(state.counters),
+            removed=outcome.removed,
         )
         return Outgoing(frame, inferences, letters)
 

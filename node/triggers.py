@@ -33,6 +33,7 @@ class Outcome:
     appended: list[SequenceChunk] = field(default_factory=list)
     cursors: dict[str, int] = field(default_factory=dict)
     shed: Counter[str] = field(default_factory=Counter)
+    removed: dict[str, list[int]] = field(default_factory=dict)
 
 
 def select(plan: FeaturePlan, events: EventColumns, schema: EventSchema) -> dict[ModelName, Bools]:
@@ -74,7 +75,7 @@ async def run_triggers(
     the sequence log, most of them still being worked on: a model that was late once is back in step when it has
     answered before the next cycle begins. Order within a model is kept.
     """
-    outcome = Outcome(settled.answers, [], settled.cursors, settled.shed)
+    outcome = Outcome(settled.answers, settled.appended, settled.cursors, settled.shed, settled.removed)
     pieces = [
         (version, piece)
         for version, triggers in work

@@ -33,6 +33,7 @@ class _Body(msgspec.Struct, array_like=True, frozen=True):
     appended: list[bytes]
     cursors: dict[str, int]
     counters: dict[str, int]
+    removed: dict[str, list[int]] = {}
 
 
 _encoder = msgspec.msgpack.Encoder()
@@ -55,6 +56,7 @@ def encode_frame(frame: Frame, record_bytes_max: int = RECORD_BYTES_MAX) -> list
             [encode_chunk(chunk) for chunk in frame.appended],
             dict(frame.cursors),
             dict(frame.counters),
+            {line: list(numbers) for line, numbers in frame.removed.items()},
         )
     )
     if len(body) > FRAME_BYTES_MAX:
@@ -114,5 +116,13 @@ def _decode_body(packed: bytes, body_bytes: int) -> Frame:
     except (cramjam.DecompressionError, msgspec.MsgspecError, ValueError, StateCorrupt) as failure:
         raise FrameCorrupt(f"a frame of {len(packed)} bytes can't be read: {failure}") from failure
     return Frame(
-        body.progress, body.layout_id, body.customers, rows, body.layout, appended, body.cursors, body.counters
+        body.progress,
+        body.layout_id,
+        body.customers,
+        rows,
+        body.layout,
+        appended,
+        body.cursors,
+        body.counters,
+        body.removed,
     )

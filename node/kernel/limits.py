@@ -45,6 +45,13 @@ WINDOW_MS_MAX = 400 * 24 * 3600 * 1000
 WRITE_STALL_MS_MAX = 2_000
 """How long a store may refuse a write because its flushes or compactions lag, before it counts as unavailable."""
 SEQUENCE_CHUNK_ROWS_MAX = 4096
+CHUNK_OVERHEAD_BYTES = 512
+"""What a chunk counts for beside its rows: it is known in memory even when its rows are on disk."""
+WAITING_ROWS_MAX = 10_000_000
+"""Of one tenant in the sequence log of one partition; the operator's cap and the tenant's own setting are less."""
+WAITING_MB_MIN = 1
+WAITING_MB_MAX = 1024 * 1024
+WAITING_AGE_MS_MAX = 400 * 24 * 3600 * 1000
 SETTLED_ROWS_MAX = 32_768
 """Late answers that one cycle commits beside its own; a chunk more at most."""
 

@@ -138,7 +138,8 @@ class ModelOutputs:
     cpu_seconds: float = 0.0
 
 
-OverloadPolicy: TypeAlias = Literal["shed_oldest", "shed_newest"]
+OverloadPolicy: TypeAlias = Literal["shed_oldest", "shed_newest", "latest_per_customer"]
+"""What goes when a model falls behind its bound; `latest_per_customer` keeps the newest waiting trigger of each."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -197,6 +198,8 @@ class SequenceChunk:
 
     number: int
     triggers: Triggers
+    appended_ms: int = 0
+    """When it came into the log, by the owner's clock; 0: it was written by a release that did not say."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -205,7 +208,8 @@ class Frame:
 
     `rows` holds whole row images, float64 [len(customers), slots], under `layout_id`, so folding a frame
     twice gives the same store. `layout` is the encoded definition, present whenever it may be new to a
-    reader of this changelog. `cursors` gives, for each model named, the number of its oldest chunk to keep.
+    reader of this changelog. `appended` are chunks to store, some in place of those with the same number; then
+    `removed` gives numbers of chunks to remove, and `cursors` the number of the oldest to keep, by line.
     `counters` are running totals of the partition (late, shed, dead letters…), so they survive a restart.
     """
 
@@ -218,6 +222,7 @@ class Frame:
     appended: Sequence[SequenceChunk] = ()
     cursors: Mapping[str, int] = field(default_factory=dict)
     counters: Mapping[str, int] = field(default_factory=dict)
+    removed: Mapping[str, Sequence[int]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)

@@ -32,6 +32,9 @@ class MemoryStore:
         self._keys = None
         for chunk in frame.appended:
             self._chunks[sequence_key(str(chunk.triggers.name), chunk.number)] = encode_chunk(chunk)
+        for line, numbers in frame.removed.items():
+            for number in numbers:
+                self._chunks.pop(sequence_key(line, number), None)
         for model, number in frame.cursors.items():
             first, end = sequence_key(model, 0), sequence_key(model, number)
             for key in [key for key in self._chunks if first <= key < end]:

@@ -192,6 +192,9 @@ class RocksStore:
             put(customer, row, profiles)
         for chunk in frame.appended:
             put(sequence_key(str(chunk.triggers.name), chunk.number), encode_chunk(chunk), sequence)
+        for line, numbers in frame.removed.items():
+            for number in numbers:
+                batch.delete(sequence_key(line, number), sequence)
         for model, number in frame.cursors.items():
             batch.delete_range(sequence_key(model, 0), sequence_key(model, number), sequence)
         if frame.layout is not None:

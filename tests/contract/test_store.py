@@ -101,6 +101,7 @@ def test_applying_a_frame_twice_changes_nothing(store: StateStore) -> None:
 def test_a_chunk_comes_back_as_it_went(store: StateStore) -> None:
     store.apply(frame([], appended=[chunk("t/m", 3)]), 1)
     (found,) = store.chunks(1)
+    assert found.appended_ms == 0
     sent = chunk("t/m", 3).triggers
     assert found.number == 3
     assert (found.triggers.name, found.triggers.version, found.triggers.customers) == (
@@ -129,6 +130,15 @@ def test_chunks_come_by_model_and_number(store: StateStore) -> None:
         paged += page
     assert numbers(paged) == in_order
     assert numbers(store.chunks(100, "t/m", after=in_order[5])) == in_order[6:8]
+
+
+def test_chunks_are_removed_by_number_and_written_again_in_place(store: StateStore) -> None:
+    store.apply(frame([], appended=[chunk(model, number) for model in ("t/m", "t/m2") for number in range(4)]), 1)
+    again = frame([], appended=[chunk("t/m", 1, rows=1), chunk("t/m", 4)], removed={"t/m": [0, 2, 4, 99], "s/m": [1]})
+    for offset in (2, 3):
+        store.apply(again, offset)
+        assert numbers(store.chunks(100)) == [("t/m", 1), ("t/m", 3), *(("t/m2", number) for number in range(4))]
+        assert [len(found.triggers) for found in store.chunks(2)] == [1, 2]
 
 
 def test_a_cursor_removes_the_chunks_of_its_model_below_it(store: StateStore) -> None:

@@ -59,7 +59,7 @@ class Parts:
         pool = ModelPool(WarmServer(SandboxSettings(), clock), fetch, clock, Supervisor(), parallel=1)
         layout = Layout.empty()
         cache = RowCache(store, layout, 1 << 20)
-        backlog = Backlog(pool, store, lambda *_: None, lambda _: Bound(1))
+        backlog = Backlog(pool, store, lambda *_: None, lambda _: Bound(1), clock)
         self.state = PartitionState(layout, cache, backlog, Counter(), {})
         topics = OutputTopics("inferences", "changelog", "letters")
         outbox = Outbox({}, topics, "test", 0, "off", "none", encode_frame, clock)

@@ -23,7 +23,8 @@ def chunks(draw: st.DrawFn) -> SequenceChunk:
     ]
     customers = tuple(draw(st.lists(names, min_size=count, max_size=count)))
     rows = FeatureRows(("a", "b"), np.arange(count * 2, dtype=np.float64).reshape(count, 2), {"b": [None] * count})
-    return SequenceChunk(draw(st.integers(0, 2**40)), Triggers(ModelName("t", "m"), "ff", customers, *columns, rows))
+    triggers = Triggers(ModelName("t", "m"), "ff", customers, *columns, rows)
+    return SequenceChunk(draw(st.integers(0, 2**40)), triggers, draw(st.integers(0, 2**50)))
 
 
 @st.composite
@@ -41,6 +42,7 @@ def whole_frames(draw: st.DrawFn) -> Frame:
         appended=draw(st.lists(chunks(), max_size=3)),
         cursors=draw(st.dictionaries(names, st.integers(0, 2**40), max_size=3)),
         counters=draw(st.dictionaries(names, st.integers(0, 2**40), max_size=3)),
+        removed=draw(st.dictionaries(names, st.lists(st.integers(0, 2**40), max_size=3), max_size=3)),
     )
 
 
@@ -51,9 +53,10 @@ def assert_same(left: Frame, right: Frame) -> None:
     assert left.rows.tobytes() == right.rows.tobytes()
     assert left.cursors == right.cursors
     assert left.counters == right.counters
+    assert left.removed == right.removed
     assert len(left.appended) == len(right.appended)
     for one, other in zip(left.appended, right.appended, strict=True):
-        assert one.number == other.number
+        assert (one.number, one.appended_ms) == (other.number, other.appended_ms)
         assert one.triggers.customers == other.triggers.customers
         assert one.triggers.offsets.tolist() == other.triggers.offsets.tolist()
         assert one.triggers.rows.numbers.tobytes() == other.triggers.rows.numbers.tobytes()
