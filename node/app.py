@@ -211,8 +211,8 @@ class Node:
         )
 
     def _bound(self, name: ModelName) -> Bound:
-        settings = self._tenants.settings(name.tenant)
-        return Bound(settings.rows_queued_max, settings.overload)
+        settings, overload = self._tenants.settings(name.tenant), self._tenants.overload(name)
+        return Bound(settings.waiting_rows_max, overload, settings.waiting_mb_max * MIB, settings.waiting_age_ms_max)
 
 
 class Tenants:
@@ -314,7 +314,17 @@ def _tenant_service(
     config: Config, data: Path, blobs: BlobStore, clock: Clock, supervisor: Supervisor, publish: ModelPublisher | None
 ) -> TenantService:
     tenants = config.tenants
-    caps = TenantCaps(tenants.weight_max, tenants.memory_mb_max, tenants.rows_queued_max)
+    caps = TenantCaps(
+        tenants.weight_max,
+        tenants.memory_mb_max,
+        tenants.rows_queued_max,
+        tenants.waiting_rows_max,
+        tenants.waiting_mb_max,
+        tenants.waiting_age_s_max * 1000,
+        tenants.rows_s_max,
+        tenants.models_max,
+        tenants.stored_bytes_max,
+    )
     settings = ServiceSettings(
         watch=WatchSettings(
             Path(tenants.directory),

@@ -328,6 +328,50 @@ class TenantsSection(Section, frozen=True):
             description="Rows waiting for one model in memory; the rest waits in its sequence log on disk.",
         ),
     ] = 16_384
+    waiting_rows_max: Annotated[
+        int,
+        Meta(
+            ge=1,
+            le=limits.WAITING_ROWS_MAX,
+            description="Triggers of one tenant in the sequence log of a partition, on disk; more are shed.",
+        ),
+    ] = 1_000_000
+    waiting_mb_max: Annotated[
+        int,
+        Meta(
+            ge=limits.WAITING_MB_MIN,
+            le=limits.WAITING_MB_MAX,
+            description="The same in MB. All tenants' together should fit on the disk beside the state.",
+        ),
+    ] = 1024
+    waiting_age_s_max: Annotated[
+        int,
+        Meta(
+            ge=1,
+            le=limits.WAITING_AGE_MS_MAX // 1000,
+            description="How long a trigger may wait there; then it is shed.",
+        ),
+    ] = 30 * 24 * 3600
+    rows_s_max: Annotated[
+        float,
+        Meta(
+            ge=0,
+            le=limits.ROWS_PER_SECOND_MAX,
+            description="Rows a second that one tenant's models get on a node, 0: as many as its share of CPU gives. "
+            "More wait in its sequence log.",
+        ),
+    ] = 0.0
+    models_max: Annotated[
+        int, Meta(ge=0, le=limits.MODELS_PER_TENANT_MAX, description="Models one tenant may have.")
+    ] = limits.MODELS_PER_TENANT_MAX
+    stored_bytes_max: Annotated[
+        int,
+        Meta(
+            ge=0,
+            le=limits.ROW_SLOTS_MAX * 8,
+            description="Of each customer's row, for the outputs of one tenant's models: 16 a model and 8 an output.",
+        ),
+    ] = 4096
     allow: Annotated[
         tuple[Literal["xgboost", "lightgbm"], ...],
         Meta(description="Further libraries whose models may load: each widens what a model file can reach."),

@@ -116,15 +116,17 @@ def status_view(status: Mapping[str, Any]) -> list[RenderableType]:
             partition.get("reason"),
         )
     tenants = _table(
-        "tenant", "worker", "weight", "CPU s", "CPU share", "calls", "queued", "restarts", right=range(2, 8)
-    )
+        "tenant", "worker", "weight", "CPU s", "CPU share", "calls", "queued", "waiting", "shed", "restarts",
+        right=range(2, 10),
+    )  # fmt: skip
     for tenant in status.get("tenants", ()):
         share = tenant.get("cpu_share")
         _add(
             tenants,
             *(tenant.get("tenant"), tenant.get("worker"), tenant.get("weight"), f"{tenant.get('cpu_seconds', 0):.1f}"),
             "" if share is None else f"{share:.0%}",
-            *(_count(tenant.get("calls")), _count(tenant.get("rows_queued")), _count(tenant.get("restarts"))),
+            *(_count(tenant.get("calls")), _count(tenant.get("rows_queued")), _count(tenant.get("rows_waiting"))),
+            *(_count(sum(tenant.get("shed", {}).values())), _count(tenant.get("restarts"))),
         )
     return [head, *reasons, partitions, tenants]
 
@@ -211,8 +213,9 @@ def sandbox_view(report: Mapping[str, Any]) -> list[RenderableType]:
 
 def models_view(answer: Mapping[str, Any]) -> list[RenderableType]:
     models = _table(
-        "model", "version", "state", "on", "outputs", "ms/row", "calls", "rows", "queued", right=range(5, 9)
-    )
+        "model", "version", "state", "on", "outputs", "ms/row", "calls", "rows", "queued", "waiting", "lag s",
+        right=range(5, 11),
+    )  # fmt: skip
     reasons: list[RenderableType] = []
     for model in answer.get("models", ()):
         cost: Mapping[str, Any] = model.get("cost", {})
@@ -224,9 +227,17 @@ def models_view(answer: Mapping[str, Any]) -> list[RenderableType]:
             *(", ".join(map(_text, model.get("events", ()))), ", ".join(map(_text, model.get("outputs", ())))),
             "" if per_row is None else f"{per_row:.3f}",
             *(_count(cost.get("calls")), _count(cost.get("rows")), _count(cost.get("rows_queued"))),
+            *_lag(model.get("waiting")),
         )
         reasons.extend(Text(f"{name}: {_text(reason)}", style="yellow") for reason in model.get("reasons", ()))
     return [models, *reasons]
+
+
+def _lag(waiting: Mapping[str, Any] | None) -> tuple[str, str]:
+    """How many triggers wait, and how long the oldest has."""
+    if not waiting:
+        return "", ""
+    return _count(waiting.get("rows")), f"{waiting.get('waited_ms', 0) / 1000:.1f}"
 
 
 def _table(*headings: str, right: Iterable[int]) -> Table:

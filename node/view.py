@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Protocol
+
+from msgspec.structs import replace
 
 from node.kernel.clock import Clock
 from node.kernel.ports import FeaturePlan, StateStore
@@ -106,7 +109,7 @@ class LocalView:
             now_ms=now_ms,
             delivery="at_least_once" if weakest else "exactly_once",
             partitions=partitions,
-            tenants=list(self._tenants.tenants()),
+            tenants=with_waiting(self._tenants.tenants(), partitions),
             sandbox=self._tenants.sandbox(),
             tasks=list(self._supervisor.statistics()["tasks"]),  # type: ignore[call-overload]
         )
@@ -115,7 +118,13 @@ class LocalView:
         return self._partitions.unready()
 
     def models(self) -> Sequence[ModelInfo]:
-        return self._tenants.models()
+        now_ms = self._clock.now_ms()
+        backlogs = [
+            session.state.backlog.statistics(now_ms)
+            for partition in self._partitions.running.values()
+            if (session := partition.session) is not None
+        ]
+        return with_lag(self._tenants.models(), backlogs)
 
     def printed(self, tenant: str, after: int) -> TenantLog:
         return self._tenants.printed(tenant, after)
@@ -128,6 +137,46 @@ class LocalView:
 
     async def inferences(self, customer: str, at: AsOf) -> CustomerInferences:
         return await self._reads.inferences(customer, at)
+
+
+def with_lag(models: Sequence[ModelInfo], backlogs: Sequence[Mapping[str, Mapping[str, int]]]) -> list[ModelInfo]:
+    """`waiting` filled in, in the first entry of each model, from each partition's figures by model."""
+    told: set[str] = set()
+    filled = []
+    for model in models:
+        name = f"{model.tenant}/{model.model}"
+        figures = [] if name in told else [backlog[name] for backlog in backlogs if name in backlog]
+        told.add(name)
+        filled.append(replace(model, waiting=_together(figures)) if figures else model)
+    return filled
+
+
+def _together(figures: Sequence[Mapping[str, int]]) -> BacklogStatus:
+    added = {key: sum(one[key] for one in figures) for key in ("rows", "chunks", "bytes")}
+    return BacklogStatus(**added, **{key: max(one[key] for one in figures) for key in ("oldest_ms", "waited_ms")})
+
+
+def with_waiting(tenants: Sequence[TenantStatus], partitions: Sequence[PartitionStatus]) -> list[TenantStatus]:
+    """What waits and what was shed, by tenant, from the partitions' figures by model."""
+    waiting: Counter[str] = Counter()
+    shed: defaultdict[str, Counter[str]] = defaultdict(Counter)
+    for partition in partitions:
+        for name, backlog in partition.backlog.items():
+            waiting[name.partition("/")[0]] += backlog.rows
+        for reason, name, rows in sheds(partition.counters):
+            shed[name.partition("/")[0]][f"{reason} {name}"] += rows
+    return [
+        replace(tenant, rows_waiting=waiting[tenant.tenant], shed=dict(shed.get(tenant.tenant, {})))
+        for tenant in tenants
+    ]
+
+
+def sheds(counters: Mapping[str, int]) -> Iterator[tuple[str, str, int]]:
+    """(reason, model, triggers) of a partition's counters."""
+    for counter, rows in counters.items():
+        if counter.startswith("shed "):
+            reason, _, name = counter.removeprefix("shed ").rpartition(" ")
+            yield reason, name, rows
 
 
 def _open(partition: PartitionView) -> OpenPartition | None:

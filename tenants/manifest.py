@@ -10,7 +10,7 @@ import hashlib
 import re
 import tomllib
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Final, cast, get_args
 
 from node.kernel.errors import ManifestError
@@ -18,13 +18,30 @@ from node.kernel.limits import (
     CALL_DEADLINE_MS_MAX,
     FEATURES_PER_MODEL_MAX,
     MANIFEST_BYTES_MAX,
+    MODELS_PER_TENANT_MAX,
     OUTPUTS_PER_MODEL_MAX,
+    ROW_SLOTS_MAX,
+    ROWS_PER_SECOND_MAX,
     ROWS_QUEUED_PER_MODEL_MAX,
+    WAITING_AGE_MS_MAX,
+    WAITING_MB_MAX,
+    WAITING_MB_MIN,
+    WAITING_ROWS_MAX,
     WEIGHT_MAX,
     WEIGHT_MIN,
     WINDOW_MS_MAX,
 )
-from node.kernel.types import Aggregate, EventSchema, FieldType, ModelName, ModelVersion, OverloadPolicy, StoredOutput
+from node.kernel.types import (
+    QUOTAS,
+    Aggregate,
+    EventSchema,
+    FieldType,
+    ModelName,
+    ModelVersion,
+    OverloadPolicy,
+    Quota,
+    StoredOutput,
+)
 from tenants.expression import (
     AggregateValue,
     ExpressionError,
@@ -43,14 +60,16 @@ METHODS: Final = ("predict_proba", "predict", "transform", "decision_function", 
 _NAME: Final = re.compile(r"[a-z0-9][a-z0-9_-]{0,62}")
 _OUTPUT: Final = re.compile(r"[A-Za-z_][A-Za-z0-9_]{0,62}")
 _FEATURE_BYTES_MAX: Final = 128
+_DAY_MS: Final = 24 * 3600 * 1000
 _PROBLEMS_MAX: Final = 100
-_MODEL_KEYS: Final = ("on", "every", "all", "output", "method", "ttl", "deadline", "weight", "features")
+_MODEL_KEYS: Final = ("on", "every", "all", "output", "method", "ttl", "deadline", "weight", "overload", "features")
 _KEY_PARTS_MAX: Final = 32
 _KEY_PART: Final = r"""(?:[A-Za-z0-9_-]++|"(?:[^"\\\n]|\\.){0,256}+"|'[^'\n]{0,256}+')"""
 _LONG_KEY: Final = re.compile(rf"(?<![A-Za-z0-9_-]){_KEY_PART}(?:[ \t]*+\.[ \t]*+{_KEY_PART}){{{_KEY_PARTS_MAX}}}")
 """tomllib keeps every prefix of a dotted key: one of 200 KB takes all the memory there is."""
 
-_TENANT_KEYS: Final = ("weight", "memory_mb", "rows_queued_max", "overload")
+_POLICIES: Final = get_args(OverloadPolicy)
+_SLOT_BYTES: Final = 8
 
 
 def is_name(text: str) -> bool:
@@ -80,6 +99,13 @@ class Manifest:
     deadline_ms: int
     weight: float
     features: tuple[Feature, ...]
+    overload: OverloadPolicy | None = None
+    """None: the tenant's."""
+
+    @property
+    def stored_bytes(self) -> int:
+        """What its newest outputs take in each customer's row: a slot each, one for the time, one for the version."""
+        return (2 + len(self.outputs)) * _SLOT_BYTES
 
     @property
     def aggregates(self) -> tuple[Aggregate, ...]:
@@ -114,28 +140,65 @@ class Manifest:
             deadline_ms=self.deadline_ms,
             labels=labels,
             weight=self.weight,
+            overload=self.overload,
         )
 
 
 @dataclass(frozen=True, slots=True)
 class TenantCaps:
-    """The most the operator lets any tenant ask for."""
+    """The most the operator lets a tenant ask for; named and meant as in TenantSettings."""
 
-    weight_max: float = 10.0
-    memory_mb_max: int = 4096
+    weight: float = 10.0
+    memory_mb: int = 4096
     rows_queued_max: int = ROWS_QUEUED_PER_MODEL_MAX
+    waiting_rows_max: int = 1_000_000
+    waiting_mb_max: int = 1024
+    waiting_age_ms_max: int = WAITING_AGE_MS_MAX
+    rows_s_max: float = 0.0
+    models_max: int = MODELS_PER_TENANT_MAX
+    stored_bytes_max: int = ROW_SLOTS_MAX * _SLOT_BYTES
+
+    def under(self, quota: Quota | None) -> TenantCaps:
+        """With what the operator said of one tenant in place of what holds for all."""
+        if quota is None:
+            return self
+        said = {name: getattr(quota, name) for name in QUOTAS}
+        return replace(self, **{name: value for name, value in said.items() if value is not None})
 
 
 @dataclass(frozen=True, slots=True)
 class TenantSettings:
-    """`tenant.toml` after the operator's caps; `capped` holds a line for each value that was cut to its cap."""
+    """`tenant.toml` after the operator's caps; `capped` holds a line for each value that was cut to its cap.
+
+    `rows_queued_max` is of each model, in memory. `waiting_*` are of all its models in the sequence log of one
+    partition; `rows_s_max` (0: none) of all its models on one node. `stored_bytes_max` is of each customer's row.
+    """
 
     tenant: str
     weight: float = 1.0
     memory_mb: int = 1024
     rows_queued_max: int = 8192
     overload: OverloadPolicy = "shed_oldest"
+    waiting_rows_max: int = 100_000
+    waiting_mb_max: int = 256
+    waiting_age_ms_max: int = 7 * 24 * 3600 * 1000
+    rows_s_max: float = 0.0
+    models_max: int = MODELS_PER_TENANT_MAX
+    stored_bytes_max: int = ROW_SLOTS_MAX * _SLOT_BYTES
     capped: tuple[str, ...] = ()
+
+
+_WHOLE: Final = {
+    "memory_mb": (64, 1 << 20),
+    "rows_queued_max": (1, ROWS_QUEUED_PER_MODEL_MAX),
+    "waiting_rows_max": (1, WAITING_ROWS_MAX),
+    "waiting_mb_max": (WAITING_MB_MIN, WAITING_MB_MAX),
+    "models_max": (0, MODELS_PER_TENANT_MAX),
+    "stored_bytes_max": (0, ROW_SLOTS_MAX * _SLOT_BYTES),
+}
+"""Settings that are whole numbers: the least and the most, the operator's caps aside."""
+_AGE: Final = "waiting_age_max"
+_TENANT_KEYS: Final = ("weight", "rows_s_max", *_WHOLE, _AGE, "overload")
 
 
 class _Reader:
@@ -250,9 +313,14 @@ def parse_manifest(file: str, tenant: str, model: str, text: bytes, schema: Even
         deadline_ms=reader.duration("deadline", "1s", CALL_DEADLINE_MS_MAX, milliseconds=True),
         weight=reader.number("weight", 1.0, WEIGHT_MIN, WEIGHT_MAX),
         features=_features(reader, schema),
+        overload=_overload(reader),
     )
     reader.finish()
     return manifest
+
+
+def _overload(reader: _Reader) -> OverloadPolicy | None:
+    return cast("OverloadPolicy", reader.choice("overload", _POLICIES)) if "overload" in reader.values else None
 
 
 def _events(reader: _Reader, schema: EventSchema) -> tuple[str, ...]:
@@ -330,25 +398,28 @@ def parse_tenant(file: str, tenant: str, text: bytes, caps: TenantCaps) -> Tenan
     reader = _Reader(file, text, _TENANT_KEYS)
     if not is_name(tenant):
         reader.problem(f"the tenant name {shown(tenant)} must be 1 to 63 of a-z, 0-9, '_' and '-'")
-    asked = {
-        "weight": reader.number("weight", TenantSettings("").weight, WEIGHT_MIN, WEIGHT_MAX),
-        "memory_mb": reader.whole("memory_mb", TenantSettings("").memory_mb, 64, 1 << 20),
-        "rows_queued_max": reader.whole(
-            "rows_queued_max", TenantSettings("").rows_queued_max, 1, ROWS_QUEUED_PER_MODEL_MAX
-        ),
+    usual = TenantSettings(tenant)
+    asked: dict[str, float] = {
+        "weight": reader.number("weight", usual.weight, WEIGHT_MIN, WEIGHT_MAX),
+        "rows_s_max": reader.number("rows_s_max", usual.rows_s_max, 0, ROWS_PER_SECOND_MAX),
+        **{key: reader.whole(key, getattr(usual, key), *bounds) for key, bounds in _WHOLE.items()},
+        "waiting_age_ms_max": reader.duration(_AGE, f"{usual.waiting_age_ms_max // _DAY_MS}d", WAITING_AGE_MS_MAX),
     }
-    overload = cast("OverloadPolicy", reader.choice("overload", get_args(OverloadPolicy)))
+    overload = cast("OverloadPolicy", reader.choice("overload", _POLICIES))
     reader.finish()
-    most = {"weight": caps.weight_max, "memory_mb": caps.memory_mb_max, "rows_queued_max": caps.rows_queued_max}
-    return TenantSettings(
-        tenant=tenant,
-        weight=min(asked["weight"], most["weight"]),
-        memory_mb=int(min(asked["memory_mb"], most["memory_mb"])),
-        rows_queued_max=int(min(asked["rows_queued_max"], most["rows_queued_max"])),
-        overload=overload,
-        capped=tuple(
-            f"{file}: {key} is cut to the operator's {most[key]:g}"
-            for key in reader.values
-            if key in asked and asked[key] > most[key]
-        ),
-    )
+    given: dict[str, Any] = {key: _least(key, value, getattr(caps, key)) for key, value in asked.items()}
+    written = {("waiting_age_ms_max" if key == _AGE else key) for key in reader.values}
+    capped = [_capped(file, key, given[key]) for key in asked if key in written and given[key] != asked[key]]
+    return TenantSettings(tenant, overload=overload, capped=tuple(capped), **given)
+
+
+def _least(key: str, asked: float, most: float) -> float:
+    if key == "rows_s_max":  # 0 is no bound
+        return min((value for value in (asked, most) if value), default=0.0)
+    return min(asked, most)
+
+
+def _capped(file: str, key: str, most: float) -> str:
+    if key == "waiting_age_ms_max":
+        return f"{file}: {_AGE} is cut to the operator's {most / 1000:g} s"
+    return f"{file}: {key} is cut to the operator's {most:g}"

@@ -13,7 +13,7 @@ from node.kernel.clock import Clock
 from node.kernel.errors import ManifestError, NotFound, StoreUnavailable, printable
 from node.kernel.ports import FeaturePlan
 from node.kernel.supervise import Supervisor
-from node.kernel.types import AgreedModels, EventSchema, ModelName, ModelVersion
+from node.kernel.types import AgreedModels, EventSchema, ModelName, ModelVersion, OverloadPolicy
 from tenants.agreement import ModelPublisher, read_version
 from tenants.cgroups import ControlGroups
 from tenants.features import compile_plan
@@ -202,6 +202,12 @@ class TenantService:
 
     def settings(self, tenant: str) -> TenantSettings:
         return self.watcher.snapshot.tenants.get(tenant) or TenantSettings(tenant)
+
+    def overload(self, name: ModelName) -> OverloadPolicy:
+        """What goes when the model falls behind its bound: what its live version says, else its tenant."""
+        entry = self.watcher.snapshot.models.get(name)
+        of_model = None if entry is None or entry.live is None else entry.live.version.overload
+        return of_model or self.settings(name.tenant).overload
 
     def statistics(self) -> ServiceStatistics:
         return ServiceStatistics(self.watcher.statistics(), self.runner.statistics())

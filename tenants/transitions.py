@@ -13,7 +13,7 @@ from node.kernel.errors import ManifestError
 from node.kernel.types import EventSchema, ModelName, StoredOutput
 from tenants import standing
 from tenants.expression import expression_name
-from tenants.manifest import Manifest, parse_manifest
+from tenants.manifest import Manifest, TenantSettings, parse_manifest
 from tenants.registry import (
     Action,
     Agreed,
@@ -239,7 +239,33 @@ def _without_wait(snapshot: Snapshot) -> Step:
 def _checked(snapshot: Snapshot, name: ModelName, manifest: bytes, schema: EventSchema) -> Manifest:
     """Raises ManifestError."""
     _check_place(snapshot, name)
-    return parse_manifest(f"{name.model}.toml", name.tenant, name.model, manifest, schema)
+    parsed = parse_manifest(f"{name.model}.toml", name.tenant, name.model, manifest, schema)
+    _check_stored(snapshot, parsed)
+    return parsed
+
+
+def _check_stored(snapshot: Snapshot, manifest: Manifest) -> None:
+    """Whether the tenant's outputs take no more of a customer's row than they may. Raises ManifestError."""
+    name = manifest.name
+    others = (
+        (entry.newest.manifest if entry.newest is not None else None) or (entry.live.manifest if entry.live else None)
+        for other, entry in snapshot.models.items()
+        if other.tenant == name.tenant and other != name
+    )
+    taken = sum(other.stored_bytes for other in others if other is not None)
+    most = _settings(snapshot, name.tenant).stored_bytes_max
+    if taken + manifest.stored_bytes > most:
+        raise ManifestError(
+            [
+                f"{name.model}.toml: its outputs take {manifest.stored_bytes} bytes of each customer's row, with those"
+                f" of the tenant's other models {taken + manifest.stored_bytes}; stored_bytes_max is {most}: name fewer"
+                " outputs, delete a model, or ask the operator"
+            ]
+        )
+
+
+def _settings(snapshot: Snapshot, tenant: str) -> TenantSettings:
+    return snapshot.tenants.get(tenant) or TenantSettings(tenant)
 
 
 def _check_place(snapshot: Snapshot, name: ModelName) -> None:
@@ -254,9 +280,11 @@ def _check_place(snapshot: Snapshot, name: ModelName) -> None:
         raise ManifestError(
             [f"{file}: expressions can't tell {name} from {clashing[0]}, as '-' reads as '_'; rename one of them"]
         )
-    if sum(other.tenant == name.tenant for other in others) >= limits.MODELS_PER_TENANT_MAX:
+    has = sum(other.tenant == name.tenant for other in others)
+    most = min(_settings(snapshot, name.tenant).models_max, limits.MODELS_PER_TENANT_MAX)
+    if has >= most:
         raise ManifestError(
-            [f"{file}: tenant {name.tenant} has {limits.MODELS_PER_TENANT_MAX} models already; delete one first"]
+            [f"{file}: tenant {name.tenant} has {has} models already; models_max is {most}: delete one"]
         )
 
 

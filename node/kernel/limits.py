@@ -51,6 +51,7 @@ WAITING_ROWS_MAX = 10_000_000
 """Of one tenant in the sequence log of one partition; the operator's cap and the tenant's own setting are less."""
 WAITING_MB_MIN = 1
 WAITING_MB_MAX = 1024 * 1024
+ROWS_PER_SECOND_MAX = 1e9
 WAITING_AGE_MS_MAX = 400 * 24 * 3600 * 1000
 SETTLED_ROWS_MAX = 32_768
 """Late answers that one cycle commits beside its own; a chunk more at most."""

@@ -164,6 +164,8 @@ class ModelVersion:
     """Bound on one call in the worker; a call past it kills the worker."""
     labels: tuple[str, ...] = ()
     weight: float = 1.0
+    overload: OverloadPolicy | None = None
+    """None: its tenant's."""
 
     @property
     def short_version(self) -> str:
@@ -259,6 +261,23 @@ class AgreedVersion:
     """Why it is in its state, as whoever brought it there said."""
 
 
+QUOTAS = ("weight", "rows_s_max", "stored_bytes_max", "models_max", "memory_mb")
+"""What an operator may cap for one tenant: names of tenants' settings."""
+
+
+@dataclass(frozen=True, slots=True)
+class Quota:
+    """An operator's caps for one tenant in place of those for all; None: as for all. Rows a second: 0 is no cap."""
+
+    weight: float | None = None
+    rows_s_max: float | None = None
+    stored_bytes_max: int | None = None
+    models_max: int | None = None
+    memory_mb: int | None = None
+    who: str = ""
+    at_ms: int = 0
+
+
 @dataclass(frozen=True, slots=True)
 class AgreedModels:
     """What the catalog says of tenants and models at one revision; the same on every node but for `here`."""
@@ -267,6 +286,7 @@ class AgreedModels:
     versions: tuple[AgreedVersion, ...] = ()
     tenants: Mapping[str, str] = field(default_factory=dict)
     """Tenant -> its settings, as the node that read its tenant.toml wrote them."""
+    quotas: Mapping[str, Quota] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)

@@ -91,14 +91,20 @@ def _counted_metrics(partitions: list[PartitionStatus]) -> Iterator[Metric]:
     yield _counter("model_failures", "Triggers a model failed on.", model, counted["failed"])
     yield _counter("sheds", "Triggers given up.", ("reason", *model), counted["shed"])
     rows: Counter[tuple[str, ...]] = Counter()
+    size: Counter[tuple[str, ...]] = Counter()
     oldest: dict[tuple[str, ...], float] = {}
+    waited: dict[tuple[str, ...], float] = {}
     for partition in partitions:
         for name, waiting in partition.backlog.items():
             labels = _labels("backlog", name)
             rows[labels] += waiting.rows
+            size[labels] += waiting.bytes
             oldest[labels] = max(oldest.get(labels, 0.0), waiting.oldest_ms / 1000)
+            waited[labels] = max(waited.get(labels, 0.0), waiting.waited_ms / 1000)
     yield _gauge("backlog_rows", "Triggers in the sequence log.", model, rows)
     yield _gauge("backlog_oldest_seconds", "Age of the oldest of them, by event time.", model, oldest, max)
+    yield _gauge("backlog_waited_seconds", "Since the oldest of them came there.", model, waited, max)
+    yield _gauge("backlog_bytes", "Bytes of the sequence log.", model, size)
 
 
 def _labels(what: str, which: str) -> tuple[str, ...]:

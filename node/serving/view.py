@@ -85,6 +85,18 @@ class ModelCost(Body, frozen=True):
     rows_queued: int = 0
 
 
+class BacklogStatus(Body, frozen=True):
+    """Triggers of one model that wait in the sequence log."""
+
+    rows: int
+    chunks: int
+    oldest_ms: int
+    """Age of the oldest, by event time."""
+    bytes: int = 0
+    waited_ms: int = 0
+    """Since the oldest came into the log."""
+
+
 class ModelInfo(Body, frozen=True):
     """One version of one model, whatever its state."""
 
@@ -107,6 +119,8 @@ class ModelInfo(Body, frozen=True):
     deadline_ms: int = 0
     weight: float = 1.0
     cost: ModelCost = ModelCost()
+    waiting: BacklogStatus | None = None
+    """Of the model, whatever its version, in all partitions here; null: it keeps up."""
 
     @staticmethod
     def of(version: ModelVersion, state: str, reasons: Sequence[str] = (), cost: ModelCost | None = None) -> ModelInfo:
@@ -135,15 +149,6 @@ class Models(Body, frozen=True):
     models: list[ModelInfo]
     next: str | None
     """Ask again with this as `after`; null: these were all."""
-
-
-class BacklogStatus(Body, frozen=True):
-    """Triggers of one model that wait in the sequence log."""
-
-    rows: int
-    chunks: int
-    oldest_ms: int
-    """Age of the oldest, by event time."""
 
 
 class CacheStatus(Body, frozen=True):
@@ -229,6 +234,11 @@ class TenantStatus(Body, frozen=True):
     """Of all tenants' CPU time lately, 0 to 1."""
     calls: int = 0
     rows_queued: int = 0
+    """In memory, for its worker."""
+    rows_waiting: int = 0
+    """In the sequence log, those included."""
+    shed: dict[str, int] = {}
+    """Reason and model ("age ads/bid") -> triggers given up, since the changelogs of the partitions here began."""
     restarts: int = 0
     worker: str = ""
     """What its worker process does: running, starting, backing off…"""

@@ -79,7 +79,17 @@ class OneNode:
                 PartitionStatus(number=0, phase="running", lag=77, counters=counters, backlog=backlog),
                 PartitionStatus(number=1, phase="waiting", reason="Kafka does not answer [bold]\x1b[31m"),
             ],
-            tenants=[TenantStatus(tenant="shop", cpu_seconds=12.34, cpu_share=0.25, calls=5000, worker="running")],
+            tenants=[
+                TenantStatus(
+                    tenant="shop",
+                    cpu_seconds=12.34,
+                    cpu_share=0.25,
+                    calls=5000,
+                    rows_waiting=40,
+                    shed={"age shop/bid": 7},
+                    worker="running",
+                )
+            ],  # fmt: skip,
         )
 
     def unready(self) -> Sequence[str]:
@@ -205,7 +215,7 @@ async def test_status_as_tables(url: str) -> None:
     assert lines[1].strip() == "partition 1 waits: Kafka does not answer"
     assert row(ran.out, "0 ") == "0 owner running 77 1,234,567 8 7 42"
     assert row(ran.out, "1 ").endswith(r"Kafka does not answer [bold]\x1b[31m")
-    assert row(ran.out, "shop ") == "shop running 1.0 12.3 25% 5,000 0 0"
+    assert row(ran.out, "shop ") == "shop running 1.0 12.3 25% 5,000 0 40 7 0"
 
 
 async def test_models_as_tables(url: str) -> None:

@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 from node_support import (
+    MANIFEST,
     TIME_MS,
     Kafka,
     Node,
@@ -271,7 +272,7 @@ def test_every_trigger_is_an_inference_or_counted_as_shed(make: Callable[..., No
     """A tenant whose model falls behind its bound, then a kill, then the model's deletion with triggers waiting."""
     node = make(cycle={"inference_deadline_ms": 0, "events_max": 40})
     drop(node.models, "shop/slow", slow(linear(1), 400), AMOUNT)
-    (node.models / "shop" / "tenant.toml").write_text("rows_queued_max = 100\n")
+    (node.models / "shop" / "tenant.toml").write_text("waiting_rows_max = 100\n")
     node.kafka.produce(node.topics[0], [event(f"c{number % 11}", number) for number in range(3000)])
     node.start()
     wait_until(lambda: node.counter("events") >= 500, "some events were taken")
@@ -294,6 +295,27 @@ def test_every_trigger_is_an_inference_or_counted_as_shed(make: Callable[..., No
     node.live("shop/slow")
     node.kafka.produce(node.topics[0], [event("last", 6000)])
     assert exactly_once(node.inferences(len(before) + 1), "slow")[-1]["customer"] == "last"
+
+
+def test_a_model_that_wants_the_latest_of_each_customer_gets_it(make: Callable[..., Node]) -> None:
+    """It falls behind, the node is killed meanwhile, and it catches up; its lag is told in rows and seconds."""
+    node = make(cycle={"inference_deadline_ms": 0, "events_max": 40})
+    drop(node.models, "shop/slow", slow(linear(1), 400), AMOUNT, "overload = 'latest_per_customer'\n" + MANIFEST)
+    (node.models / "shop" / "tenant.toml").write_text("rows_queued_max = 100\n")
+    node.kafka.produce(node.topics[0], [event(f"c{number % 11}", number) for number in range(3000)])
+    node.start()
+    wait_until(lambda: node.counter("events") >= 500 and node.backlog() > 0, "some events were taken")
+    waiting = node.get("/v1/models")["models"][0]["waiting"]
+    assert waiting is None or waiting["rows"] <= 100 + 11
+    node.kill()
+    node.start()
+    wait_until(lambda: node.counter("events") == 3000 and node.backlog() == 0, "all is settled")
+    inferences = exactly_once(node.kafka.inferences(node.application), "slow")
+    superseded = node.counter("shed superseded shop/slow")
+    assert superseded > 0
+    assert len(inferences) + superseded == 3000
+    newest = {one["customer"]: one["outputs"]["score"] for one in inferences}
+    assert newest == {f"c{number % 11}": number for number in range(2989, 3000)}
 
 
 def test_several_source_topics_and_every_compression(make: Callable[..., Node]) -> None:

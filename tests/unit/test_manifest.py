@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from node.kernel.errors import ManifestError
 from node.kernel.limits import FEATURES_PER_MODEL_MAX, MANIFEST_BYTES_MAX
-from node.kernel.types import Aggregate, EventSchema, ModelName, StoredOutput
+from node.kernel.types import Aggregate, EventSchema, ModelName, Quota, StoredOutput
 from tenants.manifest import TenantCaps, TenantSettings, is_name, parse_manifest, parse_tenant
 
 SCHEMA = EventSchema(("search", "transaction"), {"amount": "number", "channel": "text"})
@@ -244,6 +244,47 @@ def test_defaults_of_tenant_settings_are_under_the_caps_too():
     assert small == TenantSettings("ads", 0.5, 256, 10)
 
 
+def test_every_setting_has_a_cap_and_no_bound_is_the_most_rows_a_second():
+    text = (
+        b"rows_s_max = 900\nwaiting_rows_max = 50\nwaiting_mb_max = 9\nwaiting_age_max = '2h'\n"
+        b"models_max = 3\nstored_bytes_max = 100"
+    )
+    caps = TenantCaps(
+        rows_s_max=800.5,
+        waiting_rows_max=40,
+        waiting_mb_max=8,
+        waiting_age_ms_max=60_000,
+        models_max=2,
+        stored_bytes_max=64,
+    )
+    given = parse_tenant("t.toml", "ads", text, caps)
+    assert (given.rows_s_max, given.waiting_rows_max, given.waiting_mb_max) == (800.5, 40, 8)
+    assert (given.waiting_age_ms_max, given.models_max, given.stored_bytes_max) == (60_000, 2, 64)
+    assert given.capped == (
+        "t.toml: rows_s_max is cut to the operator's 800.5",
+        "t.toml: waiting_rows_max is cut to the operator's 40",
+        "t.toml: waiting_mb_max is cut to the operator's 8",
+        "t.toml: models_max is cut to the operator's 2",
+        "t.toml: stored_bytes_max is cut to the operator's 64",
+        "t.toml: waiting_age_max is cut to the operator's 60 s",
+    )
+    assert parse_tenant("t.toml", "ads", b"", caps).rows_s_max == 800.5
+    assert parse_tenant("t.toml", "ads", b"rows_s_max = 7", caps).rows_s_max == 7
+    assert parse_tenant("t.toml", "ads", b"rows_s_max = 7", TenantCaps()).rows_s_max == 7
+    lifted = caps.under(Quota(rows_s_max=0.0, models_max=5))
+    assert parse_tenant("t.toml", "ads", text, lifted).rows_s_max == 900
+    assert parse_tenant("t.toml", "ads", text, lifted).models_max == 3
+
+
+@pytest.mark.parametrize("policy", ["shed_oldest", "shed_newest", "latest_per_customer"])
+def test_a_model_may_say_itself_what_it_sheds(policy):
+    manifest = parse(f"overload = '{policy}'\non = ['search']\n[features]\nx = 'event.time'".encode())
+    assert manifest.overload == manifest.version("0" * 64).overload == policy
+    assert parse(b"on = ['search']\n[features]\nx = 'event.time'").overload is None
+    with pytest.raises(ManifestError, match="overload 'latest' is not one of"):
+        parse(b"overload = 'latest'\non = ['search']\n[features]\nx = 'event.time'")
+
+
 def test_mistakes_in_tenant_settings_are_all_told():
     with pytest.raises(ManifestError) as caught:
         parse_tenant(
@@ -257,5 +298,6 @@ def test_mistakes_in_tenant_settings_are_all_told():
         "ads/tenant.toml: weight must be a number from 0.001 to 1000, not 0",
         "ads/tenant.toml: memory_mb must be a whole number from 64 to 1048576, not 1.5",
         "ads/tenant.toml: rows_queued_max must be a whole number from 1 to 65536, not 0",
-        "ads/tenant.toml: overload 'shed_olds' is not one of shed_oldest, shed_newest, did you mean 'shed_oldest'?",
+        "ads/tenant.toml: overload 'shed_olds' is not one of shed_oldest, shed_newest, latest_per_customer,"
+        " did you mean 'shed_oldest'?",
     )

@@ -235,6 +235,22 @@ def test_names_that_expressions_cannot_tell_apart_are_refused() -> None:
     assert "rename" in str(status(run.snapshot, ModelName("ads", "a_b"))["problems"])
 
 
+def test_a_tenant_may_be_held_to_fewer_models_and_stored_outputs() -> None:
+    run = Run()
+    run(TenantSeen(TenantSettings("ads", models_max=2, stored_bytes_max=40)))
+    for number, model in enumerate(("a", "b")):
+        run.seen(ModelName("ads", model), manifest(), number)
+    assert run.state(ModelName("ads", "a")) == "candidate"
+    told = str(status(run.snapshot, ModelName("ads", "b"))["problems"])
+    assert "b.toml: its outputs take 24 bytes" in told
+    assert "48; stored_bytes_max is 40" in told
+    run(TenantSeen(TenantSettings("ads", models_max=2)))
+    run.seen(ModelName("ads", "b"), manifest(), 3)
+    assert run.state(ModelName("ads", "b")) == "candidate"
+    run.seen(ModelName("ads", "c"), manifest(), 4)
+    assert "2 models already; models_max is 2" in str(status(run.snapshot, ModelName("ads", "c"))["problems"])
+
+
 def test_bounds_are_refused_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(limits, "MODELS_PER_TENANT_MAX", 2)
     monkeypatch.setattr(limits, "TENANTS_MAX", 1)
