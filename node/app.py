@@ -14,7 +14,6 @@ import sdnotify
 import structlog
 import uvloop
 
-from node.backlog import Bound
 from node.clustering import Clustering
 from node.config_sections import Config, KafkaSection
 from node.cycle import CycleSettings, Engine
@@ -41,6 +40,7 @@ from node.state.layout import Layout
 from node.state.rocksdb import RocksEnvironment, RocksStore
 from node.steps import StepTimes
 from node.view import LocalView
+from node.waiting import Bound
 from replication.blobs import BlobStore
 from replication.changelog import Changelog
 from replication.frame import encode_frame

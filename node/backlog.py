@@ -1,24 +1,28 @@
 """One partition's unanswered triggers: the in-memory end of the sequence log.
 
-Each model has its own line of chunks and its own cursor, so a slow or dead model delays nobody but itself.
-Chunks are answered and committed in order; the triggers of chunks far from the head stay on disk only.
+Each model has its own line of chunks and its own cursor, so a slow or dead model delays nobody but itself. Chunks are
+answered and committed in order; the triggers of chunks far from the head stay on disk only.
+
+A tenant's lines share what it may have waiting: over it, the longest of them gives up triggers by its model's policy,
+each counted as shed.
 """
 
 from __future__ import annotations
 
 import asyncio
-from collections import Counter, deque
+from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 
+from node.kernel.clock import Clock
 from node.kernel.errors import BoundExceeded
-from node.kernel.limits import CHUNKS_IN_FLIGHT_PER_MODEL_MAX, SETTLED_ROWS_MAX
+from node.kernel.limits import CHUNKS_IN_FLIGHT_PER_MODEL_MAX, SETTLED_ROWS_MAX, WAITING_SWEPT_ROWS_MIN
 from node.kernel.ports import ModelRunner, StateStore
-from node.kernel.types import ModelName, ModelOutputs, ModelVersion, OverloadPolicy, SequenceChunk, Triggers
+from node.kernel.types import ModelName, ModelOutputs, ModelVersion, SequenceChunk, Triggers
+from node.waiting import Answering, Bound, Entry, Line, row_bytes
 
 Versions = Callable[[ModelName, str], ModelVersion | None]
 """The version of a model by its sha256, None once it was deleted."""
-Answering = asyncio.Future[ModelOutputs]
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,39 +34,13 @@ class Answer:
     outputs: ModelOutputs
 
 
-@dataclass(frozen=True, slots=True)
-class Bound:
-    """How much one model may fall behind in one partition, and what goes when it is more."""
-
-    rows_max: int
-    policy: OverloadPolicy = "shed_oldest"
-
-
-@dataclass(slots=True)
-class _Entry:
-    number: int
-    rows: int
-    time_ms: int
-    triggers: Triggers | None
-    """None: in the store only."""
-    answering: Answering | None = None
-    runs_on: ModelVersion | None = None
-    """What answers: another version than the triggers name, where that one was fallen back from."""
-    stored: bool = False
-
-
-@dataclass(slots=True)
-class _Line:
-    entries: deque[_Entry] = field(default_factory=deque)
-    next_number: int = 0
-    rows: int = 0
-
-
 @dataclass(slots=True)
 class Settled:
     """What left the backlog and must be in the next frame."""
 
     answers: list[Answer] = field(default_factory=list)
+    appended: list[SequenceChunk] = field(default_factory=list)
+    """Of lines that were written anew."""
     cursors: dict[str, int] = field(default_factory=dict)
     shed: Counter[str] = field(default_factory=Counter)
     """Reason and model -> rows."""
@@ -70,14 +48,21 @@ class Settled:
 
 class Backlog:
     def __init__(
-        self, runner: ModelRunner, store: StateStore, versions: Versions, bound: Callable[[ModelName], Bound]
+        self,
+        runner: ModelRunner,
+        store: StateStore,
+        versions: Versions,
+        bound: Callable[[ModelName], Bound],
+        clock: Clock,
     ) -> None:
         self._runner = runner
         self._store = store
         self._versions = versions
         self._bound = bound
-        self._lines: dict[str, _Line] = {}
+        self._clock = clock
+        self._lines: dict[str, Line] = {}
         """By the text of the model's name."""
+        self._tenants: dict[str, list[Line]] = {}
         self.changed = asyncio.Event()
         """Set when a chunk was answered; the cycle clears it."""
 
@@ -87,15 +72,23 @@ class Backlog:
         Numbers of answered chunks are gone from the store, so they may be given again.
         """
         for chunk in chunks:
-            line = self._line(str(chunk.triggers.name))
+            line = self._line(chunk.triggers)
             held = len(line.entries) < CHUNKS_IN_FLIGHT_PER_MODEL_MAX
-            line.entries.append(entry := _entry(chunk, chunk.triggers if held else None))
+            entry = Entry.of(chunk, self._clock.now_ms(), held)
             entry.stored = True
-            line.rows += len(chunk.triggers)
+            self._add(line, entry, chunk.triggers)
             line.next_number = chunk.number + 1
 
-    def _line(self, name: str) -> _Line:
-        return self._lines.setdefault(name, _Line())
+    def _line(self, triggers: Triggers) -> Line:
+        line = self._lines.get(str(triggers.name))
+        if line is None:
+            line = self._lines[str(triggers.name)] = Line(str(triggers.name), triggers.name)
+            self._tenants.setdefault(triggers.name.tenant, []).append(line)
+        return line
+
+    def _add(self, line: Line, entry: Entry, triggers: Triggers) -> None:
+        latest = entry.answering is None and self._bound(triggers.name).policy == "latest_per_customer"
+        line.add(entry, triggers.customers if latest else None)
 
     def behind(self, name: str) -> bool:
         """Whether new triggers of the line have to queue behind older ones."""
@@ -109,8 +102,10 @@ class Backlog:
             return True
         return len(line.entries) < CHUNKS_IN_FLIGHT_PER_MODEL_MAX and line.entries[-1].answering is not None
 
-    def rows_max(self, name: ModelName) -> int:
-        return self._bound(name).rows_max
+    def rows_max(self, triggers: Triggers) -> int:
+        """How many of these, at least one, may wait together; by a rough size, as it is asked of all triggers."""
+        bound = self._bound(triggers.name)
+        return max(1, min(bound.rows_max, bound.bytes_max // (2 * 8 * (1 + len(triggers.rows.names)))))
 
     @property
     def rows(self) -> int:
@@ -123,66 +118,119 @@ class Backlog:
 
         `answering` are the outputs of `version`, should they have been asked for already.
         """
-        line, bound = self._line(str(triggers.name)), self._bound(triggers.name)
-        if line.rows + len(triggers) > bound.rows_max:
-            if bound.policy == "shed_newest" or len(triggers) > bound.rows_max:
-                settled.shed[f"overload {triggers.name}"] += len(triggers)
-                if answering is not None:
-                    answering.cancel()
-                return None
-            self._shed_oldest(triggers, bound.rows_max - len(triggers), settled)
-        chunk = SequenceChunk(line.next_number, triggers)
+        line = self._line(triggers)
+        if not self._make_room(line, triggers, answering is None, settled):
+            settled.shed[f"overload {triggers.name}"] += len(triggers)
+            if answering is not None:
+                answering.cancel()
+            return None
+        chunk = SequenceChunk(line.next_number, triggers, self._clock.now_ms())
         line.next_number += 1
-        line.entries.append(entry := _entry(chunk, triggers))
-        line.rows += entry.rows
+        entry = Entry.of(chunk, chunk.queued_ms)
         if answering is not None:
             self._watch(entry, version, answering)
+        self._add(line, entry, triggers)
+        self._drop_given_up(line, settled)
         return chunk
 
-    def _shed_oldest(self, newer: Triggers, rows_max: int, settled: Settled) -> None:
-        line = self._lines[str(newer.name)]
-        while line.entries and line.rows > rows_max:
-            entry = self._drop_head(line)
-            settled.shed[f"overload {newer.name}"] += entry.rows
-        settled.cursors[str(newer.name)] = line.entries[0].number if line.entries else line.next_number
+    def _make_room(self, line: Line, triggers: Triggers, waits: bool, settled: Settled) -> bool:
+        """Shed until the triggers fit in what their tenant may have waiting; False when it is they that go."""
+        bound, lines = self._bound(triggers.name), self._tenants[triggers.name.tenant]
+        latest, each = waits and bound.policy == "latest_per_customer", row_bytes(triggers)
+        while True:
+            rows = line.added(triggers.customers) if latest else len(triggers)
+            if bound.filled(rows + sum(one.rows for one in lines), rows * each + sum(one.bytes for one in lines)) <= 1:
+                return True
+            longest = max(lines, key=lambda one: bound.filled(one.rows, one.bytes) if one is not line else 0.0)
+            if bound.filled(longest.rows, longest.bytes) <= bound.filled(line.rows + rows, line.bytes + rows * each):
+                longest = line
+            refused = longest is line and bound.policy == "shed_newest"
+            oldest = None if refused else longest.oldest()
+            if oldest is None:
+                return False
+            longest.give_up(oldest, "overload")
+            self._drop_given_up(longest, settled)
 
-    def _drop_head(self, line: _Line) -> _Entry:
-        entry = line.entries.popleft()
-        line.rows -= entry.rows
-        if entry.answering is not None and not entry.answering.done():
-            entry.answering.cancel()
-        return entry
+    def _trim(self, lines: Sequence[Line]) -> None:
+        """Give up what is over the bound: it was lowered, or a restart has forgotten what was given up before."""
+        bound = self._bound(lines[0].model)
+        while bound.filled(sum(line.rows for line in lines), sum(line.bytes for line in lines)) > 1:
+            longest = max(lines, key=lambda line: bound.filled(line.rows, line.bytes))
+            oldest = longest.oldest()
+            if oldest is None:
+                return
+            longest.give_up(oldest, "overload")
+
+    def _drop_given_up(self, line: Line, settled: Settled) -> None:
+        """Take off the head what nothing of waits any more."""
+        while line.entries and not line.entries[0].live:
+            self._drop_head(line, settled)
+
+    @staticmethod
+    def _drop_head(line: Line, settled: Settled) -> None:
+        entry = line.pop()
+        for reason, rows in entry.shed():
+            settled.shed[f"{reason} {line.model}"] += rows
+        settled.cursors[line.name] = entry.number + 1
 
     def settle(self) -> Settled:
-        """Take the answered chunks off the head of every line, and those whose model is gone.
+        """Take the answered chunks off the head of every line, and those whose model is gone or that are too old.
 
         As many as one frame may well hold: the rest is settled by the next cycle.
         """
         self.changed.clear()
         settled = Settled()
         rows = 0
-        for name, line in self._lines.items():
+        for lines in self._tenants.values():
+            self._trim(lines)
+        for line in self._lines.values():
+            self._expire(line, settled)
+            self._drop_given_up(line, settled)
             while line.entries and rows < SETTLED_ROWS_MAX and self._settle_head(line.entries[0], settled):
                 rows += line.entries[0].rows
-                settled.cursors[name] = self._drop_head(line).number + 1
+                self._drop_head(line, settled)
+                self._drop_given_up(line, settled)
+            if line.given_up > line.rows + WAITING_SWEPT_ROWS_MIN:
+                self._sweep(line, settled)
         return settled
 
-    def _settle_head(self, entry: _Entry, settled: Settled) -> bool:
+    def _expire(self, line: Line, settled: Settled) -> None:
+        if not line.entries:
+            return
+        age_ms_max = self._bound(line.model).age_ms_max
+        if not age_ms_max:
+            return
+        since_ms = self._clock.now_ms() - age_ms_max
+        for entry in line.entries:
+            if entry.queued_ms >= since_ms:
+                break
+            if entry.live and not entry.answered:
+                line.give_up(entry, "age")
+
+    def _settle_head(self, entry: Entry, settled: Settled) -> bool:
         if entry.triggers is None:
             return False
         version = self._versions(entry.triggers.name, entry.triggers.version)
         if version is None:
-            settled.shed[f"deleted {entry.triggers.name}"] += entry.rows
+            settled.shed[f"deleted {entry.triggers.name}"] += entry.live
             return True
         if entry.answering is None or not entry.answering.done():
             return False
         settled.answers.append(Answer(entry.runs_on or version, entry.triggers, entry.answering.result()))
         return True
 
+    def _sweep(self, line: Line, settled: Settled) -> None:
+        """Write the line anew. More was given up in it than waits: on the whole a trigger is written twice at most."""
+        shed: Counter[str] = Counter()
+        settled.appended += line.swept(lambda entry: self._triggers(line.name, entry), shed)
+        settled.cursors[line.name] = line.entries[0].number if line.entries else line.next_number
+        for reason, rows in shed.items():
+            settled.shed[f"{reason} {line.model}"] += rows
+
     def stored(self, chunks: Iterable[SequenceChunk]) -> None:
         """The store holds these chunks now: their triggers need not stay in memory."""
         for chunk in chunks:
-            line = self._line(str(chunk.triggers.name))
+            line = self._line(chunk.triggers)
             for entry in reversed(line.entries):
                 if entry.number == chunk.number:
                     entry.stored = True
@@ -191,33 +239,44 @@ class Backlog:
 
     def pump(self) -> None:
         """Submit chunks near the head that nobody works on."""
-        for name, line in self._lines.items():
-            head = [line.entries[at] for at in range(min(len(line.entries), CHUNKS_IN_FLIGHT_PER_MODEL_MAX))]
-            for entry in head:
-                if entry.answering is None and not self._submit(name, entry):
+        for line in self._lines.values():
+            handed_out = 0
+            for entry in line.entries:
+                if handed_out == CHUNKS_IN_FLIGHT_PER_MODEL_MAX:
                     break
+                if not entry.live:
+                    continue
+                if entry.answering is None and not self._submit(line, entry):
+                    break
+                handed_out += 1
             self._forget_tail(line)
 
-    def _submit(self, name: str, entry: _Entry) -> bool:
+    def _triggers(self, name: str, entry: Entry) -> Triggers:
         if entry.triggers is None:
-            chunks = self._store.chunks(1, name, entry.number)
-            entry.triggers = chunks[0].triggers
-        version = self._versions(entry.triggers.name, entry.triggers.version)
+            entry.triggers = self._store.chunks(1, name, entry.number)[0].triggers
+        return entry.triggers
+
+    def _submit(self, line: Line, entry: Entry) -> bool:
+        triggers = self._triggers(line.name, entry)
+        version = self._versions(triggers.name, triggers.version)
         if version is None:
             self.changed.set()
             return False
+        triggers = entry.live_triggers(triggers)
         try:
-            answer = self._runner.submit(version, entry.triggers.rows)
+            answer = self._runner.submit(version, triggers.rows)
         except BoundExceeded:
             return False
+        entry.triggers = triggers
+        line.handed_out(entry)
         self._watch(entry, version, asyncio.ensure_future(answer))
         return True
 
-    def _watch(self, entry: _Entry, version: ModelVersion, answering: Answering) -> None:
+    def _watch(self, entry: Entry, version: ModelVersion, answering: Answering) -> None:
         entry.answering, entry.runs_on = answering, version
         answering.add_done_callback(lambda _: self.changed.set())
 
-    def _forget_tail(self, line: _Line) -> None:
+    def _forget_tail(self, line: Line) -> None:
         for at in range(CHUNKS_IN_FLIGHT_PER_MODEL_MAX, len(line.entries)):
             entry = line.entries[-at + CHUNKS_IN_FLIGHT_PER_MODEL_MAX - 1]
             if entry.triggers is None:
@@ -228,19 +287,22 @@ class Backlog:
     def close(self) -> None:
         for line in self._lines.values():
             while line.entries:
-                self._drop_head(line)
+                line.pop()
 
     def statistics(self, now_ms: int) -> dict[str, dict[str, int]]:
-        """Line -> rows and chunks behind, and the age of the oldest by event time."""
+        """Line -> what waits in it, and the age of the oldest, by event time and since it was queued."""
         return {
-            name: {"rows": line.rows, "chunks": len(line.entries), "oldest_ms": now_ms - line.entries[0].time_ms}
+            name: {
+                "rows": line.rows,
+                "bytes": line.bytes,
+                "chunks": len(line.entries),
+                "given_up": line.given_up,
+                "oldest_ms": now_ms - line.entries[0].time_ms,
+                "waiting_ms": max(0, now_ms - line.entries[0].queued_ms),
+            }
             for name, line in self._lines.items()
             if line.entries
         }
-
-
-def _entry(chunk: SequenceChunk, triggers: Triggers | None) -> _Entry:
-    return _Entry(chunk.number, len(chunk.triggers), int(chunk.triggers.times_ms[0]), triggers)
 
 
 def split(triggers: Triggers, rows_max: int) -> list[Triggers]:

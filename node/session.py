@@ -10,7 +10,7 @@ from typing import Protocol
 
 import structlog
 
-from node.backlog import Backlog, Bound, Versions
+from node.backlog import Backlog, Versions
 from node.commit import Committer
 from node.cycle import Cycle, Engine, PartitionState
 from node.ingest.source import Source
@@ -24,6 +24,7 @@ from node.state.cache import RowCache
 from node.state.folder import StateFolder
 from node.state.layout import Layout
 from node.steps import StepTimes
+from node.waiting import Bound
 
 log = structlog.get_logger(__name__)
 
@@ -137,7 +138,7 @@ async def open_session(
         await _together(outbox.open(), changelog.connect(), source.connect())
         store, recovered = await _folded(parts.state, store, changelog)
         log.info("partition recovered", partition=origin.partition, **recovered.statistics())
-        state = await _state(store, parts, engine)
+        state = await _state(store, parts, engine, clock)
         await source.open(store.progress())
     except BaseException:
         await changelog.close()
@@ -174,10 +175,10 @@ async def _folded(state: StateFolder, store: StateStore, changelog: ChangelogRea
     return store, await changelog.fold_into(store)
 
 
-async def _state(store: StateStore, parts: Parts, engine: Engine) -> PartitionState:
+async def _state(store: StateStore, parts: Parts, engine: Engine, clock: Clock) -> PartitionState:
     encoded = store.layout()
     layout = Layout.empty() if encoded is None else Layout.decode(encoded)
-    backlog = Backlog(engine.runner, store, parts.versions, parts.bound)
+    backlog = Backlog(engine.runner, store, parts.versions, parts.bound, clock)
     await _restore(backlog, store)
     counters = store.counters()
     return PartitionState(

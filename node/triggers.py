@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from node.backlog import Answer, Answering, Backlog, Settled, finish_within, split
+from node.backlog import Answer, Backlog, Settled, finish_within, split
 from node.kernel.errors import BoundExceeded
 from node.kernel.limits import SEQUENCE_CHUNK_ROWS_MAX
 from node.kernel.ports import FeaturePlan, ModelRunner
@@ -23,6 +23,7 @@ from node.kernel.types import (
     SequenceChunk,
     Triggers,
 )
+from node.waiting import Answering
 
 
 @dataclass(slots=True)
@@ -74,11 +75,11 @@ async def run_triggers(
     the sequence log, most of them still being worked on: a model that was late once is back in step when it has
     answered before the next cycle begins. Order within a model is kept.
     """
-    outcome = Outcome(settled.answers, [], settled.cursors, settled.shed)
+    outcome = Outcome(settled.answers, settled.appended, settled.cursors, settled.shed)
     pieces = [
         (version, piece)
         for version, triggers in work
-        for piece in split(triggers, min(SEQUENCE_CHUNK_ROWS_MAX, backlog.rows_max(version.name)))
+        for piece in split(triggers, min(SEQUENCE_CHUNK_ROWS_MAX, backlog.rows_max(triggers)))
     ]
     calls = [_submit(runner, backlog, version, triggers) for version, triggers in pieces]
     running = [call for call in calls if call is not None]

@@ -25,6 +25,7 @@ class _Chunk(msgspec.Struct, array_like=True, frozen=True):
     features: tuple[str, ...]
     numbers: bytes
     texts: dict[str, list[str | None]]
+    queued_ms: int = 0
 
 
 _encoder = msgspec.msgpack.Encoder()
@@ -47,6 +48,7 @@ def encode_chunk(chunk: SequenceChunk) -> bytes:
             triggers.rows.names,
             triggers.rows.numbers.tobytes(),
             dict(triggers.rows.texts),
+            chunk.queued_ms,
         )
     )
 
@@ -68,7 +70,7 @@ def decode_chunk(data: bytes) -> SequenceChunk:
         )
     except (msgspec.MsgspecError, ValueError) as failure:
         raise StateCorrupt(f"a sequence chunk of {len(data)} bytes can't be read: {failure}") from failure
-    return SequenceChunk(chunk.number, triggers)
+    return SequenceChunk(chunk.number, triggers, chunk.queued_ms)
 
 
 def _integers(data: bytes) -> Ints:

@@ -45,6 +45,12 @@ WINDOW_MS_MAX = 400 * 24 * 3600 * 1000
 WRITE_STALL_MS_MAX = 2_000
 """How long a store may refuse a write because its flushes or compactions lag, before it counts as unavailable."""
 SEQUENCE_CHUNK_ROWS_MAX = 4096
+WAITING_ROWS_MAX = 1_048_576
+"""Of one tenant's triggers in one partition's sequence log; operators and tenants set less."""
+WAITING_MB_MAX = 4096
+WAITING_AGE_MS_MAX = 30 * 24 * 3600 * 1000
+WAITING_SWEPT_ROWS_MIN = 4096
+"""A line of the sequence log is written anew once it holds so many more rows that were given up than that wait."""
 SETTLED_ROWS_MAX = 32_768
 """Late answers that one cycle commits beside its own; a chunk more at most."""
 

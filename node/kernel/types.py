@@ -138,7 +138,9 @@ class ModelOutputs:
     cpu_seconds: float = 0.0
 
 
-OverloadPolicy: TypeAlias = Literal["shed_oldest", "shed_newest"]
+OverloadPolicy: TypeAlias = Literal["shed_oldest", "shed_newest", "latest_per_customer"]
+"""What of a model's waiting triggers goes when it falls behind: the oldest or the newest once the bound is reached, or
+all but each customer's newest at once, and then the oldest."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -197,6 +199,8 @@ class SequenceChunk:
 
     number: int
     triggers: Triggers
+    queued_ms: int = 0
+    """When they were first queued, by the node's clock; 0: not known."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -144,6 +144,11 @@ class BacklogStatus(Body, frozen=True):
     chunks: int
     oldest_ms: int
     """Age of the oldest, by event time."""
+    waiting_ms: int = 0
+    """Since the oldest was queued."""
+    bytes: int = 0
+    given_up: int = 0
+    """Triggers still in the log that will not run: counted as shed once they are taken out."""
 
 
 class CacheStatus(Body, frozen=True):

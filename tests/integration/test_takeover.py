@@ -21,7 +21,6 @@ from aiokafka import AIOKafkaProducer, TopicPartition
 from aiokafka.admin import AIOKafkaAdminClient, RecordsToDelete
 from node_support import TIME_MS, Kafka
 
-from node.backlog import Bound
 from node.config import parse_config
 from node.cycle import CycleSettings, Engine
 from node.ingest.decode import EventDecoder
@@ -40,6 +39,7 @@ from node.session import ChangelogReader, PartitionSession, Parts, open_session
 from node.state.folder import StateFolder, StateFolders
 from node.state.rocksdb import RocksEnvironment, RocksStore
 from node.steps import StepTimes
+from node.waiting import Bound
 from replication.changelog import Changelog
 from replication.frame import encode_frame
 from replication.standby import StandbyFolder

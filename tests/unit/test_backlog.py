@@ -10,11 +10,13 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from node.backlog import Backlog, Bound, Settled
+from node.backlog import Backlog, Settled
+from node.kernel.clock import ManualClock
 from node.kernel.errors import BoundExceeded
 from node.kernel.types import FeatureRows, Frame, ModelName, ModelOutputs, ModelVersion, SequenceChunk, Triggers
 from node.state.memory import MemoryStore
 from node.triggers import Outcome, run_triggers
+from node.waiting import Bound
 
 NAMES = (ModelName("ads", "bid"), ModelName("risk", "score"))
 
@@ -78,7 +80,7 @@ async def _every_trigger(steps: list[tuple[str, int, int]], room: int) -> None:
     offset = 0
 
     def fresh() -> Backlog:
-        made = Backlog(runner, store, lambda name, sha: version(name, sha), lambda name: Bound(10_000))
+        made = Backlog(runner, store, lambda name, sha: version(name, sha), lambda name: Bound(10_000), ManualClock())
         made.restore(store.chunks(10_000))
         made.pump()
         return made
@@ -122,7 +124,8 @@ async def _every_trigger(steps: list[tuple[str, int, int]], room: int) -> None:
 @pytest.mark.parametrize(("policy", "left"), [("shed_oldest", [4, 5, 6, 7]), ("shed_newest", [0, 1, 2, 3])])
 async def test_over_its_bound_a_line_sheds_by_policy_and_counts(policy: str, left: list[int]) -> None:
     store, name = MemoryStore(), NAMES[0]
-    backlog = Backlog(ManualRunner(0), store, lambda *_: version(name), lambda _: Bound(4, policy))  # type: ignore[arg-type]
+    bound = Bound(4, policy)  # type: ignore[arg-type]
+    backlog = Backlog(ManualRunner(0), store, lambda *_: version(name), lambda _: bound, ManualClock())
     settled = Settled()
     chunks = [backlog.append(version(name), triggers(name, first, 4), None, settled) for first in (0, 4)]
     commit(store, settled, 1, [chunk for chunk in chunks if chunk is not None])
@@ -133,7 +136,7 @@ async def test_over_its_bound_a_line_sheds_by_policy_and_counts(policy: str, lef
 
 async def test_triggers_of_a_deleted_model_are_shed_and_counted() -> None:
     store, name = MemoryStore(), NAMES[0]
-    backlog = Backlog(ManualRunner(), store, lambda *_: None, lambda _: Bound(100))
+    backlog = Backlog(ManualRunner(), store, lambda *_: None, lambda _: Bound(100), ManualClock())
     appended = Settled()
     chunk = backlog.append(version(name), triggers(name, 0, 3), None, appended)
     assert chunk is not None

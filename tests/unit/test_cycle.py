@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from node.backlog import Backlog, Bound
+from node.backlog import Backlog
 from node.commit import Committer
 from node.config import parse_config
 from node.cycle import Cycle, CycleSettings, Engine, PartitionState
@@ -23,6 +23,7 @@ from node.state.cache import RowCache
 from node.state.layout import Layout
 from node.state.memory import MemoryStore
 from node.steps import StepTimes
+from node.waiting import Bound
 from replication.frame import encode_frame
 from tenants.features import compile_plan
 from tenants.manifest import parse_manifest
@@ -59,7 +60,7 @@ class Parts:
         pool = ModelPool(WarmServer(SandboxSettings(), clock), fetch, clock, Supervisor(), parallel=1)
         layout = Layout.empty()
         cache = RowCache(store, layout, 1 << 20)
-        backlog = Backlog(pool, store, lambda *_: None, lambda _: Bound(1))
+        backlog = Backlog(pool, store, lambda *_: None, lambda _: Bound(1), clock)
         self.state = PartitionState(layout, cache, backlog, Counter(), {})
         topics = OutputTopics("inferences", "changelog", "letters")
         outbox = Outbox({}, topics, "test", 0, "off", "none", encode_frame, clock)
