@@ -212,7 +212,8 @@ class Node:
 
     def _bound(self, name: ModelName) -> Bound:
         settings = self._tenants.settings(name.tenant)
-        return Bound(settings.rows_queued_max, settings.overload)
+        policy = self._tenants.overload(name)
+        return Bound(settings.rows_waiting_max, policy, settings.mb_waiting_max * MIB, settings.age_waiting_max)
 
 
 class Tenants:
@@ -314,7 +315,14 @@ def _tenant_service(
     config: Config, data: Path, blobs: BlobStore, clock: Clock, supervisor: Supervisor, publish: ModelPublisher | None
 ) -> TenantService:
     tenants = config.tenants
-    caps = TenantCaps(tenants.weight_max, tenants.memory_mb_max, tenants.rows_queued_max)
+    caps = TenantCaps(
+        tenants.weight_max,
+        tenants.memory_mb_max,
+        tenants.rows_queued_max,
+        tenants.rows_waiting_max,
+        tenants.mb_waiting_max,
+        tenants.age_waiting_s_max * 1000,
+    )
     settings = ServiceSettings(
         watch=WatchSettings(
             Path(tenants.directory),

@@ -328,6 +328,31 @@ class TenantsSection(Section, frozen=True):
             description="Rows waiting for one model in memory; the rest waits in its sequence log on disk.",
         ),
     ] = 16_384
+    rows_waiting_max: Annotated[
+        int,
+        Meta(
+            ge=1,
+            le=limits.WAITING_ROWS_MAX,
+            description="Triggers that one tenant may have waiting in the sequence log of each partition; caps their "
+            "own setting. More rides out a longer outage of a model, and takes longer to catch up.",
+        ),
+    ] = 262_144
+    mb_waiting_max: Annotated[
+        int,
+        Meta(
+            ge=1,
+            le=limits.WAITING_MB_MAX,
+            description="MB they may take in each partition, uncompressed: on disk up to twice that.",
+        ),
+    ] = 256
+    age_waiting_s_max: Annotated[
+        int,
+        Meta(
+            ge=0,
+            le=limits.WAITING_AGE_MS_MAX // 1000,
+            description="A trigger that has waited for longer is shed; 0: however long.",
+        ),
+    ] = 0
     allow: Annotated[
         tuple[Literal["xgboost", "lightgbm"], ...],
         Meta(description="Further libraries whose models may load: each widens what a model file can reach."),

@@ -116,7 +116,20 @@ def status_view(status: Mapping[str, Any]) -> list[RenderableType]:
             partition.get("reason"),
         )
     tenants = _table(
-        "tenant", "worker", "weight", "CPU s", "CPU share", "calls", "queued", "restarts", right=range(2, 8)
+        *(
+            "tenant",
+            "worker",
+            "weight",
+            "CPU s",
+            "CPU share",
+            "calls",
+            "queued",
+            "waiting",
+            "behind",
+            "shed",
+            "restarts",
+        ),
+        right=range(2, 11),
     )
     for tenant in status.get("tenants", ()):
         share = tenant.get("cpu_share")
@@ -124,7 +137,8 @@ def status_view(status: Mapping[str, Any]) -> list[RenderableType]:
             tenants,
             *(tenant.get("tenant"), tenant.get("worker"), tenant.get("weight"), f"{tenant.get('cpu_seconds', 0):.1f}"),
             "" if share is None else f"{share:.0%}",
-            *(_count(tenant.get("calls")), _count(tenant.get("rows_queued")), _count(tenant.get("restarts"))),
+            *(_count(tenant.get("calls")), _count(tenant.get("rows_queued")), *_waits(tenant)),
+            _count(tenant.get("restarts")),
         )
     return [head, *reasons, partitions, tenants]
 
@@ -211,7 +225,21 @@ def sandbox_view(report: Mapping[str, Any]) -> list[RenderableType]:
 
 def models_view(answer: Mapping[str, Any]) -> list[RenderableType]:
     models = _table(
-        "model", "version", "state", "on", "outputs", "ms/row", "calls", "rows", "queued", right=range(5, 9)
+        *(
+            "model",
+            "version",
+            "state",
+            "on",
+            "outputs",
+            "ms/row",
+            "calls",
+            "rows",
+            "queued",
+            "waiting",
+            "behind",
+            "shed",
+        ),
+        right=range(5, 12),
     )
     reasons: list[RenderableType] = []
     for model in answer.get("models", ()):
@@ -223,10 +251,18 @@ def models_view(answer: Mapping[str, Any]) -> list[RenderableType]:
             *(name, model.get("version"), model.get("state")),
             *(", ".join(map(_text, model.get("events", ()))), ", ".join(map(_text, model.get("outputs", ())))),
             "" if per_row is None else f"{per_row:.3f}",
-            *(_count(cost.get("calls")), _count(cost.get("rows")), _count(cost.get("rows_queued"))),
+            *(_count(cost.get("calls")), _count(cost.get("rows")), _count(cost.get("rows_queued")), *_waits(model)),
         )
         reasons.extend(Text(f"{name}: {_text(reason)}", style="yellow") for reason in model.get("reasons", ()))
     return [models, *reasons]
+
+
+def _waits(one: Mapping[str, Any]) -> tuple[str, str, str]:
+    """Of a model or tenant: rows in the sequence log, how long the oldest has waited, and what was shed and why."""
+    waiting: Mapping[str, Any] = one.get("waiting", {})
+    shed = ", ".join(f"{_count(rows)} {_text(reason)}" for reason, rows in sorted(waiting.get("shed", {}).items()))
+    rows = waiting.get("rows", 0)
+    return _count(rows), f"{waiting.get('seconds', 0):.1f} s" if rows else "", shed
 
 
 def _table(*headings: str, right: Iterable[int]) -> Table:

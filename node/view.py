@@ -5,10 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol
 
+import msgspec
+
 from node.kernel.clock import Clock
 from node.kernel.ports import FeaturePlan, StateStore
 from node.kernel.supervise import Supervisor
 from node.kernel.types import Aggregate, EventSchema, ModelName, ReplicaProgress
+from node.lag import Lags
 from node.partition import Condition, Role
 from node.serving.reads import CustomerReads, OpenPartition
 from node.serving.view import (
@@ -99,6 +102,7 @@ class LocalView:
     def status(self) -> NodeStatus:
         now_ms = self._clock.now_ms()
         partitions = [_status(partition, now_ms) for _, partition in sorted(self._partitions.running.items())]
+        lags = self._lags()
         weakest = any(partition.delivery == "at_least_once" for partition in partitions)
         return NodeStatus(
             node=self._node,
@@ -106,7 +110,10 @@ class LocalView:
             now_ms=now_ms,
             delivery="at_least_once" if weakest else "exactly_once",
             partitions=partitions,
-            tenants=list(self._tenants.tenants()),
+            tenants=[
+                msgspec.structs.replace(tenant, waiting=lags.tenant(tenant.tenant))
+                for tenant in self._tenants.tenants()
+            ],
             sandbox=self._tenants.sandbox(),
             tasks=list(self._supervisor.statistics()["tasks"]),  # type: ignore[call-overload]
         )
@@ -115,7 +122,21 @@ class LocalView:
         return self._partitions.unready()
 
     def models(self) -> Sequence[ModelInfo]:
-        return self._tenants.models()
+        lags, told, infos = self._lags(), set(), []
+        for info in self._tenants.models():
+            name = f"{info.tenant}/{info.model}"
+            infos.append(info if name in told else msgspec.structs.replace(info, waiting=lags.model(name)))
+            told.add(name)
+        return infos
+
+    def _lags(self) -> Lags:
+        now_ms = self._clock.now_ms()
+        sessions = [partition.session for partition in self._partitions.running.values()]
+        return Lags(
+            (session.state.backlog.statistics(now_ms), session.state.committed)
+            for session in sessions
+            if session is not None
+        )
 
     def printed(self, tenant: str, after: int) -> TenantLog:
         return self._tenants.printed(tenant, after)

@@ -10,7 +10,7 @@ import hashlib
 import re
 import tomllib
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Final, cast, get_args
 
 from node.kernel.errors import ManifestError
@@ -18,8 +18,14 @@ from node.kernel.limits import (
     CALL_DEADLINE_MS_MAX,
     FEATURES_PER_MODEL_MAX,
     MANIFEST_BYTES_MAX,
+    MODELS_PER_TENANT_MAX,
+    OUTPUT_MB_MAX,
     OUTPUTS_PER_MODEL_MAX,
+    ROWS_PER_SECOND_MAX,
     ROWS_QUEUED_PER_MODEL_MAX,
+    WAITING_AGE_MS_MAX,
+    WAITING_MB_MAX,
+    WAITING_ROWS_MAX,
     WEIGHT_MAX,
     WEIGHT_MIN,
     WINDOW_MS_MAX,
@@ -44,13 +50,20 @@ _NAME: Final = re.compile(r"[a-z0-9][a-z0-9_-]{0,62}")
 _OUTPUT: Final = re.compile(r"[A-Za-z_][A-Za-z0-9_]{0,62}")
 _FEATURE_BYTES_MAX: Final = 128
 _PROBLEMS_MAX: Final = 100
-_MODEL_KEYS: Final = ("on", "every", "all", "output", "method", "ttl", "deadline", "weight", "features")
+_MODEL_KEYS: Final = ("on", "every", "all", "output", "method", "ttl", "deadline", "weight", "overload", "features")
 _KEY_PARTS_MAX: Final = 32
 _KEY_PART: Final = r"""(?:[A-Za-z0-9_-]++|"(?:[^"\\\n]|\\.){0,256}+"|'[^'\n]{0,256}+')"""
 _LONG_KEY: Final = re.compile(rf"(?<![A-Za-z0-9_-]){_KEY_PART}(?:[ \t]*+\.[ \t]*+{_KEY_PART}){{{_KEY_PARTS_MAX}}}")
 """tomllib keeps every prefix of a dotted key: one of 200 KB takes all the memory there is."""
 
-_TENANT_KEYS: Final = ("weight", "memory_mb", "rows_queued_max", "overload")
+TENANT_LIMITS: Final = (
+    *("weight", "memory_mb", "rows_queued_max", "rows_waiting_max", "mb_waiting_max", "age_waiting_max", "rows_s"),
+    *("output_mb", "models"),
+)
+"""What a tenant may set and an operator may cap, as it is called in `tenant.toml` and in the file of quotas."""
+_TENANT_KEYS: Final = (*TENANT_LIMITS, "overload")
+_NO_LIMIT: Final = {"age_waiting_max", "rows_s", "output_mb"}
+"""Where 0 means none."""
 
 
 def is_name(text: str) -> bool:
@@ -80,6 +93,8 @@ class Manifest:
     deadline_ms: int
     weight: float
     features: tuple[Feature, ...]
+    overload: OverloadPolicy | None = None
+    """None: its tenant's."""
 
     @property
     def aggregates(self) -> tuple[Aggregate, ...]:
@@ -119,26 +134,75 @@ class Manifest:
 
 @dataclass(frozen=True, slots=True)
 class TenantCaps:
-    """The most the operator lets any tenant ask for."""
+    """The most the operator lets any tenant ask for. `age_waiting_ms_max` 0: as long as they like."""
 
     weight_max: float = 10.0
     memory_mb_max: int = 4096
     rows_queued_max: int = ROWS_QUEUED_PER_MODEL_MAX
+    rows_waiting_max: int = WAITING_ROWS_MAX
+    mb_waiting_max: int = WAITING_MB_MAX
+    age_waiting_ms_max: int = 0
+
+    def limits(self) -> Mapping[str, float]:
+        """By the names of TENANT_LIMITS; those that aren't capped for all tenants are left out."""
+        return {
+            "weight": self.weight_max,
+            "memory_mb": self.memory_mb_max,
+            "rows_queued_max": self.rows_queued_max,
+            "rows_waiting_max": self.rows_waiting_max,
+            "mb_waiting_max": self.mb_waiting_max,
+            "age_waiting_max": self.age_waiting_ms_max,
+        }
 
 
 @dataclass(frozen=True, slots=True)
 class TenantSettings:
-    """`tenant.toml` after the operator's caps; `capped` holds a line for each value that was cut to its cap."""
+    """`tenant.toml` after the operator's caps; `capped` holds a line for each value that was cut to its cap.
+
+    `age_waiting_max` is in ms. 0 is no limit for it, `rows_s` (rows a second, on one node) and `output_mb`. What
+    waits and what is stored is bounded in each partition. `given` names what the tenant has set itself.
+    """
 
     tenant: str
     weight: float = 1.0
     memory_mb: int = 1024
     rows_queued_max: int = 8192
+    rows_waiting_max: int = 65_536
+    mb_waiting_max: int = 64
+    age_waiting_max: int = 0
+    rows_s: float = 0.0
+    output_mb: int = 0
+    models: int = MODELS_PER_TENANT_MAX
     overload: OverloadPolicy = "shed_oldest"
     capped: tuple[str, ...] = ()
+    given: frozenset[str] = frozenset()
+
+    def limits(self) -> dict[str, float]:
+        return {name: getattr(self, name) for name in TENANT_LIMITS}
+
+    def under(self, most: Mapping[str, float], file: str, whose: str) -> TenantSettings:
+        """With each limit cut to `most`; what the tenant has set itself and was cut is told in `capped`."""
+        limits, told = self.limits(), list(self.capped)
+        for name, cap in most.items():
+            over = bool(cap) and (limits[name] == 0 or limits[name] > cap) if name in _NO_LIMIT else limits[name] > cap
+            if not over:
+                continue
+            limits[name] = cap
+            if name in self.given:
+                told.append(f"{file}: {name} is cut to {whose} {cap:.15g}{' ms' if name == 'age_waiting_max' else ''}")
+        return self._with(limits, tuple(told))
+
+    def granted(self, quota: Mapping[str, float]) -> TenantSettings:
+        """Under an operator's quota for this tenant: what the tenant has not set itself is what it was granted."""
+        limits = {name: quota.get(name, value) for name, value in self.limits().items() if name not in self.given}
+        return self._with(self.limits() | limits, self.capped).under(quota, "tenant.toml", "the quota of")
+
+    def _with(self, limits: Mapping[str, float], capped: tuple[str, ...]) -> TenantSettings:
+        whole = {name: value if name in ("weight", "rows_s") else int(value) for name, value in limits.items()}
+        return replace(self, capped=capped, **whole)  # type: ignore[arg-type]
 
 
-class _Reader:
+class Reader:
     """One TOML file with the mistakes found in it so far."""
 
     def __init__(self, file: str, text: bytes, keys: tuple[str, ...]) -> None:
@@ -234,7 +298,7 @@ def parse_manifest(file: str, tenant: str, model: str, text: bytes, schema: Even
     Raises ManifestError with every mistake; ConfigError when the operator's own profile is wrong, which a
     node has found out at its start.
     """
-    reader = _Reader(file, text, _MODEL_KEYS)
+    reader = Reader(file, text, _MODEL_KEYS)
     for kind, name in (("tenant", tenant), ("model", model)):
         if not is_name(name):
             reader.problem(
@@ -250,12 +314,13 @@ def parse_manifest(file: str, tenant: str, model: str, text: bytes, schema: Even
         deadline_ms=reader.duration("deadline", "1s", CALL_DEADLINE_MS_MAX, milliseconds=True),
         weight=reader.number("weight", 1.0, WEIGHT_MIN, WEIGHT_MAX),
         features=_features(reader, schema),
+        overload=_overload(reader) if "overload" in reader.values else None,
     )
     reader.finish()
     return manifest
 
 
-def _events(reader: _Reader, schema: EventSchema) -> tuple[str, ...]:
+def _events(reader: Reader, schema: EventSchema) -> tuple[str, ...]:
     if "every" in reader.values or "all" in reader.values:
         reader.problem("interval models (every, all) are not available in this release; use on = [event types]")
         return ()
@@ -275,7 +340,7 @@ def _types_example(schema: EventSchema) -> str:
     return f'on = ["{next(iter(schema.types), "any")}"]'
 
 
-def _outputs(reader: _Reader) -> tuple[str, ...]:
+def _outputs(reader: Reader) -> tuple[str, ...]:
     outputs = reader.texts("output", ["score"], "a name")
     if len(outputs) > OUTPUTS_PER_MODEL_MAX:
         reader.problem(f"output names {len(outputs)} outputs; the most is {OUTPUTS_PER_MODEL_MAX}")
@@ -287,7 +352,7 @@ def _outputs(reader: _Reader) -> tuple[str, ...]:
     return outputs
 
 
-def _features(reader: _Reader, schema: EventSchema) -> tuple[Feature, ...]:
+def _features(reader: Reader, schema: EventSchema) -> tuple[Feature, ...]:
     table = reader.values.get("features")
     if not isinstance(table, dict) or not table:
         reader.problem('[features] is missing or empty; give each column of the model a line: name = "expression"')
@@ -306,7 +371,7 @@ def _features(reader: _Reader, schema: EventSchema) -> tuple[Feature, ...]:
     return tuple(features)
 
 
-def _expression(reader: _Reader, name: str, text: object, scope: Scope) -> Node | None:
+def _expression(reader: Reader, name: str, text: object, scope: Scope) -> Node | None:
     place = f"feature {shown(name)}"
     if not name.strip() or not name.isprintable() or len(name.encode()) > _FEATURE_BYTES_MAX:
         reader.problem(f"{place}: a feature's name must be printable and at most {_FEATURE_BYTES_MAX} bytes")
@@ -321,34 +386,48 @@ def _expression(reader: _Reader, name: str, text: object, scope: Scope) -> Node 
         return None
 
 
+def _overload(reader: Reader) -> OverloadPolicy:
+    return cast("OverloadPolicy", reader.choice("overload", get_args(OverloadPolicy)))
+
+
 def parse_tenant(file: str, tenant: str, text: bytes, caps: TenantCaps) -> TenantSettings:
     """A tenant's settings under the operator's caps; empty text gives the defaults. Raises ManifestError.
 
     A value above its cap is cut to it and told in `capped`: a cap that the operator lowers must not make a
     tenant lose its other settings.
     """
-    reader = _Reader(file, text, _TENANT_KEYS)
+    reader = Reader(file, text, _TENANT_KEYS)
     if not is_name(tenant):
         reader.problem(f"the tenant name {shown(tenant)} must be 1 to 63 of a-z, 0-9, '_' and '-'")
-    asked = {
-        "weight": reader.number("weight", TenantSettings("").weight, WEIGHT_MIN, WEIGHT_MAX),
-        "memory_mb": reader.whole("memory_mb", TenantSettings("").memory_mb, 64, 1 << 20),
-        "rows_queued_max": reader.whole(
-            "rows_queued_max", TenantSettings("").rows_queued_max, 1, ROWS_QUEUED_PER_MODEL_MAX
-        ),
-    }
-    overload = cast("OverloadPolicy", reader.choice("overload", get_args(OverloadPolicy)))
+    limits = read_limits(reader)
+    overload = _overload(reader)
     reader.finish()
-    most = {"weight": caps.weight_max, "memory_mb": caps.memory_mb_max, "rows_queued_max": caps.rows_queued_max}
-    return TenantSettings(
-        tenant=tenant,
-        weight=min(asked["weight"], most["weight"]),
-        memory_mb=int(min(asked["memory_mb"], most["memory_mb"])),
-        rows_queued_max=int(min(asked["rows_queued_max"], most["rows_queued_max"])),
-        overload=overload,
-        capped=tuple(
-            f"{file}: {key} is cut to the operator's {most[key]:g}"
-            for key in reader.values
-            if key in asked and asked[key] > most[key]
-        ),
-    )
+    asked = replace(TenantSettings(tenant, overload=overload), given=frozenset(limits), **limits)  # type: ignore[arg-type]
+    return asked.under(caps.limits(), file, "the operator's")
+
+
+def read_limits(reader: Reader) -> dict[str, float]:
+    """Those of TENANT_LIMITS that the file sets; its mistakes are noted in the reader."""
+    most = {
+        "memory_mb": (64, 1 << 20),
+        "rows_queued_max": (1, ROWS_QUEUED_PER_MODEL_MAX),
+        "rows_waiting_max": (1, WAITING_ROWS_MAX),
+        "mb_waiting_max": (1, WAITING_MB_MAX),
+        "output_mb": (0, OUTPUT_MB_MAX),
+        "models": (0, MODELS_PER_TENANT_MAX),
+    }
+    found: dict[str, float] = {}
+    for name in TENANT_LIMITS:
+        if name not in reader.values:
+            continue
+        if name == "age_waiting_max":
+            never = reader.values[name] == "never"
+            found[name] = 0 if never else reader.duration(name, "1h", WAITING_AGE_MS_MAX, milliseconds=True)
+        elif name == "weight":
+            found[name] = reader.number(name, 1.0, WEIGHT_MIN, WEIGHT_MAX)
+        elif name == "rows_s":
+            found[name] = reader.number(name, 0.0, 0.0, ROWS_PER_SECOND_MAX)
+        else:
+            least, highest = most[name]
+            found[name] = reader.whole(name, least, least, highest)
+    return found

@@ -257,7 +257,7 @@ class ModelPool:
             for known in tenant.versions.values()
             if known.version.name == name
         )
-        if held + rows > tenant.settings.rows_queued_max:
+        if held and held + rows > tenant.settings.rows_queued_max:  # alone, any chunk runs: a bound may be lowered
             raise BoundExceeded(
                 f"{name} holds {held} rows and can't take {rows} more: its tenant's rows_queued_max is"
                 f" {tenant.settings.rows_queued_max}; keep them and submit again when some are done"

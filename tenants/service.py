@@ -13,7 +13,7 @@ from node.kernel.clock import Clock
 from node.kernel.errors import ManifestError, NotFound, StoreUnavailable, printable
 from node.kernel.ports import FeaturePlan
 from node.kernel.supervise import Supervisor
-from node.kernel.types import AgreedModels, EventSchema, ModelName, ModelVersion
+from node.kernel.types import AgreedModels, EventSchema, ModelName, ModelVersion, OverloadPolicy
 from tenants.agreement import ModelPublisher, read_version
 from tenants.cgroups import ControlGroups
 from tenants.features import compile_plan
@@ -202,6 +202,13 @@ class TenantService:
 
     def settings(self, tenant: str) -> TenantSettings:
         return self.watcher.snapshot.tenants.get(tenant) or TenantSettings(tenant)
+
+    def overload(self, name: ModelName) -> OverloadPolicy:
+        """What of the model's waiting triggers goes when it falls behind: as its live version's manifest says, or else
+        its tenant's settings."""
+        entry = self.watcher.snapshot.models.get(name)
+        own = entry.live.manifest.overload if entry is not None and entry.live is not None else None
+        return own or self.settings(name.tenant).overload
 
     def statistics(self) -> ServiceStatistics:
         return ServiceStatistics(self.watcher.statistics(), self.runner.statistics())

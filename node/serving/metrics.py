@@ -91,13 +91,19 @@ def _counted_metrics(partitions: list[PartitionStatus]) -> Iterator[Metric]:
     yield _counter("model_failures", "Triggers a model failed on.", model, counted["failed"])
     yield _counter("sheds", "Triggers given up.", ("reason", *model), counted["shed"])
     rows: Counter[tuple[str, ...]] = Counter()
+    size: Counter[tuple[str, ...]] = Counter()
     oldest: dict[tuple[str, ...], float] = {}
+    waited: dict[tuple[str, ...], float] = {}
     for partition in partitions:
         for name, waiting in partition.backlog.items():
             labels = _labels("backlog", name)
             rows[labels] += waiting.rows
+            size[labels] += waiting.bytes
+            waited[labels] = max(waited.get(labels, 0.0), waiting.waiting_ms / 1000)
             oldest[labels] = max(oldest.get(labels, 0.0), waiting.oldest_ms / 1000)
     yield _gauge("backlog_rows", "Triggers in the sequence log.", model, rows)
+    yield _gauge("backlog_bytes", "What they take, uncompressed.", model, size)
+    yield _gauge("backlog_waiting_seconds", "Since the oldest of them was queued.", model, waited, max)
     yield _gauge("backlog_oldest_seconds", "Age of the oldest of them, by event time.", model, oldest, max)
 
 

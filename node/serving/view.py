@@ -85,6 +85,17 @@ class ModelCost(Body, frozen=True):
     rows_queued: int = 0
 
 
+class Waiting(Body, frozen=True):
+    """What waits for a model, or for all of a tenant's, in the sequence logs of this node's partitions."""
+
+    rows: int = 0
+    seconds: float = 0.0
+    """Since the oldest was queued: how far behind its events the model is."""
+    bytes: int = 0
+    shed: dict[str, int] = {}
+    """Why (overload, superseded, age, deleted) -> triggers given up since the changelog began."""
+
+
 class ModelInfo(Body, frozen=True):
     """One version of one model, whatever its state."""
 
@@ -107,6 +118,8 @@ class ModelInfo(Body, frozen=True):
     deadline_ms: int = 0
     weight: float = 1.0
     cost: ModelCost = ModelCost()
+    waiting: Waiting = Waiting()
+    """Of all versions of the model, told with the first of them."""
 
     @staticmethod
     def of(version: ModelVersion, state: str, reasons: Sequence[str] = (), cost: ModelCost | None = None) -> ModelInfo:
@@ -241,6 +254,7 @@ class TenantStatus(Body, frozen=True):
     """Null before it was measured."""
     sandbox: SandboxStatus | None = None
     """Of its worker; null while it has none."""
+    waiting: Waiting = Waiting()
 
 
 class HttpStatus(Body, frozen=True):

@@ -40,6 +40,7 @@ from node.serving.view import (
     NodeStatus,
     PartitionStatus,
     TenantStatus,
+    Waiting,
 )
 
 ROOT = Path(__file__).parents[2]
@@ -65,6 +66,9 @@ async def headrace(*arguments: str) -> Ran:
     return Ran(process.returncode, out.decode(), err.decode())
 
 
+WAITING = Waiting(rows=1_040, seconds=75.04, bytes=9, shed={"overload": 1_200, "age": 3})
+
+
 class OneNode:
     """A node to look at: partition 0 runs, partition 1 waits."""
 
@@ -79,7 +83,11 @@ class OneNode:
                 PartitionStatus(number=0, phase="running", lag=77, counters=counters, backlog=backlog),
                 PartitionStatus(number=1, phase="waiting", reason="Kafka does not answer [bold]\x1b[31m"),
             ],
-            tenants=[TenantStatus(tenant="shop", cpu_seconds=12.34, cpu_share=0.25, calls=5000, worker="running")],
+            tenants=[
+                TenantStatus(
+                    tenant="shop", cpu_seconds=12.34, cpu_share=0.25, calls=5000, worker="running", waiting=WAITING
+                )
+            ],
         )
 
     def unready(self) -> Sequence[str]:
@@ -89,7 +97,7 @@ class OneNode:
         cost = ModelCost(ms_per_row=0.0125, calls=5000, rows=160_000, rows_queued=2)
         live = ModelInfo(
             tenant="shop", model="bid", version="0123456789ab", sha256="f" * 64, state="live", events=["search"],
-            outputs=["score"], cost=cost,
+            outputs=["score"], cost=cost, waiting=WAITING,
         )  # fmt: skip
         broken = ModelInfo(
             tenant="ads", model="click", version="", sha256="", state="refused", reasons=["no such\nfield: [red]x"]
@@ -205,13 +213,16 @@ async def test_status_as_tables(url: str) -> None:
     assert lines[1].strip() == "partition 1 waits: Kafka does not answer"
     assert row(ran.out, "0 ") == "0 owner running 77 1,234,567 8 7 42"
     assert row(ran.out, "1 ").endswith(r"Kafka does not answer [bold]\x1b[31m")
-    assert row(ran.out, "shop ") == "shop running 1.0 12.3 25% 5,000 0 0"
+    assert row(ran.out, "shop ") == "shop running 1.0 12.3 25% 5,000 0 1,040 75.0 s 3 age, 1,200 overload 0"
 
 
 async def test_models_as_tables(url: str) -> None:
     ran = await headrace("models", "--url", url)
     assert (ran.code, ran.err) == (0, "")
-    assert row(ran.out, "shop/bid ") == "shop/bid 0123456789ab live search score 0.013 5,000 160,000 2"
+    assert (
+        row(ran.out, "shop/bid ")
+        == "shop/bid 0123456789ab live search score 0.013 5,000 160,000 2 1,040 75.0 s 3 age, 1,200 overload"
+    )
     assert row(ran.out, "ads/click ").startswith("ads/click refused")
     assert r"ads/click: no such\nfield: [red]x" in ran.out
 

@@ -190,7 +190,7 @@ async def test_metrics_follow_from_the_status(
                 lag=None if number else 6,
                 counters=counters,
                 step_seconds={"fold": 0.5},
-                backlog={"ads/bid": BacklogStatus(rows=8, chunks=1, oldest_ms=1000 * (number + 1))},
+                backlog={"ads/bid": BacklogStatus(rows=8, chunks=1, oldest_ms=1000 * (number + 1), waiting_ms=500)},
                 cache=CacheStatus(hits=9),
             )
         )
@@ -205,6 +205,7 @@ async def test_metrics_follow_from_the_status(
     assert found["headrace_step_seconds_total", ("fold",)] == 1.0
     assert found["headrace_backlog_rows", ("bid", "ads")] == 16
     assert found["headrace_backlog_oldest_seconds", ("bid", "ads")] == 2.0
+    assert found["headrace_backlog_waiting_seconds", ("bid", "ads")] == 0.5
     assert found["headrace_cache_hits_total", ("0",)] == 9
     assert found["headrace_partition_running", ("0",)] == 1
     assert found["headrace_partition_running", ("1",)] == 0

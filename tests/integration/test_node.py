@@ -271,7 +271,7 @@ def test_every_trigger_is_an_inference_or_counted_as_shed(make: Callable[..., No
     """A tenant whose model falls behind its bound, then a kill, then the model's deletion with triggers waiting."""
     node = make(cycle={"inference_deadline_ms": 0, "events_max": 40})
     drop(node.models, "shop/slow", slow(linear(1), 400), AMOUNT)
-    (node.models / "shop" / "tenant.toml").write_text("rows_queued_max = 100\n")
+    (node.models / "shop" / "tenant.toml").write_text("rows_queued_max = 100\nrows_waiting_max = 100\n")
     node.kafka.produce(node.topics[0], [event(f"c{number % 11}", number) for number in range(3000)])
     node.start()
     wait_until(lambda: node.counter("events") >= 500, "some events were taken")

@@ -232,6 +232,7 @@ def test_tenant_settings_are_cut_to_the_operators_caps_and_the_tenant_is_told():
         memory_mb=100,
         rows_queued_max=500,
         overload="shed_newest",
+        given=frozenset({"weight", "memory_mb", "rows_queued_max"}),
         capped=(
             "ads/tenant.toml: weight is cut to the operator's 4",
             "ads/tenant.toml: rows_queued_max is cut to the operator's 500",
@@ -242,6 +243,28 @@ def test_tenant_settings_are_cut_to_the_operators_caps_and_the_tenant_is_told():
 def test_defaults_of_tenant_settings_are_under_the_caps_too():
     small = parse_tenant("ads/tenant.toml", "ads", b"", TenantCaps(0.5, 256, 10))
     assert small == TenantSettings("ads", 0.5, 256, 10)
+
+
+def test_what_waits_is_bounded_by_the_tenant_and_capped_by_the_operator():
+    text = b"rows_waiting_max = 500000\nmb_waiting_max = 16\nage_waiting_max = '2h'\nrows_s = 50\nmodels = 3"
+    caps = TenantCaps(rows_waiting_max=100_000, mb_waiting_max=32, age_waiting_ms_max=3_600_000)
+    found = parse_tenant("tenant.toml", "ads", text, caps)
+    assert (found.rows_waiting_max, found.mb_waiting_max, found.age_waiting_max) == (100_000, 16, 3_600_000)
+    assert (found.rows_s, found.models, found.output_mb) == (50.0, 3, 0)
+    assert found.capped == (
+        "tenant.toml: rows_waiting_max is cut to the operator's 100000",
+        "tenant.toml: age_waiting_max is cut to the operator's 3600000 ms",
+    )
+    assert parse_tenant("tenant.toml", "ads", b"", caps).age_waiting_max == 3_600_000, "none is more than an hour"
+    assert parse_tenant("tenant.toml", "ads", b"age_waiting_max = 'never'", TenantCaps()).age_waiting_max == 0
+
+
+def test_a_models_own_overload_policy_is_read():
+    assert parse("on = ['transaction']\n[features]\nx = 'event.amount'").overload is None
+    latest = parse("on = ['transaction']\noverload = 'latest_per_customer'\n[features]\nx = 'event.amount'")
+    assert latest.overload == "latest_per_customer"
+    problems = told(lambda: parse("on = ['transaction']\noverload = 'newest'\n[features]\nx = 'event.amount'"))
+    assert any("overload 'newest' is not one of" in problem for problem in problems)
 
 
 def test_mistakes_in_tenant_settings_are_all_told():
@@ -257,5 +280,6 @@ def test_mistakes_in_tenant_settings_are_all_told():
         "ads/tenant.toml: weight must be a number from 0.001 to 1000, not 0",
         "ads/tenant.toml: memory_mb must be a whole number from 64 to 1048576, not 1.5",
         "ads/tenant.toml: rows_queued_max must be a whole number from 1 to 65536, not 0",
-        "ads/tenant.toml: overload 'shed_olds' is not one of shed_oldest, shed_newest, did you mean 'shed_oldest'?",
+        "ads/tenant.toml: overload 'shed_olds' is not one of shed_oldest, shed_newest, latest_per_customer,"
+        " did you mean 'shed_oldest'?",
     )
