@@ -18,10 +18,7 @@ from node.kernel.limits import (
     CALL_DEADLINE_MS_MAX,
     FEATURES_PER_MODEL_MAX,
     MANIFEST_BYTES_MAX,
-    MODELS_PER_TENANT_MAX,
-    OUTPUT_MB_MAX,
     OUTPUTS_PER_MODEL_MAX,
-    ROWS_PER_SECOND_MAX,
     ROWS_QUEUED_PER_MODEL_MAX,
     WAITING_AGE_MS_MAX,
     WAITING_MB_MAX,
@@ -57,12 +54,11 @@ _LONG_KEY: Final = re.compile(rf"(?<![A-Za-z0-9_-]){_KEY_PART}(?:[ \t]*+\.[ \t]*
 """tomllib keeps every prefix of a dotted key: one of 200 KB takes all the memory there is."""
 
 TENANT_LIMITS: Final = (
-    *("weight", "memory_mb", "rows_queued_max", "rows_waiting_max", "mb_waiting_max", "age_waiting_max", "rows_s"),
-    *("output_mb", "models"),
+    *("weight", "memory_mb", "rows_queued_max", "rows_waiting_max", "mb_waiting_max", "age_waiting_max"),
 )
 """What a tenant may set and an operator may cap, as it is called in `tenant.toml` and in the file of quotas."""
 _TENANT_KEYS: Final = (*TENANT_LIMITS, "overload")
-_NO_LIMIT: Final = {"age_waiting_max", "rows_s", "output_mb"}
+_NO_LIMIT: Final = {"age_waiting_max"}
 """Where 0 means none."""
 
 
@@ -159,8 +155,8 @@ class TenantCaps:
 class TenantSettings:
     """`tenant.toml` after the operator's caps; `capped` holds a line for each value that was cut to its cap.
 
-    `age_waiting_max` is in ms. 0 is no limit for it, `rows_s` (rows a second, on one node) and `output_mb`. What
-    waits and what is stored is bounded in each partition. `given` names what the tenant has set itself.
+    `age_waiting_max` is in ms, 0: no limit. What waits is bounded in each partition. `given` names what the tenant has
+    set itself.
     """
 
     tenant: str
@@ -170,9 +166,6 @@ class TenantSettings:
     rows_waiting_max: int = 65_536
     mb_waiting_max: int = 64
     age_waiting_max: int = 0
-    rows_s: float = 0.0
-    output_mb: int = 0
-    models: int = MODELS_PER_TENANT_MAX
     overload: OverloadPolicy = "shed_oldest"
     capped: tuple[str, ...] = ()
     given: frozenset[str] = frozenset()
@@ -192,13 +185,8 @@ class TenantSettings:
                 told.append(f"{file}: {name} is cut to {whose} {cap:.15g}{' ms' if name == 'age_waiting_max' else ''}")
         return self._with(limits, tuple(told))
 
-    def granted(self, quota: Mapping[str, float]) -> TenantSettings:
-        """Under an operator's quota for this tenant: what the tenant has not set itself is what it was granted."""
-        limits = {name: quota.get(name, value) for name, value in self.limits().items() if name not in self.given}
-        return self._with(self.limits() | limits, self.capped).under(quota, "tenant.toml", "the quota of")
-
     def _with(self, limits: Mapping[str, float], capped: tuple[str, ...]) -> TenantSettings:
-        whole = {name: value if name in ("weight", "rows_s") else int(value) for name, value in limits.items()}
+        whole = {name: value if name == "weight" else int(value) for name, value in limits.items()}
         return replace(self, capped=capped, **whole)  # type: ignore[arg-type]
 
 
@@ -413,8 +401,6 @@ def read_limits(reader: Reader) -> dict[str, float]:
         "rows_queued_max": (1, ROWS_QUEUED_PER_MODEL_MAX),
         "rows_waiting_max": (1, WAITING_ROWS_MAX),
         "mb_waiting_max": (1, WAITING_MB_MAX),
-        "output_mb": (0, OUTPUT_MB_MAX),
-        "models": (0, MODELS_PER_TENANT_MAX),
     }
     found: dict[str, float] = {}
     for name in TENANT_LIMITS:
@@ -425,8 +411,6 @@ def read_limits(reader: Reader) -> dict[str, float]:
             found[name] = 0 if never else reader.duration(name, "1h", WAITING_AGE_MS_MAX, milliseconds=True)
         elif name == "weight":
             found[name] = reader.number(name, 1.0, WEIGHT_MIN, WEIGHT_MAX)
-        elif name == "rows_s":
-            found[name] = reader.number(name, 0.0, 0.0, ROWS_PER_SECOND_MAX)
         else:
             least, highest = most[name]
             found[name] = reader.whole(name, least, least, highest)

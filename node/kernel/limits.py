@@ -49,9 +49,6 @@ WAITING_ROWS_MAX = 1_048_576
 """Of one tenant's triggers in one partition's sequence log; operators and tenants set less."""
 WAITING_MB_MAX = 4096
 WAITING_AGE_MS_MAX = 30 * 24 * 3600 * 1000
-ROWS_PER_SECOND_MAX = 1e7
-OUTPUT_MB_MAX = 1_048_576
-"""Of one tenant's stored outputs in one partition."""
 WAITING_SWEPT_ROWS_MIN = 4096
 """A line of the sequence log is written anew once it holds so many more rows that were given up than that wait."""
 SETTLED_ROWS_MAX = 32_768

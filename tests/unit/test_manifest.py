@@ -246,11 +246,10 @@ def test_defaults_of_tenant_settings_are_under_the_caps_too():
 
 
 def test_what_waits_is_bounded_by_the_tenant_and_capped_by_the_operator():
-    text = b"rows_waiting_max = 500000\nmb_waiting_max = 16\nage_waiting_max = '2h'\nrows_s = 50\nmodels = 3"
+    text = b"rows_waiting_max = 500000\nmb_waiting_max = 16\nage_waiting_max = '2h'"
     caps = TenantCaps(rows_waiting_max=100_000, mb_waiting_max=32, age_waiting_ms_max=3_600_000)
     found = parse_tenant("tenant.toml", "ads", text, caps)
     assert (found.rows_waiting_max, found.mb_waiting_max, found.age_waiting_max) == (100_000, 16, 3_600_000)
-    assert (found.rows_s, found.models, found.output_mb) == (50.0, 3, 0)
     assert found.capped == (
         "tenant.toml: rows_waiting_max is cut to the operator's 100000",
         "tenant.toml: age_waiting_max is cut to the operator's 3600000 ms",
