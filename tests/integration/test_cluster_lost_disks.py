@@ -105,11 +105,18 @@ def test_all_disks_but_kafka_and_the_store_are_lost(
         cluster.kill()
         for node in cluster.nodes.values():
             lose_disk(node)
-        load.send(2 * CUSTOMERS)
         cluster.start()
         cluster.settle()
+        for name in cluster.living():  # the catalog was lost too, and the model with it
+            wait_until(lambda name=name: runs_the_model(cluster, name), f"the model runs on {name} again")  # type: ignore[misc]
+        load.send(2 * CUSTOMERS)
         load.check()
         sources = [one["source"] for node in cluster.nodes.values() for one in node.logged("snapshot restored")]
         assert sources.count("store") >= PARTITIONS, sources
         said = cluster.headrace("verify")
         assert said.count("the same on 1 standbys") == PARTITIONS, said
+
+
+def runs_the_model(cluster: Cluster, name: str) -> bool:
+    models = cluster.nodes[name].get("/v1/models")["models"]
+    return [one["state"] for one in models if one["model"] == "spend"] == ["live"]

@@ -237,7 +237,7 @@ def year_in_small(seed: int = 1) -> Events:
     return build_events(frames(baskets, [(3, "2017-03-20"), (4, "2017-04-02")], [(26, 3), (26, 4)]))
 
 
-@settings(max_examples=10)
+@settings(max_examples=10, deadline=None)
 @given(cut=st.integers(1, 200), batch_events=st.integers(20, 120))
 def test_features_of_an_event_do_not_change_with_what_comes_after_it(cut: int, batch_events: int) -> None:
     events = year_in_small()
