@@ -355,7 +355,7 @@ async def test_what_the_pool_cannot_run_is_told_beside_the_file(node: Node) -> N
     watcher = await node.start()
     node.drop(BID, model=model_file())
     await until(lambda: BID in node.live())
-    watcher.failing(BID, node.live()[BID], "it needs more memory than the tenant has")
+    watcher.failing(BID, node.live()[BID], "it needs more memory than the tenant has", True)
     await until(lambda: node.status().get("state") == "failing")
     assert node.status()["problems"] == ["it needs more memory than the tenant has"]
 
