@@ -128,13 +128,6 @@ def _found(catalog: Catalog, tenant: str, model: str, version: str) -> tuple[Mod
     return found, found.versions[version]
 
 
-def _lacking(catalog: Catalog, version: Version, holders: tuple[str, ...]) -> str:
-    missing = [name for name in holders if name not in catalog.holders.get(version.blob, {})]
-    if not missing:
-        return ""
-    return f"nodes {', '.join(sorted(missing))} lack the file of version {version.version[:12]}; fetch it first"
-
-
 def _go_live(catalog: Catalog, command: GoLive) -> Outcome:
     found = _found(catalog, command.tenant, command.model, command.version)
     if isinstance(found, str):
@@ -142,10 +135,12 @@ def _go_live(catalog: Catalog, command: GoLive) -> Outcome:
     model, version = found
     if model.live == version.version:
         return catalog
+    missing = [name for name in command.holders if name not in catalog.holders.get(version.blob, {})]
+    if missing:
+        return f"nodes {', '.join(sorted(missing))} lack the file of version {version.version[:12]}; fetch it first"
     stale = _stale(f"model {model_key(model.tenant, model.model)}", model.revision, command)
-    reason = _lacking(catalog, version, command.holders) or stale
-    if reason:
-        return reason
+    if stale:
+        return stale
     versions = _without_passed(model.versions, command.who, command.at_ms)
     if model.live:
         versions[model.live] = replace(versions[model.live], state="retired", who=command.who, at_ms=command.at_ms)
@@ -180,7 +175,7 @@ def _quarantine(catalog: Catalog, command: QuarantineVersion) -> Outcome:
     again = versions.get(command.fall_back_to)
     if again is None or again.state != "retired" or not again.served_revision:
         return f"version {command.fall_back_to[:12]} was never live, or may not be again; name another, or none"
-    return _lacking(catalog, again, command.holders) or _with_live(catalog, model, versions, again, command)
+    return _with_live(catalog, model, versions, again, command)
 
 
 def _with_model(catalog: Catalog, model: Model, versions: dict[str, Version], live: str, live_revision: int) -> Catalog:

@@ -110,14 +110,13 @@ class GoLive(_Command, frozen=True, kw_only=True, tag="live"):
 
 
 class QuarantineVersion(_Command, frozen=True, kw_only=True, tag="quarantine"):
-    """A version that must not run any more. If it was live, `fall_back_to` is from here on; '': none is."""
+    """A version that must not run any more. If it was live, `fall_back_to` is from here on, also where its file has
+    to be fetched; '': none is."""
 
     tenant: Name
     model: Name
     version: Sha256
     fall_back_to: Annotated[str, Meta(pattern="^([0-9a-f]{64})?$")] = ""
-    holders: Annotated[tuple[Name, ...], Meta(max_length=limits.NODES_MAX)] = ()
-    """Have the bytes of the version fallen back to."""
     reason: Reason = ""
     who: Text = ""
     at_ms: Number = 0

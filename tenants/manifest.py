@@ -56,7 +56,7 @@ _LONG_KEY: Final = re.compile(rf"(?<![A-Za-z0-9_-]){_KEY_PART}(?:[ \t]*+\.[ \t]*
 TENANT_LIMITS: Final = (
     *("weight", "memory_mb", "rows_queued_max", "rows_waiting_max", "mb_waiting_max", "age_waiting_max"),
 )
-"""What a tenant may set and an operator may cap, as it is called in `tenant.toml` and in the file of quotas."""
+"""What a tenant may set and an operator may cap, as it is called in `tenant.toml`."""
 _TENANT_KEYS: Final = (*TENANT_LIMITS, "overload")
 _NO_LIMIT: Final = {"age_waiting_max"}
 """Where 0 means none."""
@@ -140,7 +140,7 @@ class TenantCaps:
     age_waiting_ms_max: int = 0
 
     def limits(self) -> Mapping[str, float]:
-        """By the names of TENANT_LIMITS; those that aren't capped for all tenants are left out."""
+        """By the names of TENANT_LIMITS."""
         return {
             "weight": self.weight_max,
             "memory_mb": self.memory_mb_max,
@@ -173,7 +173,7 @@ class TenantSettings:
     def limits(self) -> dict[str, float]:
         return {name: getattr(self, name) for name in TENANT_LIMITS}
 
-    def under(self, most: Mapping[str, float], file: str, whose: str) -> TenantSettings:
+    def under(self, most: Mapping[str, float], file: str) -> TenantSettings:
         """With each limit cut to `most`; what the tenant has set itself and was cut is told in `capped`."""
         limits, told = self.limits(), list(self.capped)
         for name, cap in most.items():
@@ -182,7 +182,9 @@ class TenantSettings:
                 continue
             limits[name] = cap
             if name in self.given:
-                told.append(f"{file}: {name} is cut to {whose} {cap:.15g}{' ms' if name == 'age_waiting_max' else ''}")
+                told.append(
+                    f"{file}: {name} is cut to the operator's {cap:.15g}{' ms' if name == 'age_waiting_max' else ''}"
+                )
         return self._with(limits, tuple(told))
 
     def _with(self, limits: Mapping[str, float], capped: tuple[str, ...]) -> TenantSettings:
@@ -190,7 +192,7 @@ class TenantSettings:
         return replace(self, capped=capped, **whole)  # type: ignore[arg-type]
 
 
-class Reader:
+class _Reader:
     """One TOML file with the mistakes found in it so far."""
 
     def __init__(self, file: str, text: bytes, keys: tuple[str, ...]) -> None:
@@ -286,7 +288,7 @@ def parse_manifest(file: str, tenant: str, model: str, text: bytes, schema: Even
     Raises ManifestError with every mistake; ConfigError when the operator's own profile is wrong, which a
     node has found out at its start.
     """
-    reader = Reader(file, text, _MODEL_KEYS)
+    reader = _Reader(file, text, _MODEL_KEYS)
     for kind, name in (("tenant", tenant), ("model", model)):
         if not is_name(name):
             reader.problem(
@@ -308,7 +310,7 @@ def parse_manifest(file: str, tenant: str, model: str, text: bytes, schema: Even
     return manifest
 
 
-def _events(reader: Reader, schema: EventSchema) -> tuple[str, ...]:
+def _events(reader: _Reader, schema: EventSchema) -> tuple[str, ...]:
     if "every" in reader.values or "all" in reader.values:
         reader.problem("interval models (every, all) are not available in this release; use on = [event types]")
         return ()
@@ -328,7 +330,7 @@ def _types_example(schema: EventSchema) -> str:
     return f'on = ["{next(iter(schema.types), "any")}"]'
 
 
-def _outputs(reader: Reader) -> tuple[str, ...]:
+def _outputs(reader: _Reader) -> tuple[str, ...]:
     outputs = reader.texts("output", ["score"], "a name")
     if len(outputs) > OUTPUTS_PER_MODEL_MAX:
         reader.problem(f"output names {len(outputs)} outputs; the most is {OUTPUTS_PER_MODEL_MAX}")
@@ -340,7 +342,7 @@ def _outputs(reader: Reader) -> tuple[str, ...]:
     return outputs
 
 
-def _features(reader: Reader, schema: EventSchema) -> tuple[Feature, ...]:
+def _features(reader: _Reader, schema: EventSchema) -> tuple[Feature, ...]:
     table = reader.values.get("features")
     if not isinstance(table, dict) or not table:
         reader.problem('[features] is missing or empty; give each column of the model a line: name = "expression"')
@@ -359,7 +361,7 @@ def _features(reader: Reader, schema: EventSchema) -> tuple[Feature, ...]:
     return tuple(features)
 
 
-def _expression(reader: Reader, name: str, text: object, scope: Scope) -> Node | None:
+def _expression(reader: _Reader, name: str, text: object, scope: Scope) -> Node | None:
     place = f"feature {shown(name)}"
     if not name.strip() or not name.isprintable() or len(name.encode()) > _FEATURE_BYTES_MAX:
         reader.problem(f"{place}: a feature's name must be printable and at most {_FEATURE_BYTES_MAX} bytes")
@@ -374,7 +376,7 @@ def _expression(reader: Reader, name: str, text: object, scope: Scope) -> Node |
         return None
 
 
-def _overload(reader: Reader) -> OverloadPolicy:
+def _overload(reader: _Reader) -> OverloadPolicy:
     return cast("OverloadPolicy", reader.choice("overload", get_args(OverloadPolicy)))
 
 
@@ -384,17 +386,17 @@ def parse_tenant(file: str, tenant: str, text: bytes, caps: TenantCaps) -> Tenan
     A value above its cap is cut to it and told in `capped`: a cap that the operator lowers must not make a
     tenant lose its other settings.
     """
-    reader = Reader(file, text, _TENANT_KEYS)
+    reader = _Reader(file, text, _TENANT_KEYS)
     if not is_name(tenant):
         reader.problem(f"the tenant name {shown(tenant)} must be 1 to 63 of a-z, 0-9, '_' and '-'")
-    limits = read_limits(reader)
+    limits = _limits(reader)
     overload = _overload(reader)
     reader.finish()
     asked = replace(TenantSettings(tenant, overload=overload), given=frozenset(limits), **limits)  # type: ignore[arg-type]
-    return asked.under(caps.limits(), file, "the operator's")
+    return asked.under(caps.limits(), file)
 
 
-def read_limits(reader: Reader) -> dict[str, float]:
+def _limits(reader: _Reader) -> dict[str, float]:
     """Those of TENANT_LIMITS that the file sets; its mistakes are noted in the reader."""
     most = {
         "memory_mb": (64, 1 << 20),

@@ -234,9 +234,7 @@ def live(catalog: Catalog, sha: str) -> GoLive:
 
 
 def quarantine(catalog: Catalog, sha: str, fall_back_to: str = "") -> QuarantineVersion:
-    return QuarantineVersion(
-        revision=catalog.revision, tenant="t", model="m", version=sha, fall_back_to=fall_back_to, holders=("n",)
-    )
+    return QuarantineVersion(revision=catalog.revision, tenant="t", model="m", version=sha, fall_back_to=fall_back_to)
 
 
 def test_a_quarantined_live_version_gives_way_to_the_one_before() -> None:
