@@ -3,24 +3,15 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from urllib.error import URLError
 
-import pytest
 from cluster_support import Cluster, Load, lose_disk, running
 from node_support import Kafka, Node, wait_until
 
 PARTITIONS = 4
 CUSTOMERS = 50
-
-
-@pytest.fixture
-def cluster(kafka: str, tmp_path: Path, topic_names: Callable[[str], str]) -> Iterator[Cluster]:
-    broker = Kafka(kafka)
-    topic = broker.create(topic_names("events"), PARTITIONS)
-    with running(tmp_path, broker, topic, PARTITIONS, topic_names("restore")) as made:
-        yield made
 
 
 def loaded(cluster: Cluster) -> Load:

@@ -6,23 +6,12 @@ Whatever happens, each event ends in exactly one inference, the right one, and c
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import Any
 
-import pytest
-from cluster_support import Cluster, Load, lose_disk, running, serves
-from node_support import Kafka, drop, linear, status_file, wait_until
+from cluster_support import Cluster, Load, lose_disk, serves
+from node_support import drop, linear, status_file, wait_until
 
 PARTITIONS = 4
-
-
-@pytest.fixture
-def cluster(kafka: str, tmp_path: Path, topic_names: Callable[[str], str]) -> Iterator[Cluster]:
-    broker = Kafka(kafka)
-    topic = broker.create(topic_names("events"), PARTITIONS)
-    with running(tmp_path, broker, topic, PARTITIONS, topic_names("cluster")) as made:
-        yield made
 
 
 def verify(cluster: Cluster) -> None:

@@ -4,25 +4,14 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import Any
 
-import pytest
-from cluster_support import Cluster, Load, lose_disk, running
-from node_support import Kafka, wait_until
+from cluster_support import Cluster, Load, lose_disk
+from node_support import wait_until
 
 from replication.cutter import Changelogs
 
 PARTITIONS = 2
-
-
-@pytest.fixture
-def cluster(kafka: str, tmp_path: Path, topic_names: Callable[[str], str]) -> Iterator[Cluster]:
-    broker = Kafka(kafka)
-    topic = broker.create(topic_names("events"), PARTITIONS)
-    with running(tmp_path, broker, topic, PARTITIONS, topic_names("cluster")) as made:
-        yield made
 
 
 def replicas(cluster: Cluster, number: int) -> list[dict[str, Any]]:
