@@ -361,23 +361,21 @@ class Snapshots:
     async def _remove_unused(self) -> None:
         """Snapshots of a partition that the catalog has given to others for UNUSED_MS_MAX."""
         now = self._clock.monotonic()
-        assigned = {
-            number
-            for number, held in enumerate(self._cluster.catalog.partitions)
-            if self._cluster.name in (held.owner, *held.standbys)
-        }
-        known = len(self._cluster.catalog.partitions)
-        here = await self._at_disk(self._folder.partitions)
-        unused = {number for number in here if number < known} - assigned
+        unused = {number for number in await self._at_disk(self._folder.partitions) if self._is_others(number)}
         self._unused = {number: self._unused.get(number, now) for number in unused}
         for number, since in list(self._unused.items()):
             if now - since < UNUSED_MS_MAX / 1000:
                 continue
             self._unused[number] = now  # asked again only after as long
             async with self._busy[number]:
-                if await self.may_forget(number):
+                if await self.may_forget(number) and self._is_others(number):  # it may have come back meanwhile
                     self._verified.pop(number, None)
                     await self._at_disk(self._folder.forget, number)
+
+    def _is_others(self, partition: int) -> bool:
+        """Whether the catalog knows the partition and does not name this node as a replica of it."""
+        held = self._cluster.catalog.partitions[partition : partition + 1]
+        return any(self._cluster.name not in (one.owner, *one.standbys) for one in held)
 
     async def may_forget(self, partition: int) -> bool:
         """Whether this node, no replica of the partition any more, may delete what it has of it: see `retention`.

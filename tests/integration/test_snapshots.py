@@ -292,9 +292,31 @@ async def test_only_the_owner_uploads_and_what_others_had_is_removed(
     agree([owner, standby])
     standby.bounds = (5, 100)
     assert standby.cluster.catalog.settings.snapshot_holders_min == 2
-    await until(lambda: not standby.snapshots.verified(), "removed, for the owner and the store have it")
-    assert standby.folder.offsets(0) == []
+    await until(lambda: standby.folder.offsets(0) == [], "removed, for the owner and the store have it")
+    assert not standby.snapshots.verified()
     assert owner.folder.offsets(0) == [10]
+
+
+async def test_a_copy_of_a_partition_that_comes_back_while_others_are_asked_is_kept(
+    nodes: Nodes, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("replication.snapshots.UNUSED_MS_MAX", 0)
+    owner, left = await nodes.start("a"), await nodes.start("b")
+    agree([owner, left])
+    fold(left.open(0), frames(), 10)
+    await left.snapshots.take(0)
+    left.stores.pop(0).close()
+    asked = []
+
+    async def bounds(partition: int) -> tuple[int, int]:
+        agree([owner, left], standbys=("b",))
+        asked.append(partition)
+        return 0, 100
+
+    left.snapshots._sources = replace(left.snapshots._sources, changelog_bounds=bounds)
+    await left.snapshots._remove_unused()
+    assert asked == [0]
+    assert left.folder.offsets(0) == [10]
 
 
 async def test_a_copy_that_the_changelog_was_cut_behind_is_kept_until_enough_others_have_one(nodes: Nodes) -> None:
