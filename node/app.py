@@ -108,14 +108,20 @@ class Node:
     async def run(self, stopping: asyncio.Event) -> int:
         """Run until `stopping` is set or a background task dies; gives the exit code.
 
-        HTTP comes first, so that a node that waits for Kafka or its cluster can say so.
+        HTTP comes first, so that a node that waits for Kafka or its cluster can say so. A clustered node fetches state
+        while it tries its models, and owns partitions after that.
         """
         await self._http.start()
+        if self._clustering is not None:
+            await self._clustering.start()
         await self._tenants.start()
         if self._clustering is not None:
-            await self._clustering.start(self._tenants.agreed)
+            self._clustering.serve(self._tenants.agreed)
         await _first(self._tenants.caught_up(_MODELS_SECONDS_MAX), stopping.wait(), self._supervisor.failed.wait())
-        self._supervisor.start("partitions", self._partitions.run())
+        if self._clustering is not None:
+            self._clustering.own()
+        else:
+            self._supervisor.start("partitions", self._partitions.run())
         sdnotify.SystemdNotifier().notify("READY=1")
         _settle_garbage_collector()
         log.info("node started", address=self._http.address, data_dir=str(self._data))

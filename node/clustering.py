@@ -161,12 +161,9 @@ class Clustering:
         self._replicas = Replicas(around, folders, topics, sources, outputs, self._supervisor)
         return self._replicas
 
-    async def start(self, agreed: Callable[[AgreedModels], None]) -> None:
-        """Take part; `agreed` hears at once and then of each change what the catalog says of models.
-
-        Raises ConfigError, CatalogCorrupt, StoreUnavailable.
-        """
-        self._agreed = agreed
+    async def start(self) -> None:
+        """Take part, and stand by for partitions, before there are models. Raises ConfigError, CatalogCorrupt,
+        StoreUnavailable."""
         await self._snapshots.open()
         await self._verification.open()
         await self._client.start()
@@ -178,8 +175,19 @@ class Clustering:
             "changelog cuts": self._cutter.run(),
         }
         self._tasks = [self._supervisor.start(name, coroutine) for name, coroutine in work.items()]
-        self._changed()
+        if self._replicas is not None:
+            self._supervisor.start("partitions", self._replicas.run())
         log.info("cluster joined", node=self.cluster.name, peers=self._server.address)
+
+    def serve(self, agreed: Callable[[AgreedModels], None]) -> None:
+        """`agreed` hears at once, and then of each change, what the catalog says of models."""
+        self._agreed = agreed
+        agreed(agreed_models(self.cluster.catalog, self.cluster.name))
+
+    def own(self) -> None:
+        """From now on what the catalog gives this node is owned, not only stood by for."""
+        if self._replicas is not None:
+            self._replicas.own()
 
     async def stop(self) -> None:
         for task in self._tasks:

@@ -57,6 +57,7 @@ _LEASE_LOST = (
     "this node has not heard from the quorum for its lease, or is no longer the owner; it goes on by itself once it "
     "is back, see the cluster's status"
 )
+_NOT_READY = "this node has just started and tries its models; it owns the partition once it has"
 Guard = Callable[[], None]
 OpenSession = Callable[[int, StateFolder, Guard, ChangelogReader | None], Awaitable[PartitionSession]]
 """Opens a session of a partition on its state; the guard is for its outbox. The reader, if there is one, is that of the
@@ -148,6 +149,10 @@ def duty_of(held: Held | None, may_own: Callable[[int, int], bool]) -> Duty:
     if held.moving_to:
         return Duty("release", held.epoch, held.revision, held.moving_to)
     return Duty("own", held.epoch) if may_own(held.number, held.epoch) else STAND_BY
+
+
+def _never(partition: int, epoch: int) -> bool:
+    return False
 
 
 @dataclass(frozen=True, slots=True)
@@ -362,7 +367,8 @@ class Replica:
         if duty.role == "release":
             condition.phase, condition.reason = "waiting", f"it moves to {duty.to}"
         elif self.role == "owner":
-            condition.phase, condition.reason = "waiting", _LEASE_LOST
+            leased = self._around.ownership.may_own(self.number, self.epoch)
+            condition.phase, condition.reason = "waiting", _NOT_READY if leased else _LEASE_LOST
         else:
             condition.phase, condition.reason = "running", ""
 
@@ -474,7 +480,10 @@ class Replica:
 
 
 class Replicas:
-    """All partitions of a clustered node. `update` is to be called when the catalog or the lease has changed."""
+    """All partitions of a clustered node. `update` is to be called when the catalog or the lease has changed.
+
+    Until `own` is called it stands by for what it should own: state is fetched and folded while models are tried.
+    """
 
     def __init__(
         self,
@@ -496,6 +505,7 @@ class Replicas:
         self._tasks: list[asyncio.Task[None]] = []
         self._all: dict[int, Replica] = {}
         self._led = False
+        self._owns = False
         self.reason = "source topics have not been looked up yet"
         """Why partitions could not be looked up, '' if they were or another node leads."""
 
@@ -516,6 +526,11 @@ class Replicas:
                 async with asyncio.timeout(LEASE_LOOK_MS / 1000):
                     await self._stopping.wait()
 
+    def own(self) -> None:
+        """From now on sessions can be opened: the node's models are ready for events."""
+        self._owns = True
+        self.update()
+
     def update(self) -> None:
         """Give every replica its duty."""
         if self._stopping.is_set():
@@ -524,7 +539,7 @@ class Replicas:
         held = ownership.held()
         for number in [*held, *(number for number in self._all if number not in held)]:
             mine = held.get(number)
-            self._replica(number).assign(mine, duty_of(mine, ownership.may_own))
+            self._replica(number).assign(mine, duty_of(mine, ownership.may_own if self._owns else _never))
         if ownership.leads and not self._led:
             self._look_now.set()
         self._led = ownership.leads
@@ -568,7 +583,8 @@ class Replicas:
 
     def unready(self) -> list[str]:
         """Why this node can't do all its work now, a line each: its own partitions that do not run."""
-        reasons = [self.reason] if self.reason and self._led else []
+        reasons = [] if self._owns else ["models are being tried; nothing is owned until that is done"]
+        reasons += [self.reason] if self.reason and self._led else []
         for number, replica in sorted(self._all.items()):
             condition = replica.condition
             if replica.role == "owner" and replica.duty.role != "release" and condition.phase != "running":

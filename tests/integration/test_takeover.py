@@ -268,8 +268,10 @@ class Node:
         origin = Origin(self.name, [one.source], number, schema)
         return await open_session(parts, engine, origin, StepTimes(CLOCK), CLOCK)
 
-    def start(self) -> None:
+    def start(self, owns: bool = True) -> None:
         self.supervisor.start("replicas", self.replicas.run())
+        if owns:
+            self.replicas.own()
 
     def progress(self, partition: int) -> ReplicaProgress | None:
         return self.replicas.progress().get(partition)
@@ -344,6 +346,20 @@ async def equal(owner: Node, standby: Node) -> None:
 
     await standby.until(there, "standby at the owner's offset")
     assert contents(standby.store()) == contents(owner.store())
+
+
+async def test_a_node_whose_models_are_on_trial_stands_by_for_what_it_will_own(application: Application) -> None:
+    node = application.node("a", leads=True)
+    node.start(owns=False)
+    await node.until(lambda: len(application.agreed.partitions) == 2, "the leader found the partitions")
+    application.agreed.assign(0, owner="a", epoch=1)
+    await node.follows()
+    assert node.restored == [0], "state is fetched meanwhile"
+    assert not node.sessions
+    assert any("models are being tried" in reason for reason in node.replicas.unready())
+    assert any("tries its models" in reason for reason in node.replicas.unready())
+    node.replicas.own()
+    await node.serves()
 
 
 async def test_a_standby_is_promoted_when_its_owner_dies_in_mid_transaction(application: Application) -> None:
