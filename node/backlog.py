@@ -90,6 +90,10 @@ class Backlog:
         latest = entry.answering is None and self._bound(triggers.name).policy == "latest_per_customer"
         line.add(entry, triggers.customers if latest else None)
 
+    @property
+    def empty(self) -> bool:
+        return not any(line.entries for line in self._lines.values())
+
     def behind(self, name: str) -> bool:
         """Whether new triggers of the line have to queue behind older ones."""
         line = self._lines.get(name)

@@ -71,8 +71,8 @@ class CatalogOwnership:
     def may_own(self, partition: int, epoch: int) -> bool:
         return self._cluster.may_own(partition, epoch)
 
-    def has_lease(self) -> bool:
-        return self._cluster.has_lease()
+    def lease_left_ms(self) -> float:
+        return self._cluster.lease_left_ms()
 
     async def may_forget(self, partition: int) -> bool:
         return await self._snapshots.may_forget(partition)

@@ -21,6 +21,7 @@ from node.ingest.decode import Decoded, EventDecoder
 from node.ingest.source import Polled, Source
 from node.kernel.clock import Clock
 from node.kernel.errors import BoundExceeded
+from node.kernel.limits import IDLE_POLL_MS
 from node.kernel.ports import FeaturePlan, ModelRunner
 from node.kernel.types import (
     Aggregate,
@@ -107,17 +108,22 @@ class Cycle:
         self._state = state
         self._steps = steps
         self._clock = clock
+        self._idle = False
+        """Nothing but an event can make work for the next cycle."""
 
     async def run(self) -> bool:
         """One cycle; True if the source gave as many events as were asked for, so that more are likely waiting."""
         engine, state, steps = self._engine, self._state, self._steps
         with steps.measure("poll"):  # 1. Poll a micro-batch.
-            polled = await self._source.poll(engine.settings.events_max, engine.settings.wait_ms)
+            wait_ms = max(engine.settings.wait_ms, IDLE_POLL_MS) if self._idle else engine.settings.wait_ms
+            polled = await self._source.poll(engine.settings.events_max, wait_ms)
         settled = state.backlog.settle()
         if not polled.records and not settled.cursors and not self._progress_due(polled):
             self._committer.check()
             state.backlog.pump()
+            self._idle = self._committer.idle and state.backlog.empty
             return False
+        self._idle = False
         with steps.measure("decode"):  # 2. Decode it into columns; what can't be is a dead letter.
             decoded = self._decode(polled)
         with steps.measure("load"):  # 3, 4. One row for each customer seen, in one matrix.

@@ -91,8 +91,8 @@ class Ownership(Protocol):
         """Whether this node owns it at that epoch and its lease holds now."""
         ...
 
-    def has_lease(self) -> bool:
-        """Whether the catalog known here is recent."""
+    def lease_left_ms(self) -> float:
+        """How long the catalog known here will surely be recent; 0 without a lease."""
         ...
 
     async def may_forget(self, partition: int) -> bool:
@@ -410,13 +410,16 @@ class Replica:
         since = self._around.clock.monotonic()
         self.condition.phase, self.condition.reason = "stopped", ""
         while self._lasts(duty):
-            if self._around.clock.monotonic() - since > UNUSED_MS_MAX / 1000 and self._around.ownership.has_lease():
+            if (
+                self._around.clock.monotonic() - since > UNUSED_MS_MAX / 1000
+                and self._around.ownership.lease_left_ms() > 0
+            ):
                 if await self._may_forget() and self._lasts(duty):
                     self._kept_offset = None
                     await self._state.delete()
                     await self._until_other(duty)
                     return
-                since = self._around.clock.monotonic()  # asked again only after as long
+                since = clock.monotonic()  # asked again only after as long
             await self._pause(_LOOK_SECONDS)
 
     async def _may_forget(self) -> bool:
@@ -522,8 +525,9 @@ class Replicas:
             self._replica(number)
         while not self._stopping.is_set():
             self.update()
+            wait_ms = max(self._around.ownership.lease_left_ms(), LEASE_LOOK_MS)
             with contextlib.suppress(TimeoutError):
-                async with asyncio.timeout(LEASE_LOOK_MS / 1000):
+                async with asyncio.timeout(wait_ms / 1000):
                     await self._stopping.wait()
 
     def own(self) -> None:

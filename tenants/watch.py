@@ -244,7 +244,7 @@ class ModelWatcher:
             self._rearm.clear()
             try:
                 async for _ in awatch(
-                    self._settings.root, watch_filter=_concerns_us, stop_event=self._rearm, debounce=200, step=20
+                    self._settings.root, watch_filter=_concerns_us, stop_event=self._rearm, debounce=200, step=100
                 ):
                     self._wake.set()
             except (OSError, RuntimeError) as error:  # the root is missing or can't be watched: rescans go on

@@ -27,6 +27,9 @@ EVENT_TIME_AHEAD_MS_MAX = 24 * 3600 * 1000
 POLL_EVENTS_MAX = 65_536
 POLL_BYTES_MAX = 64 * MIB
 CYCLE_WAIT_MS_MAX = 10_000
+IDLE_POLL_MS = 250
+"""How long a poll waits for an event while there is nothing else to do for a partition: it ends with the first one, so
+this costs no latency; a stop is noticed that much later."""
 
 DEAD_LETTER_BYTES_MAX = 900 * KIB
 """The original bytes are cut to this in a dead letter, and the letter says so."""
@@ -143,7 +146,7 @@ STANDBY_SILENT_MS_MAX = 10_000
 STANDBY_UNKNOWN_FRAMES = 1_000_000
 """The lag of a replica that does not know it yet."""
 LEASE_LOOK_MS = 50
-"""How often owners look whether their lease holds, and former ones whether it is back."""
+"""How often a node without a lease looks whether it is back; one that has a lease looks when that may have run out."""
 RELEASE_MS_MAX = 5_000
 """A partition that moves and has not finished its cycle by then is closed all the same; the cycle is done again."""
 UNUSED_MS_MAX = 600_000

@@ -134,10 +134,10 @@ class Seat:
 
     def may_own(self, partition: int, epoch: int) -> bool:
         one = self.agreed.partitions[partition]
-        return one.owner == self.name and one.epoch == epoch and self.has_lease()
+        return one.owner == self.name and one.epoch == epoch and self.lease_left_ms() > 0
 
-    def has_lease(self) -> bool:
-        return self.name in self.agreed.leases
+    def lease_left_ms(self) -> float:
+        return 1.0 if self.name in self.agreed.leases else 0.0
 
     async def may_forget(self, partition: int) -> bool:
         self.asked += 1
