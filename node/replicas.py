@@ -407,13 +407,11 @@ class Replica:
         if self._state.store is not None:
             self._kept_offset = self._state.store.changelog_offset()
         self._state.close()
-        since = self._around.clock.monotonic()
+        clock, ownership = self._around.clock, self._around.ownership
+        since = clock.monotonic()
         self.condition.phase, self.condition.reason = "stopped", ""
         while self._lasts(duty):
-            if (
-                self._around.clock.monotonic() - since > UNUSED_MS_MAX / 1000
-                and self._around.ownership.lease_left_ms() > 0
-            ):
+            if clock.monotonic() - since > UNUSED_MS_MAX / 1000 and ownership.lease_left_ms() > 0:
                 if await self._may_forget() and self._lasts(duty):
                     self._kept_offset = None
                     await self._state.delete()
