@@ -54,6 +54,7 @@ class Committer:
         """Raise what the last commit raised, if it has ended so."""
         if self._committing is not None and self._committing.done():
             self._committing.result()
+            self._committing = None
 
     async def _commit(self, outgoing: Outgoing, applied: Callable[[], None]) -> None:
         """1. One Kafka transaction takes the inferences, the dead letters and the frame, which holds the

@@ -362,6 +362,16 @@ async def test_a_node_whose_models_are_on_trial_stands_by_for_what_it_will_own(a
     await node.serves()
 
 
+async def test_a_partition_that_has_done_everything_waits_for_events_only(application: Application) -> None:
+    a, _ = await pair(application)
+    await application.exactly_once()
+    session = a.replicas.running[0].session
+    assert session is not None
+    await a.until(lambda: session._cycle._idle, "idle")
+    await application.produce("eve")
+    await application.exactly_once()
+
+
 async def test_a_standby_is_promoted_when_its_owner_dies_in_mid_transaction(application: Application) -> None:
     a, b = await pair(application)
     await application.exactly_once()
