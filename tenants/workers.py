@@ -15,6 +15,7 @@ import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import count
+from typing import TypeAlias
 
 import msgspec
 import numpy as np
@@ -84,12 +85,16 @@ class WorkerStatistics:
     sandbox: SandboxReport
 
 
+_Expected: TypeAlias = "asyncio.Future[tuple[memoryview, int]]"
+"""A frame, and its header's length."""
+
+
 class _Frames(asyncio.BufferedProtocol):
     """Receives one frame at a time, straight into a buffer of the size its prefix announced."""
 
     def __init__(self) -> None:
         self._prefix = bytearray(messages.PREFIX.size)
-        self._expected: asyncio.Future[tuple[memoryview, int]] | None = None
+        self._expected: _Expected | None = None
         self._bytes_max = 0
         self.ended: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self._start_prefix()
@@ -99,7 +104,7 @@ class _Frames(asyncio.BufferedProtocol):
         self._position = 0
         self._lengths: messages.Lengths | None = None
 
-    def expect(self, bytes_max: int) -> asyncio.Future[tuple[memoryview, int]]:
+    def expect(self, bytes_max: int) -> _Expected:
         """The next frame and its header's length. Fails with MessageCorrupt, or WorkerLost at the end of the stream."""
         self._expected = asyncio.get_running_loop().create_future()
         self._bytes_max = bytes_max
@@ -147,6 +152,15 @@ class _Frames(asyncio.BufferedProtocol):
             self._expected.set_exception(WorkerLost("the worker ended; it is started again"))
 
 
+async def connected(end: socket.socket) -> tuple[asyncio.Transport, _Frames, _Expected]:
+    """The node's end of a worker's socket, and the first frame, which a worker sends without being asked: it may come
+    before whoever called this goes on, and what nobody expects ends the worker."""
+    frames = _Frames()
+    first = frames.expect(_SMALL_ANSWER_BYTES_MAX)
+    transport, _ = await asyncio.get_running_loop().create_unix_connection(lambda: frames, sock=end)
+    return transport, frames, first
+
+
 class WorkerProcess:
     """One tenant's worker. Requests to it are made one at a time: the caller sees to that."""
 
@@ -187,10 +201,10 @@ class WorkerProcess:
         asyncio.get_running_loop().add_reader(process, self._ended)
         frames.ended.add_done_callback(lambda _: self.kill())
 
-    async def ready(self) -> None:
-        """Wait for the sandbox. Raises SandboxUnavailable, or WorkerLost when the worker did not come up."""
+    async def ready(self, first: _Expected) -> None:
+        """Wait for its `first` message. Raises SandboxUnavailable, or WorkerLost when the worker did not come up."""
         try:
-            answer, _ = await self._answer(WORKER_START_MS_MAX / 1000, _SMALL_ANSWER_BYTES_MAX)
+            answer, _ = await self._received(first, WORKER_START_MS_MAX / 1000)
         except TimeoutError:
             raise WorkerLost(f"the worker of {self.tenant} did not start in time; it is started again") from None
         if isinstance(answer, Refused):
@@ -307,9 +321,7 @@ class WorkerProcess:
     async def _answer(self, seconds: float, bytes_max: int) -> tuple[Answer, memoryview]:
         return await self._received(self._frames.expect(bytes_max), seconds)
 
-    async def _received(
-        self, expected: asyncio.Future[tuple[memoryview, int]], seconds: float
-    ) -> tuple[Answer, memoryview]:
+    async def _received(self, expected: _Expected, seconds: float) -> tuple[Answer, memoryview]:
         """Raises TimeoutError once the worker has been killed for it, WorkerLost."""
         try:
             async with asyncio.timeout(seconds):
@@ -467,9 +479,7 @@ class WarmServer:
         try:
             with theirs:
                 self._send(spawn, theirs, printed)
-                # Open here until it has arrived: the kernel (6.18) at times takes a socket that is nowhere but on its
-                # way for garbage, when other processes pass theirs, and the worker finds its end closed.
-                forked = await self._reply(spawn.number)
+            forked = await self._reply(spawn.number)
         except BaseException:
             ours.close()
             os.close(output)
@@ -479,13 +489,13 @@ class WarmServer:
             os.close(printed)
         ours.setblocking(False)
         OutputReader(output, self.logs.of(tenant), forked.pid, self._clock)
-        transport, frames = await asyncio.get_running_loop().create_unix_connection(_Frames, sock=ours)
+        transport, frames, first = await connected(ours)
         worker = WorkerProcess(
             tenant, forked.pid, forked.process, transport, frames, memory_bytes, self._clock, forked.memory,
             place.folder, lambda: self._groups.remove(place.folder),
         )  # fmt: skip
         try:
-            await worker.ready()
+            await worker.ready(first)
         except BaseException:
             worker.kill()
             raise

@@ -32,7 +32,7 @@ from node.kernel.errors import CallFailed, ModelRefused, SandboxUnavailable, Wor
 from node.kernel.limits import MIB
 from tenants import messages
 from tenants.sandbox import LAYERS, SandboxSettings
-from tenants.workers import WarmServer, WorkerProcess, _Frames
+from tenants.workers import WarmServer, WorkerProcess, _Frames, connected
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
 
@@ -427,6 +427,22 @@ async def test_worker_in_an_attackers_hands_is_killed(what: str) -> None:
         with pytest.raises(WorkerLost):
             await call
         await worker.lost.wait()
+    assert await process.wait() == -signal.SIGKILL
+
+
+async def test_a_worker_that_is_ready_before_it_is_waited_for_is_taken() -> None:
+    """A node whose loop is busy reads its first message before it goes on with the start."""
+    ours, theirs = socket.socketpair()
+    ours.setblocking(False)
+    process = await asyncio.create_subprocess_exec("sleep", "600")
+    with theirs:
+        theirs.sendall(answer_bytes(messages.Ready((), {})))
+        transport, frames, first = await connected(ours)
+        await asyncio.wait({first})
+        worker = WorkerProcess("new", process.pid, os.pidfd_open(process.pid), transport, frames, MIB, SystemClock())
+        await worker.ready(first)
+        assert not worker.lost.is_set()
+        await worker.close()
     assert await process.wait() == -signal.SIGKILL
 
 
