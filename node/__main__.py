@@ -143,6 +143,31 @@ def tenant_log(
 
 
 @app.command()
+def explain_share(
+    tenant: Annotated[str, typer.Argument(metavar="TENANT", help="Its name.")],
+    url: Url = NODE_URL,
+    as_json: AsJson = False,
+) -> None:
+    """Show what a tenant asked for and got of late on a running node, and what held it back.
+
+    Over the last 10 seconds, minute and 10 minutes: CPU time and shares of it, rows, and for how long they waited for
+    what.
+    """
+    from urllib.parse import quote
+
+    from node import console
+
+    path = f"/v1/tenants/{quote(tenant, safe='')}/share"
+    try:
+        if as_json:
+            typer.echo(console.fetch(url, path))
+        else:
+            console.show(*console.share_view(console.fetch_object(url, path)))
+    except HeadraceError as error:
+        _fail(str(error))
+
+
+@app.command()
 def sandbox_report(config: ConfigPath, as_json: AsJson = False) -> None:
     """Show which layers of the sandbox would hold a worker in, started from here.
 

@@ -10,6 +10,7 @@ import ssl
 from collections.abc import Awaitable, Callable, Iterator, Mapping
 from pathlib import Path
 
+import msgspec
 import sdnotify
 import structlog
 import uvloop
@@ -33,7 +34,16 @@ from node.partition import Partition, unguarded
 from node.partitions import Partitions
 from node.replicas import Replicas
 from node.serving.server import HttpServer
-from node.serving.view import MemoryStatus, ModelCost, ModelInfo, PrintedLine, SandboxStatus, TenantLog, TenantStatus
+from node.serving.view import (
+    MemoryStatus,
+    ModelCost,
+    ModelInfo,
+    PrintedLine,
+    SandboxStatus,
+    TenantLog,
+    TenantShare,
+    TenantStatus,
+)
 from node.session import ChangelogReader, PartitionSession, Parts, open_session
 from node.state.folder import StateFolder, StateFolders
 from node.state.layout import Layout
@@ -255,6 +265,9 @@ class Tenants:
         ]
         return TenantLog(tenant=tenant, lines=lines, dropped=found.dropped)
 
+    def share(self, tenant: str) -> TenantShare:
+        return msgspec.convert(self._service.share(tenant), TenantShare, from_attributes=True)
+
     def tenants(self) -> list[TenantStatus]:
         pool = self._service.statistics().pool
         total = sum(tenant.cpu_seconds for tenant in pool.tenants)
@@ -328,6 +341,9 @@ def _tenant_service(
         tenants.rows_waiting_max,
         tenants.mb_waiting_max,
         tenants.age_waiting_s_max * 1000,
+        tenants.rows_s_max,
+        tenants.models_max,
+        tenants.stored_bytes_max,
     )
     settings = ServiceSettings(
         watch=WatchSettings(

@@ -26,6 +26,7 @@ from node.serving.view import (
     PartitionStatus,
     SandboxStatus,
     TenantLog,
+    TenantShare,
     TenantStatus,
 )
 from node.session import PartitionSession
@@ -73,6 +74,8 @@ class TenantView(Protocol):
     def sandbox(self) -> SandboxStatus: ...
 
     def printed(self, tenant: str, after: int) -> TenantLog: ...
+
+    def share(self, tenant: str) -> TenantShare: ...
 
     def event_features(self, name: ModelName) -> frozenset[str]: ...
 
@@ -140,6 +143,10 @@ class LocalView:
 
     def printed(self, tenant: str, after: int) -> TenantLog:
         return self._tenants.printed(tenant, after)
+
+    def share(self, tenant: str) -> TenantShare:
+        waiting = self._lags().tenant(tenant)
+        return msgspec.structs.replace(self._tenants.share(tenant), waiting=waiting)
 
     async def customer(self, customer: str, at: AsOf) -> CustomerState:
         return await self._reads.customer(customer, at)

@@ -33,6 +33,15 @@ class CostEstimate:
     _rows_squared: float = 0.0
     _rows_seconds: float = 0.0
 
+    @staticmethod
+    def of_trial(call: float, row: float) -> CostEstimate:
+        """By the worker's own figures, which are only where learning starts: batches grow from small ones anyway."""
+        usual = CostEstimate()
+        return CostEstimate(
+            seconds_per_call=call if math.isfinite(call) and call > 0 else usual.seconds_per_call,
+            seconds_per_row=row if math.isfinite(row) and row > 0 else usual.seconds_per_row,
+        )
+
     def seconds(self, rows: int) -> float:
         return self.seconds_per_call + self.seconds_per_row * rows
 

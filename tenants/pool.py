@@ -32,6 +32,7 @@ from tenants.memory import keep_measured
 from tenants.pool_statistics import PoolStatistics, TenantStatistics, VersionState, VersionStatistics
 from tenants.registry import Action, ConfigureTenant, GoLive, RemoveTenant, Retire
 from tenants.scheduler import URGENT, Dispatch, Scheduler, SchedulerStatistics
+from tenants.shares import ShareWindow
 from tenants.workers import LoadReport, WarmServer, WorkerProcess
 
 log = structlog.get_logger(__name__)
@@ -117,10 +118,18 @@ class ModelPool:
         self._clock = clock
         self._supervisor = supervisor
         self._on_failing = on_failing
-        self._scheduler = Scheduler(parallel, quantum_seconds)
+        self._unaware = Scheduler(parallel, quantum_seconds)
+        """Of the time: all use it by `_scheduler`."""
+        self._alarm: asyncio.TimerHandle | None = None
         self._tenants: dict[str, _Tenant] = {}
         self._woken = False
         self._stopped = False
+
+    @property
+    def _scheduler(self) -> Scheduler:
+        """As of now."""
+        self._unaware.advance(self._clock.monotonic())
+        return self._unaware
 
     # What the node asks for
 
@@ -162,6 +171,8 @@ class ModelPool:
             return
         tenant.settings = settings
         self._scheduler.set_weight(settings.tenant, settings.weight)
+        self._scheduler.set_rows_s(settings.tenant, settings.rows_s_max)
+        self._wake()
         if tenant.worker is not None:
             self._server.set_weight(tenant.worker, settings.weight)
 
@@ -218,6 +229,10 @@ class ModelPool:
         shares = self._scheduler.statistics()
         return PoolStatistics(tuple(_tenant_statistics(tenant, shares) for tenant in self._tenants.values()), shares)
 
+    def windows(self, tenant: str) -> tuple[ShareWindow, ...]:
+        """What the tenant asked for and got of late, and what held it back. Raises NotFound."""
+        return self._scheduler.windows(tenant)
+
     # Tenants and versions
 
     def _tenant(self, name: str) -> _Tenant:
@@ -225,6 +240,7 @@ class ModelPool:
 
     def _add_tenant(self, settings: TenantSettings) -> _Tenant:
         self._scheduler.add_tenant(settings.tenant, settings.weight)
+        self._scheduler.set_rows_s(settings.tenant, settings.rows_s_max)
         self._scheduler.block(settings.tenant)
         tenant = self._tenants[settings.tenant] = _Tenant(settings)
         tenant.idle.set()
@@ -366,7 +382,8 @@ class ModelPool:
         if known.reason and self._on_failing is not None:
             self._on_failing(known.version.name, known.key, "", False)
         known.reason = ""
-        self._scheduler.set_cost(tenant.name, known.key, _first_cost(report))
+        cost = CostEstimate.of_trial(report.seconds_per_call, report.seconds_per_row)
+        self._scheduler.set_cost(tenant.name, known.key, cost)
         self._scheduler.unblock(tenant.name, known.key)
         log.info("model loaded", model=str(known.version.name), version=known.version.short_version)
 
@@ -455,6 +472,17 @@ class ModelPool:
                 continue
             tenant.idle.clear()
             tenant.batch = self._supervisor.start("batch", self._run(tenant, worker, known, dispatch))
+        self._wake_when_due()
+
+    def _wake_when_due(self) -> None:
+        """Nothing else happens when a quota lets rows go on."""
+        due = self._unaware.due()
+        if self._alarm is not None:
+            self._alarm.cancel()
+            self._alarm = None
+        if due is not None and not self._stopped:
+            seconds = max(0.0, due - self._clock.monotonic())
+            self._alarm = asyncio.get_running_loop().call_later(seconds, self._wake)
 
     async def _run(self, tenant: _Tenant, worker: WorkerProcess, known: _Version, dispatch: Dispatch) -> None:
         batch = Batch.of(dispatch.parts)
@@ -626,16 +654,6 @@ def _cpu_seconds(pid: int) -> float:
         return time.clock_gettime((~pid << 3) | 2)
     except OSError:
         return 0.0
-
-
-def _first_cost(report: LoadReport) -> CostEstimate:
-    """The worker's own figures are only where learning starts; batches grow from small ones in any case."""
-    call, row = report.seconds_per_call, report.seconds_per_row
-    default = CostEstimate()
-    return CostEstimate(
-        seconds_per_call=call if math.isfinite(call) and call > 0 else default.seconds_per_call,
-        seconds_per_row=row if math.isfinite(row) and row > 0 else default.seconds_per_row,
-    )
 
 
 def _tenant_statistics(tenant: _Tenant, shares: SchedulerStatistics) -> TenantStatistics:

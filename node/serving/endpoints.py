@@ -28,6 +28,7 @@ from node.serving.view import (
     NodeStatus,
     NodeView,
     TenantLog,
+    TenantShare,
 )
 
 API_VERSION = "1"
@@ -74,6 +75,13 @@ class Endpoints:
                 "/v1/models", "All versions of all models, with state and reasons", self._models, Models, ModelsQuery
             ),
             Route("/v1/tenants/{tenant}/log", "What a tenant's models printed", self._log, TenantLog, LogQuery, _READS),
+            Route(
+                "/v1/tenants/{tenant}/share",
+                "What a tenant asked for and got of late, and what held it back",
+                self._share,
+                TenantShare,
+                statuses=_READS,
+            ),
             Route("/v1/customers/{customer}", "Profile and aggregates", self._customer, CustomerState, AtQuery, _READS),
             Route(
                 "/v1/customers/{customer}/features",
@@ -138,6 +146,9 @@ class Endpoints:
 
     async def _log(self, call: Call) -> Reply:
         return _reply(self._view.printed(call.variables["tenant"], int(call.query.after)))
+
+    async def _share(self, call: Call) -> Reply:
+        return _reply(self._view.share(call.variables["tenant"]))
 
     async def _customer(self, call: Call) -> Reply:
         return _reply(await self._view.customer(call.variables["customer"], self._at(call)))

@@ -238,6 +238,62 @@ class TenantLog(Body, frozen=True):
     """Lines that went for newer ones."""
 
 
+class ShareCompetitor(Body, frozen=True):
+    """Another tenant that ran, or waited for its turn, in the window."""
+
+    tenant: str
+    weight: float
+    competed_seconds: float
+    cpu_seconds: float
+
+
+class WindowShare(Body, frozen=True):
+    """The last `seconds` of a tenant on this node. Rows that waited before and those asked for are those got, dropped,
+    running and waiting now; CPU seconds asked for are those got and those held back (estimated, for rows that wait)."""
+
+    seconds: float
+    rows_waited: int
+    rows_asked: int
+    """Submitted to the tenant's worker; one that is tried again counts again."""
+    rows_got: int
+    rows_dropped: int
+    rows_running: int
+    rows_waiting: int
+    cpu_asked_seconds: float
+    cpu_got_seconds: float
+    cpu_held_back_seconds: float
+    cpu_all_seconds: float
+    """Of all tenants."""
+    share_got: float | None
+    """Of all tenants' CPU time, 0 to 1; null if nothing ran."""
+    share_due: float | None
+    """Its weight among those that had work, averaged over the time in which anybody had; null if nobody had."""
+    held_seconds: dict[str, float]
+    """idle, served, worker, turn, blocked, quota -> seconds; together the window."""
+    held_back_by: str
+    """What kept the rows that wait now for the longest: worker, turn, blocked or quota; else nothing."""
+    competitors: list[ShareCompetitor]
+    """At most five, those first that used most."""
+    says: list[str]
+    """All this in words."""
+
+
+class TenantShare(Body, frozen=True):
+    """What a tenant asked of this node's workers of late, what it got, and what held it back."""
+
+    tenant: str
+    weight: float
+    rows_s_max: float
+    """Its quota of rows a second; 0: none."""
+    slots: int
+    """Batches that the node computes at once."""
+    windows: list[WindowShare]
+    notes: list[str]
+    """Why its worker, or a version, can't run."""
+    waiting: Waiting = Waiting()
+    """In the sequence logs: what is not submitted yet comes from there."""
+
+
 class TenantStatus(Body, frozen=True):
     tenant: str
     weight: float = 1.0
@@ -304,6 +360,10 @@ class NodeView(Protocol):
 
     def printed(self, tenant: str, after: int) -> TenantLog:
         """The tenant's lines with a larger number than `after`. Raises NotFound for an unknown tenant."""
+        ...
+
+    def share(self, tenant: str) -> TenantShare:
+        """Raises NotFound for an unknown tenant."""
         ...
 
     async def customer(self, customer: str, at: AsOf) -> CustomerState: ...

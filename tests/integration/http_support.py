@@ -28,7 +28,9 @@ from node.serving.view import (
     PartitionStatus,
     PrintedLine,
     TenantLog,
+    TenantShare,
     TenantStatus,
+    WindowShare,
 )
 
 NOW_MS = 1_700_000_000_000
@@ -64,6 +66,30 @@ class MemoryView:
             raise NotFound(f"no tenant {tenant} is known here")
         lines = [PrintedLine(number=number, time_ms=NOW_MS, pid=7, text="a\x1b[2J") for number in (1, 2)]
         return TenantLog(tenant=tenant, lines=[line for line in lines if line.number > after], dropped=3)
+
+    def share(self, tenant: str) -> TenantShare:
+        if tenant != "ads":
+            raise NotFound(f"no tenant {tenant} is known here")
+        window = WindowShare(
+            seconds=10.0,
+            rows_waited=10,
+            rows_asked=1290,
+            rows_got=800,
+            rows_dropped=0,
+            rows_running=0,
+            rows_waiting=500,
+            cpu_asked_seconds=3.25,
+            cpu_got_seconds=2.0,
+            cpu_held_back_seconds=1.25,
+            cpu_all_seconds=8.0,
+            share_got=0.25,
+            share_due=0.3,
+            held_seconds={"idle": 2.0, "turn": 8.0},
+            held_back_by="turn",
+            competitors=[],
+            says=["8.0 s: rows waited while others had the 1 CPU slots"],
+        )
+        return TenantShare(tenant=tenant, weight=2.0, rows_s_max=0.0, slots=1, windows=[window], notes=["a\x1b[2J"])
 
     async def _find(self, customer: str) -> float:
         if self.held is not None:
