@@ -40,12 +40,20 @@ class NothingThere(NodeUnreachable):
 
 def fetch(url: str, path: str) -> bytes:
     """The body of GET `url` + `path`. Raises NodeUnreachable."""
+    return answer_of(url, path)
+
+
+def answer_of(
+    url: str, path: str, method: str = "GET", sent: bytes | None = None, headers: Mapping[str, str] | None = None
+) -> bytes:
+    """The body of what a node answers at `url` + `path`. Raises NodeUnreachable."""
     address = url.rstrip("/") + path
     if not address.startswith(("http://", "https://")):
         raise NodeUnreachable(f"{printable(url)} is no address of a node; give one such as http://127.0.0.1:8080")
     opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
     try:
-        with opener.open(address, timeout=ANSWER_SECONDS_MAX) as answer:
+        request = urllib.request.Request(address, sent, dict(headers or {}), method=method)
+        with opener.open(request, timeout=ANSWER_SECONDS_MAX) as answer:
             body: bytes = answer.read(ANSWER_BYTES_MAX)
     except urllib.error.HTTPError as error:
         kind = NothingThere if error.code == HTTPStatus.NOT_FOUND else NodeUnreachable

@@ -24,8 +24,10 @@ from node.serving.view import (
     ModelInfo,
     NodeStatus,
     PartitionStatus,
+    QuotaChange,
     SandboxStatus,
     TenantLog,
+    TenantQuota,
     TenantShare,
     TenantStatus,
 )
@@ -77,7 +79,15 @@ class TenantView(Protocol):
 
     def share(self, tenant: str) -> TenantShare: ...
 
+    def quota(self, tenant: str) -> TenantQuota: ...
+
     def event_features(self, name: ModelName) -> frozenset[str]: ...
+
+
+class QuotaKeeper(Protocol):
+    """Where operators' quotas are kept: on this node, or in the cluster's catalog."""
+
+    async def change_quota(self, tenant: str, changes: Mapping[str, float | None], who: str) -> None: ...
 
 
 class LocalView:
@@ -88,10 +98,12 @@ class LocalView:
         profile: Mapping[str, Aggregate],
         partitions: PartitionsView,
         tenants: TenantView,
+        quotas: QuotaKeeper,
         supervisor: Supervisor,
         clock: Clock,
     ) -> None:
         self._node = node
+        self._quotas = quotas
         self._partitions = partitions
         self._tenants = tenants
         self._supervisor = supervisor
@@ -147,6 +159,12 @@ class LocalView:
     def share(self, tenant: str) -> TenantShare:
         waiting = self._lags().tenant(tenant)
         return msgspec.structs.replace(self._tenants.share(tenant), waiting=waiting)
+
+    def quota(self, tenant: str) -> TenantQuota:
+        return self._tenants.quota(tenant)
+
+    async def change_quota(self, tenant: str, change: QuotaChange) -> None:
+        await self._quotas.change_quota(tenant, change.changes(), change.who)
 
     async def customer(self, customer: str, at: AsOf) -> CustomerState:
         return await self._reads.customer(customer, at)

@@ -24,7 +24,7 @@ from node.kernel.clock import Clock
 from node.kernel.errors import BoundExceeded, CallFailed, HeadraceError, ModelRefused, NotFound, WorkerLost
 from node.kernel.supervise import Supervisor
 from node.kernel.types import FeatureRows, Ints, ModelName, ModelOutputs, ModelVersion
-from tenants.batch import Batch, Piece, Submission
+from tenants.batch import Batch, Piece, Submission, fail_ticket
 from tenants.cost import CostEstimate
 from tenants.isolation import Isolation, first_pieces, halves
 from tenants.manifest import TenantSettings
@@ -80,6 +80,8 @@ class _Tenant:
     worker: WorkerProcess | None = None
     keeper: asyncio.Task[None] | None = None
     batch: asyncio.Task[None] | None = None
+    memory_mb: int = 0
+    """Of the worker."""
     lost: bool = False
     """The worker is known to be dying; its `lost` follows."""
     changed: asyncio.Event = field(default_factory=asyncio.Event)
@@ -164,7 +166,7 @@ class ModelPool:
         return (tenant.settings if tenant else TenantSettings(name.tenant)).rows_queued_max
 
     def configure(self, settings: TenantSettings) -> None:
-        """Add a tenant or change its settings; a new memory limit takes effect at the worker's next start."""
+        """Add a tenant or change its settings; for another memory limit it gets another worker, once its batch ends."""
         tenant = self._tenants.get(settings.tenant)
         if tenant is None:
             self._add_tenant(settings)
@@ -173,6 +175,7 @@ class ModelPool:
         self._scheduler.set_weight(settings.tenant, settings.weight)
         self._scheduler.set_rows_s(settings.tenant, settings.rows_s_max)
         self._wake()
+        tenant.changed.set()
         if tenant.worker is not None:
             self._server.set_weight(tenant.worker, settings.weight)
 
@@ -332,6 +335,8 @@ class ModelPool:
             if tenant.worker is not None and (tenant.lost or tenant.worker.lost.is_set()):
                 await tenant.worker.lost.wait()
                 self._lost(tenant, tenant.last_error or "the worker ended")
+            elif tenant.worker is not None and tenant.memory_mb != tenant.settings.memory_mb:
+                await self._renew(tenant, tenant.worker)
             elif (unneeded := self._unneeded(tenant)) is not None:
                 await self._unload(tenant, unneeded)
             elif (fetched := _in_state(tenant, "fetched")) is not None:
@@ -351,8 +356,16 @@ class ModelPool:
         except WorkerLost as error:
             self._back_off(tenant, str(error))
             return
-        tenant.worker = worker
+        tenant.worker, tenant.memory_mb = worker, settings.memory_mb
         self._supervisor.start(f"watch of {tenant.name}", _watch(tenant, worker))
+
+    async def _renew(self, tenant: _Tenant, worker: WorkerProcess) -> None:
+        """End the worker, without blame: the next one has the memory that the tenant may have now."""
+        self._scheduler.block(tenant.name)
+        await tenant.idle.wait()
+        await worker.close()
+        if not tenant.lost:
+            self._gone(tenant)
 
     async def _load(self, tenant: _Tenant, worker: WorkerProcess, known: _Version) -> None:
         """Have the worker take a version; its other versions wait meanwhile, they share one thread."""
@@ -408,7 +421,7 @@ class ModelPool:
         name, version = known.version.name, known.version
         log.warning("model failing", model=str(name), version=version.short_version, reason=reason)
         for ticket in self._scheduler.remove_model(tenant.name, known.key):
-            known.rows_failed += _fail(ticket, reason)
+            known.rows_failed += fail_ticket(ticket, reason)
         self._schedule(tenant, known)
         if self._on_failing is not None:
             self._on_failing(name, version.version, reason, at_fault)
@@ -436,7 +449,11 @@ class ModelPool:
         self._resume(tenant)
 
     def _lost(self, tenant: _Tenant, reason: str) -> None:
-        """The worker is gone: skip the tenant until the next one has its versions."""
+        self._gone(tenant)
+        self._back_off(tenant, reason)
+
+    def _gone(self, tenant: _Tenant) -> None:
+        """There is no worker: skip the tenant until the next one has its versions."""
         tenant.worker, tenant.lost = None, False
         self._scheduler.block(tenant.name)
         for known in tenant.versions.values():
@@ -444,7 +461,6 @@ class ModelPool:
                 self._scheduler.block(tenant.name, known.key)
             if known.state == "loaded":
                 self._fetch_again(tenant, known)
-        self._back_off(tenant, reason)
 
     def _back_off(self, tenant: _Tenant, reason: str) -> None:
         tenant.restarts += 1
@@ -522,7 +538,7 @@ class ModelPool:
     def _abandon(self, ticket: object, reason: str) -> None:
         """Rows of a tenant that is removed get an error; those of a pool that stops are the caller's again."""
         if not self._stopped:
-            _fail(ticket, reason)
+            fail_ticket(ticket, reason)
             return
         assert isinstance(ticket, Submission | Piece)
         for owner in ticket.owners if isinstance(ticket, Piece) else (ticket,):
@@ -537,7 +553,7 @@ class ModelPool:
             if not present:
                 self._abandon(piece, f"{known.version.name} was removed while its rows ran")
             elif known.state == "failing":
-                known.rows_failed += _fail(piece, known.reason)
+                known.rows_failed += fail_ticket(piece, known.reason)
             elif not piece.abandoned:
                 self._scheduler.enqueue(
                     piece, tenant.name, known.key, len(piece.rows), dispatch.priority, whole=True, first=True
@@ -632,17 +648,6 @@ def _half(piece: Piece, at: Ints) -> Piece:
 
 def _in_state(tenant: _Tenant, state: VersionState) -> _Version | None:
     return next((known for known in tenant.versions.values() if known.state == state), None)
-
-
-def _fail(ticket: object, reason: str) -> int:
-    """Answer the ticket's rows with `reason`; how many."""
-    if isinstance(ticket, Piece):
-        ticket.answer(None, dict.fromkeys(range(len(ticket.rows)), reason), 0.0)
-        return len(ticket.rows)
-    assert isinstance(ticket, Submission)
-    count = ticket.left
-    ticket.fail(reason)
-    return count
 
 
 def _cpu_seconds(pid: int) -> float:

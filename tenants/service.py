@@ -257,16 +257,11 @@ class TenantService:
         log.info("an operator has set a quota", tenant=tenant, who=who, **changes)
 
     def quota(self, tenant: str) -> QuotaReport:
-        """What the tenant may have, by whom, and what it has. Raises NotFound."""
+        """What the tenant may have, by whom, and what it has; also of one that is to come."""
         snapshot = self.watcher.snapshot
-        if tenant not in snapshot.tenants and tenant not in snapshot.quotas:
-            raise NotFound(f"no tenant {printable(tenant)} is known here; /v1/status lists those that are")
         models = models_of(snapshot, tenant)
-        refused = {
-            limit: count for (whose, limit), count in self.watcher.statistics().refusals.items() if whose == tenant
-        }
         quota, settings = snapshot.quotas.get(tenant, Quota()), snapshot.settings(tenant)
-        return QuotaReport(quota, settings, len(models), sum(models.values()), refused)
+        return QuotaReport(quota, settings, len(models), sum(models.values()), self.watcher.refusals(tenant))
 
     def overload(self, name: ModelName) -> OverloadPolicy:
         """What of the model's waiting triggers goes when it falls behind: as its live version's manifest says, or else

@@ -12,7 +12,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -100,8 +100,6 @@ class WatchStatistics:
     scans: int
     ignored: tuple[str, ...]
     last_error: str
-    refusals: Mapping[tuple[str, str], int]
-    """Tenant and quota -> pairs that were refused because of it."""
     to_publish: int = 0
     """What this node has yet to tell the cluster."""
     revision: int = 0
@@ -198,6 +196,10 @@ class ModelWatcher:
         event = registry.VersionFailing(name, version, reason, self._clock.now_ms(), at_fault)
         self._supervisor.start(f"failing {name}", self._apply(event))
 
+    def refusals(self, tenant: str) -> dict[str, int]:
+        """Quota -> pairs of the tenant that were refused because of it."""
+        return {limit: count for (whose, limit), count in self._counters.refusals.items() if whose == tenant}
+
     async def set_quota(self, tenant: str, quota: Quota) -> None:
         """Of a node by itself: what an operator allows the tenant from now on. Once this returns it is kept."""
         await self._apply(registry.QuotaSet(tenant, quota, self._settings.caps.limits()))
@@ -227,7 +229,6 @@ class ModelWatcher:
             scans=self._counters.scans,
             ignored=self._counters.ignored,
             last_error=self._counters.last_error or (self._publishing.last_error if self._publishing else ""),
-            refusals=dict(self._counters.refusals),
             to_publish=len(registry.publications(self._snapshot)),
             revision=self._agreed.revision if self._agreed is not None else 0,
         )

@@ -396,6 +396,20 @@ async def test_a_quota_of_rows_holds_a_tenant_back_and_is_lifted_while_rows_wait
     assert running.pool.windows("ads")[0].got == 4120
 
 
+async def test_another_memory_limit_gives_another_worker_and_loses_no_row(running: Running) -> None:
+    version = running.models.add(LINEAR)
+    running.pool.configure(TenantSettings("ads", memory_mb=700))
+    await answered(running.pool.submit(version, rows_of(X)))
+    before = running.pid()
+    waiting = [running.pool.submit(version, rows_of(X)) for _ in range(5)]
+    running.pool.configure(TenantSettings("ads", memory_mb=900))
+    for future in waiting:
+        assert not (await answered(future)).errors
+    await until(lambda: running.tenant().worker is not None and running.pid() != before)
+    assert (running.tenant().restarts, running.tenant().backoff_ms) == (0, 0), "nothing went wrong"
+    assert not (await answered(running.pool.submit(version, rows_of(X)))).errors
+
+
 async def test_a_retired_version_runs_its_queue_and_is_unloaded(running: Running) -> None:
     old, new = running.models.add(LINEAR), running.models.add(LogisticRegression(C=0.01).fit(X, Y))
     await answered(running.pool.submit(old, rows_of(X)))
