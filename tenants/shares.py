@@ -232,7 +232,8 @@ class ShareLedger:
     def _window(self, account: _Account, seconds: int, running: int, cpu_waiting: float) -> ShareWindow:
         step = _FINE if seconds <= _KEPT_SECONDS[_FINE] else _COARSE
         start = max((self.now - seconds) // step * step, account.born)
-        step = _FINE if self.now - start <= _KEPT_SECONDS[_FINE] else _COARSE
+        if self.now - start <= _KEPT_SECONDS[_FINE]:
+            step = _FINE  # of a young tenant: what others did meanwhile is told to the second
         before = _at(account, step, start)
         gone = {name: account.totals[place] - before[place] for name, place in _PLACE.items()}
         busy, cpu = self._all_since(account, step, start)

@@ -47,6 +47,8 @@ class Book:
     )
     owners: dict[int, int] = field(default_factory=dict)
     """Number of the batch -> which of the tenants of that name it is of."""
+    orphans: set[int] = field(default_factory=set)
+    """Batches whose model was removed while they ran."""
     generation: defaultdict[str, int] = field(default_factory=lambda: defaultdict(int))
 
     def add(self, tenant: str) -> None:
@@ -86,12 +88,12 @@ class Book:
             case ("renew", tenant):
                 self.scheduler.remove_tenant(tenant)
                 self.add(tenant)
-            case ("renew model", tenant, model) if not any(
-                (one.tenant, one.model) == (tenant, model) for one in self.running
-            ):
-                self.sums[tenant]["dropped"] += self.scheduler.rows_held(tenant, model)
+            case ("renew model", tenant, model):
+                queued = self.scheduler.statistics().tenants[tenant].models[model].rows_queued
+                self.sums[tenant]["dropped"] += queued
                 self.scheduler.remove_model(tenant, model)
                 self.scheduler.add_model(tenant, model)
+                self.orphans.update(one.number for one in self.running if (one.tenant, one.model) == (tenant, model))
 
     def start(self) -> None:
         dispatch = self.scheduler.next()
@@ -104,11 +106,14 @@ class Book:
         self.scheduler.complete(dispatch, seconds, done)
         if self.owners[dispatch.number] == self.generation[dispatch.tenant]:
             self.sums[dispatch.tenant]["got"] += done
+            self.sums[dispatch.tenant]["dropped"] += dispatch.rows - done if dispatch.number in self.orphans else 0
 
     def rows(self, tenant: str) -> tuple[int, int]:
-        """Running and waiting, by the scheduler's own figures."""
+        """Running and waiting."""
         models = self.scheduler.statistics().tenants[tenant].models.values()
-        return sum(one.rows_running for one in models), sum(one.rows_queued for one in models)
+        running = [one for one in self.running if one.tenant == tenant]
+        own = sum(one.rows for one in running if self.owners[one.number] == self.generation[tenant])
+        return own, sum(one.rows_queued for one in models)
 
 
 def fresh(parallel: int) -> Book:
@@ -292,6 +297,62 @@ def test_a_window_forgets_what_was_before_it() -> None:
         book.scheduler.advance(now)
         got.append([window.got for window in book.scheduler.windows("ads")])
     assert got == [[10, 10, 10], [0, 10, 10], [0, 0, 10], [0, 0, 0]]
+
+
+def test_rows_a_second_are_told_of_each_window_however_long_it_goes_on() -> None:
+    book = fresh(1)
+    for second in range(1500):
+        book.now = second + 0.5
+        book.perform(("enqueue", "ads", "a", 1))
+        book.start()
+        book.complete(book.running.pop(), 0.25, 1.0)
+    book.now = 1500.0
+    book.scheduler.advance(book.now)
+    windows = book.scheduler.windows("ads")
+    assert [(window.seconds, window.got) for window in windows] == [(10, 10), (60, 60), (600, 600)]
+    assert [window.cpu_seconds for window in windows] == pytest.approx([2.5, 15, 150])
+
+
+def test_a_window_of_a_minute_that_begins_within_a_second_is_told_by_the_second() -> None:
+    book = fresh(1)
+    book.now = 1.001
+    book.perform(("enqueue", "ads", "a", 1))
+    book.now = 701.001
+    book.scheduler.advance(book.now)
+    window = book.scheduler.windows("ads")[1]
+    assert window.held["turn"] == pytest.approx(window.seconds)
+
+
+def test_rows_of_a_model_that_goes_while_they_run_are_got_or_dropped() -> None:
+    book = fresh(1)
+    for operation in (("enqueue", "ads", "a", 10), ("next",), ("renew model", "ads", "a"), ("complete", 0, 0.1, 0.5)):
+        book.perform(operation)
+    window = book.scheduler.windows("ads")[0]
+    assert (window.asked, window.got, window.dropped, window.waiting) == (10, 5, 5, 0)
+
+
+def test_a_tenant_is_due_all_once_the_others_have_no_work_left() -> None:
+    book = fresh(2)
+    for tenant in ("ads", "fraud"):
+        book.perform(("enqueue", tenant, "a", 1))
+        book.start()
+    book.now = 4.0
+    book.perform(("complete", 1, 0.1, 1.0))
+    book.now = 10.0
+    book.scheduler.advance(book.now)
+    assert book.scheduler.windows("ads")[0].share_due == pytest.approx((4 / 2 + 6) / 10)
+
+
+def test_rows_that_were_put_back_do_not_count_against_the_quota() -> None:
+    book = fresh(1)
+    book.scheduler.set_rows_s("ads", 10.0)
+    book.perform(("enqueue", "ads", "a", 10))
+    for _ in range(5):
+        book.start()
+        dispatch = book.running.pop()
+        assert dispatch.rows == 10
+        book.scheduler.requeue(dispatch, 0.001)
+    assert book.scheduler.due() is None
 
 
 def test_a_bucket_owes_what_was_taken_beyond_it_and_keeps_what_it_has_when_changed() -> None:
