@@ -148,7 +148,7 @@ def _gathered(pieces: Sequence[FeatureRows]) -> FeatureRows:
     return FeatureRows(names, np.concatenate([piece.numbers for piece in pieces]), texts)
 
 
-def fail_ticket(ticket: object, reason: str) -> int:
+def fail(ticket: object, reason: str) -> int:
     """Answer the ticket's rows with `reason`; how many."""
     if isinstance(ticket, Piece):
         ticket.answer(None, dict.fromkeys(range(len(ticket.rows)), reason), 0.0)

@@ -33,13 +33,13 @@ class CostEstimate:
     _rows_squared: float = 0.0
     _rows_seconds: float = 0.0
 
-    @staticmethod
-    def of_trial(call: float, row: float) -> CostEstimate:
-        """By the worker's own figures, which are only where learning starts: batches grow from small ones anyway."""
-        usual = CostEstimate()
-        return CostEstimate(
-            seconds_per_call=call if math.isfinite(call) and call > 0 else usual.seconds_per_call,
-            seconds_per_row=row if math.isfinite(row) and row > 0 else usual.seconds_per_row,
+    @classmethod
+    def told(cls, seconds_per_call: float, seconds_per_row: float) -> CostEstimate:
+        """By a worker's own figures: only where learning starts; batches grow from small ones in any case."""
+        default = cls()
+        return cls(
+            seconds_per_call if 0 < seconds_per_call < math.inf else default.seconds_per_call,
+            seconds_per_row if 0 < seconds_per_row < math.inf else default.seconds_per_row,
         )
 
     def seconds(self, rows: int) -> float:

@@ -24,14 +24,14 @@ from node.kernel.clock import Clock
 from node.kernel.errors import BoundExceeded, CallFailed, HeadraceError, ModelRefused, NotFound, WorkerLost
 from node.kernel.supervise import Supervisor
 from node.kernel.types import FeatureRows, Ints, ModelName, ModelOutputs, ModelVersion
-from tenants.batch import Batch, Piece, Submission, fail_ticket
+from tenants.batch import Batch, Piece, Submission, fail
 from tenants.cost import CostEstimate
 from tenants.isolation import Isolation, first_pieces, halves
 from tenants.manifest import TenantSettings
 from tenants.memory import keep_measured
-from tenants.pool_statistics import PoolStatistics, TenantStatistics, VersionState, VersionStatistics
+from tenants.pool_statistics import PoolStatistics, VersionState, tenant_statistics
 from tenants.registry import Action, ConfigureTenant, GoLive, RemoveTenant, Retire
-from tenants.scheduler import URGENT, Dispatch, Scheduler, SchedulerStatistics
+from tenants.scheduler import URGENT, Dispatch, Scheduler
 from tenants.shares import ShareWindow
 from tenants.workers import LoadReport, WarmServer, WorkerProcess
 
@@ -230,7 +230,7 @@ class ModelPool:
 
     def statistics(self) -> PoolStatistics:
         shares = self._scheduler.statistics()
-        return PoolStatistics(tuple(_tenant_statistics(tenant, shares) for tenant in self._tenants.values()), shares)
+        return PoolStatistics(tuple(tenant_statistics(tenant, shares) for tenant in self._tenants.values()), shares)
 
     def windows(self, tenant: str) -> tuple[ShareWindow, ...]:
         """What the tenant asked for and got of late, and what held it back. Raises NotFound."""
@@ -395,7 +395,7 @@ class ModelPool:
         if known.reason and self._on_failing is not None:
             self._on_failing(known.version.name, known.key, "", False)
         known.reason = ""
-        cost = CostEstimate.of_trial(report.seconds_per_call, report.seconds_per_row)
+        cost = CostEstimate.told(report.seconds_per_call, report.seconds_per_row)
         self._scheduler.set_cost(tenant.name, known.key, cost)
         self._scheduler.unblock(tenant.name, known.key)
         log.info("model loaded", model=str(known.version.name), version=known.version.short_version)
@@ -421,7 +421,7 @@ class ModelPool:
         name, version = known.version.name, known.version
         log.warning("model failing", model=str(name), version=version.short_version, reason=reason)
         for ticket in self._scheduler.remove_model(tenant.name, known.key):
-            known.rows_failed += fail_ticket(ticket, reason)
+            known.rows_failed += fail(ticket, reason)
         self._schedule(tenant, known)
         if self._on_failing is not None:
             self._on_failing(name, version.version, reason, at_fault)
@@ -538,7 +538,7 @@ class ModelPool:
     def _abandon(self, ticket: object, reason: str) -> None:
         """Rows of a tenant that is removed get an error; those of a pool that stops are the caller's again."""
         if not self._stopped:
-            fail_ticket(ticket, reason)
+            fail(ticket, reason)
             return
         assert isinstance(ticket, Submission | Piece)
         for owner in ticket.owners if isinstance(ticket, Piece) else (ticket,):
@@ -553,7 +553,7 @@ class ModelPool:
             if not present:
                 self._abandon(piece, f"{known.version.name} was removed while its rows ran")
             elif known.state == "failing":
-                known.rows_failed += fail_ticket(piece, known.reason)
+                known.rows_failed += fail(piece, known.reason)
             elif not piece.abandoned:
                 self._scheduler.enqueue(
                     piece, tenant.name, known.key, len(piece.rows), dispatch.priority, whole=True, first=True
@@ -659,35 +659,3 @@ def _cpu_seconds(pid: int) -> float:
         return time.clock_gettime((~pid << 3) | 2)
     except OSError:
         return 0.0
-
-
-def _tenant_statistics(tenant: _Tenant, shares: SchedulerStatistics) -> TenantStatistics:
-    share = shares.tenants[tenant.name]
-    versions = []
-    for known in tenant.versions.values():
-        model = share.models[known.key]
-        versions.append(
-            VersionStatistics(
-                model=known.version.name.model,
-                version=known.version.version,
-                state=known.state,
-                rows=model.rows_done,
-                calls=model.calls,
-                cpu_seconds=model.cpu_seconds,
-                rows_queued=model.rows_queued,
-                seconds_per_call=model.seconds_per_call,
-                seconds_per_row=model.seconds_per_row,
-                rows_failed=known.rows_failed,
-                last_error=known.last_error,
-            )
-        )
-    return TenantStatistics(
-        tenant=tenant.name,
-        weight=share.weight,
-        cpu_seconds=share.cpu_seconds,
-        restarts=tenant.restarts,
-        backoff_ms=tenant.backoff_ms,
-        last_error=tenant.last_error,
-        worker=tenant.worker.statistics() if tenant.worker else None,
-        versions=tuple(versions),
-    )
