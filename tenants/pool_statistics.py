@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Literal, Protocol, TypeAlias
 
 from node.kernel.types import ModelVersion
-from tenants.scheduler import SchedulerStatistics
+from tenants.scheduler_statistics import SchedulerStatistics
 from tenants.workers import WorkerProcess, WorkerStatistics
 
 VersionState: TypeAlias = Literal["fetching", "fetched", "loaded", "failing"]

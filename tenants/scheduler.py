@@ -25,6 +25,7 @@ from node.kernel import limits
 from node.kernel.errors import BoundExceeded, NotFound
 from tenants.bucket import RowBucket
 from tenants.cost import CostEstimate
+from tenants.scheduler_statistics import ModelShare, SchedulerStatistics, TenantShare
 from tenants.shares import Hold, ShareLedger, ShareWindow
 
 CHARGE_SECONDS_MIN = 20e-6
@@ -59,41 +60,6 @@ class Dispatch:
     rows: int
     seconds_estimated: float
     whole: bool = False
-
-
-@dataclass(frozen=True, slots=True)
-class ModelShare:
-    weight: float
-    rows_queued: int
-    rows_running: int
-    rows_done: int
-    calls: int
-    cpu_seconds: float
-    seconds_per_call: float
-    seconds_per_row: float
-    blocked: bool
-
-
-@dataclass(frozen=True, slots=True)
-class TenantShare:
-    """`forgiven_seconds`: CPU time the tenant could have had but its one worker could not take."""
-
-    weight: float
-    virtual_time: float
-    cpu_seconds: float
-    forgiven_seconds: float
-    calls: int
-    running: bool
-    blocked: bool
-    models: dict[str, ModelShare]
-
-
-@dataclass(frozen=True, slots=True)
-class SchedulerStatistics:
-    parallel: int
-    running: int
-    virtual_time: float
-    tenants: dict[str, TenantShare]
 
 
 @dataclass(slots=True)
