@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any, NoReturn, TypeVar
 
 import typer
 
-from node.kernel.errors import ConfigError, HeadraceError
+from node.kernel.errors import ConfigError, HeadraceError, printable
 
 if TYPE_CHECKING:
     from node.config_sections import Config
@@ -138,6 +138,111 @@ def tenant_log(
             typer.echo(console.fetch(url, path))
         else:
             console.show(*console.log_view(console.fetch_object(url, path)))
+    except HeadraceError as error:
+        _fail(str(error))
+
+
+@app.command()
+def explain_share(
+    tenant: Annotated[str, typer.Argument(metavar="TENANT", help="Its name.")],
+    url: Url = NODE_URL,
+    as_json: AsJson = False,
+) -> None:
+    """Show what a tenant asked for and got of late on a running node, and what held it back.
+
+    Over the last 10 seconds, minute and 10 minutes: CPU time and shares of it, rows, and for how long they waited for
+    what.
+    """
+    from urllib.parse import quote
+
+    from node import console
+
+    path = f"/v1/tenants/{quote(tenant, safe='')}/share"
+    try:
+        if as_json:
+            typer.echo(console.fetch(url, path))
+        else:
+            console.show(*console.share_view(console.fetch_object(url, path)))
+    except HeadraceError as error:
+        _fail(str(error))
+
+
+quota = typer.Typer(no_args_is_help=True, help="Show or change what operators allow one tenant.")
+app.add_typer(quota, name="quota")
+TenantName = Annotated[str, typer.Argument(metavar="TENANT", help="Its name; it need not be there yet.")]
+NodeUrl = Annotated[str, typer.Option("--url", help="Address of the node's HTTP interface; the config's by default.")]
+
+
+@quota.command("show")
+def show_quota(tenant: TenantName, url: Url = NODE_URL, as_json: AsJson = False) -> None:
+    """Show what a tenant may have, what it has, and what it was refused."""
+    from node import console, quota_console
+
+    path = quota_console.quota_path(tenant)
+    try:
+        if as_json:
+            typer.echo(console.fetch(url, path))
+        else:
+            for line in quota_console.lines(console.fetch_object(url, path)):
+                typer.echo(printable(line))
+    except HeadraceError as error:
+        _fail(str(error))
+
+
+@quota.command("set")
+def set_quota(
+    tenant: TenantName,
+    config: ConfigPath,
+    url: NodeUrl = "",
+    weight: Annotated[float | None, typer.Option(help="Of its share of model CPU time.")] = None,
+    memory_mb: Annotated[int | None, typer.Option(help="Memory of its worker.")] = None,
+    rows_s_max: Annotated[float | None, typer.Option(help="Rows a second on each node; 0: any number.")] = None,
+    models_max: Annotated[int | None, typer.Option(help="Models.")] = None,
+    stored_bytes_max: Annotated[int | None, typer.Option(help="Bytes of each customer's row for its outputs.")] = None,
+) -> None:
+    """Set some of a tenant's quotas, on a running node and in its cluster, from now on.
+
+    They hold in place of what [tenants] in the config allows all; the tenant may ask for less in its tenant.toml.
+    --config is the file of a node on this machine, whose operator's token is read from its data_dir.
+    """
+    given = {
+        "weight": weight,
+        "memory_mb": memory_mb,
+        "rows_s_max": rows_s_max,
+        "models_max": models_max,
+        "stored_bytes_max": stored_bytes_max,
+    }
+    changes: dict[str, float | None] = {name: value for name, value in given.items() if value is not None}
+    if not changes:
+        _fail("nothing to set; name a limit, such as --weight 2, or see `headrace quota show`")
+    _change_quota(tenant, config, url, changes)
+
+
+@quota.command("clear")
+def clear_quota(
+    tenant: TenantName,
+    names: Annotated[list[str] | None, typer.Argument(metavar="LIMIT", help="Such as rows_s_max; else all.")] = None,
+    *,
+    config: ConfigPath,
+    url: NodeUrl = "",
+) -> None:
+    """Take quotas of a tenant away: what [tenants] in the config allows all holds again."""
+    from node.kernel.types import QUOTAS
+
+    unknown = [name for name in names or () if name not in QUOTAS]
+    if unknown:
+        _fail(f"{unknown[0]} is no quota; there are {', '.join(QUOTAS)}")
+    _change_quota(tenant, config, url, dict.fromkeys(names or QUOTAS))
+
+
+def _change_quota(tenant: str, config: Path, url: str, changes: dict[str, float | None]) -> None:
+    from node import quota_console
+
+    try:
+        for line in quota_console.lines(quota_console.change(_loaded(config, secrets=False), url, tenant, changes)):
+            typer.echo(printable(line))
+    except ConfigError as error:
+        _fail(*error.problems)
     except HeadraceError as error:
         _fail(str(error))
 

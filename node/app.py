@@ -10,6 +10,7 @@ import ssl
 from collections.abc import Awaitable, Callable, Iterator, Mapping
 from pathlib import Path
 
+import msgspec
 import sdnotify
 import structlog
 import uvloop
@@ -26,14 +27,25 @@ from node.kernel.errors import BoundExceeded
 from node.kernel.limits import MIB
 from node.kernel.ports import FeaturePlan
 from node.kernel.supervise import Supervisor
-from node.kernel.types import ModelName
+from node.kernel.types import QUOTAS, ModelName
 from node.outbox import BrokerTraits, Outbox, OutputTopics
 from node.outgoing import Origin
 from node.partition import Partition, unguarded
 from node.partitions import Partitions
 from node.replicas import Replicas
+from node.serving.operator_token import make_token
 from node.serving.server import HttpServer
-from node.serving.view import MemoryStatus, ModelCost, ModelInfo, PrintedLine, SandboxStatus, TenantLog, TenantStatus
+from node.serving.view import (
+    MemoryStatus,
+    ModelCost,
+    ModelInfo,
+    PrintedLine,
+    SandboxStatus,
+    TenantLog,
+    TenantQuota,
+    TenantShare,
+    TenantStatus,
+)
 from node.session import ChangelogReader, PartitionSession, Parts, open_session
 from node.state.folder import StateFolder, StateFolders
 from node.state.layout import Layout
@@ -99,11 +111,13 @@ class Node:
             evaluate_profile(schema),
             self._partitions,
             Tenants(self._tenants),
+            self._tenants if self._clustering is None else self._clustering.models,
             self._supervisor,
             clock,
         )
         cluster_view = None if self._clustering is None else self._clustering.view
-        self._http = HttpServer(view, config.http, clock, cluster=cluster_view)
+        token = make_token(self._data)
+        self._http = HttpServer(view, config.http, clock, cluster=cluster_view, token=token)
 
     async def run(self, stopping: asyncio.Event) -> int:
         """Run until `stopping` is set or a background task dies; gives the exit code.
@@ -255,8 +269,25 @@ class Tenants:
         ]
         return TenantLog(tenant=tenant, lines=lines, dropped=found.dropped)
 
+    def share(self, tenant: str) -> TenantShare:
+        return msgspec.convert(self._service.share(tenant), TenantShare, from_attributes=True)
+
+    def quota(self, tenant: str) -> TenantQuota:
+        found = self._service.quota(tenant)
+        return TenantQuota(
+            tenant=tenant,
+            quota=found.quota.limits(),
+            who=found.quota.who,
+            at_ms=found.quota.at_ms,
+            limits={name: getattr(found.settings, name) for name in QUOTAS},
+            asked={name: value for name, value in found.settings.asked.items() if name in QUOTAS},
+            models=found.models,
+            stored_bytes=found.stored_bytes,
+            refused=dict(found.refused),
+        )
+
     def tenants(self) -> list[TenantStatus]:
-        pool = self._service.statistics().pool
+        pool, refusals = self._service.statistics().pool, self._service.watcher.refusals
         total = sum(tenant.cpu_seconds for tenant in pool.tenants)
         return [
             TenantStatus(
@@ -270,6 +301,7 @@ class Tenants:
                 worker="running" if tenant.worker else tenant.last_error or "starting",
                 memory=_memory(tenant.worker),
                 sandbox=None if tenant.worker is None else sandbox_status(tenant.worker.sandbox),
+                refused=refusals(tenant.tenant),
             )
             for tenant in pool.tenants
         ]
@@ -328,6 +360,9 @@ def _tenant_service(
         tenants.rows_waiting_max,
         tenants.mb_waiting_max,
         tenants.age_waiting_s_max * 1000,
+        tenants.rows_s_max,
+        tenants.models_max,
+        tenants.stored_bytes_max,
     )
     settings = ServiceSettings(
         watch=WatchSettings(

@@ -5,15 +5,26 @@ A command that the catalog refuses because it changed meanwhile is decided anew,
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Protocol
+
+import msgspec
 
 from node.kernel.clock import Clock
 from node.kernel.errors import PeerRefused
-from node.kernel.limits import REASON_BYTES_MAX
-from node.kernel.types import AgreedModels, AgreedVersion, ModelName
+from node.kernel.limits import NAME_BYTES_MAX, REASON_BYTES_MAX
+from node.kernel.types import AgreedModels, AgreedVersion, ModelName, Quota
 from replication.catalog import ENDED, Catalog, model_key
-from replication.commands import Command, ForgetVersion, PutTenant, PutVersion, QuarantineVersion, RetireVersion
+from replication.commands import (
+    Command,
+    ForgetVersion,
+    PutTenant,
+    PutVersion,
+    QuarantineVersion,
+    QuotaLimits,
+    RetireVersion,
+    SetQuota,
+)
 
 _DECISIONS_MAX = 8
 """Two nodes that put the same thing at once refuse each other once; more often, somebody else is at fault."""
@@ -113,6 +124,21 @@ class CatalogModels:
             )
         )
 
+    async def change_quota(self, tenant: str, changes: Mapping[str, float | None], who: str) -> None:
+        """What an operator allows the tenant from now on, on all nodes; None: what each node's config allows all.
+
+        Raises PeerRefused, ClusterUnavailable.
+        """
+        await self._insist(
+            lambda catalog: SetQuota(
+                revision=catalog.revision,
+                tenant=tenant,
+                limits=msgspec.structs.replace(_limits(catalog, tenant), **changes),
+                who=f"{who} by {self._cluster.name}"[:NAME_BYTES_MAX],
+                at_ms=self._clock.now_ms(),
+            )
+        )
+
     async def _insist(self, decide: Callable[[Catalog], Command | None]) -> None:
         """Propose what `decide` makes of the present catalog. Raises PeerRefused, ClusterUnavailable."""
         for left in reversed(range(_DECISIONS_MAX)):
@@ -132,7 +158,16 @@ class CatalogModels:
 def agreed_models(catalog: Catalog, node: str) -> AgreedModels:
     """What the catalog says of models; a file counts as here once `node` has told the catalog that it verified it."""
     tenants = {name: tenant.settings for name, tenant in catalog.tenants.items()}
-    return AgreedModels(catalog.revision, tuple(_versions(catalog, node)), tenants)
+    quotas = {
+        tenant: Quota(**msgspec.structs.asdict(quota.limits), who=quota.who, at_ms=quota.at_ms)
+        for tenant, quota in catalog.quotas.items()
+    }
+    return AgreedModels(catalog.revision, tuple(_versions(catalog, node)), tenants, quotas)
+
+
+def _limits(catalog: Catalog, tenant: str) -> QuotaLimits:
+    quota = catalog.quotas.get(tenant)
+    return QuotaLimits() if quota is None else quota.limits
 
 
 def _versions(catalog: Catalog, node: str) -> Iterator[AgreedVersion]:

@@ -353,6 +353,27 @@ class TenantsSection(Section, frozen=True):
             description="A trigger that has waited for longer is shed; 0: however long.",
         ),
     ] = 0
+    rows_s_max: Annotated[
+        float,
+        Meta(
+            ge=0,
+            le=limits.ROWS_PER_SECOND_MAX,
+            description="Rows a second that one tenant's models get on a node; more wait in its sequence log. 0: as "
+            "many as its share of CPU time gives. `headrace quota` sets this and others for one tenant.",
+        ),
+    ] = 0.0
+    models_max: Annotated[
+        int, Meta(ge=0, le=limits.MODELS_PER_TENANT_MAX, description="Models that one tenant may have.")
+    ] = limits.MODELS_PER_TENANT_MAX
+    stored_bytes_max: Annotated[
+        int,
+        Meta(
+            ge=0,
+            le=limits.STORED_BYTES_MAX,
+            description="Of each customer's row, for the outputs of one tenant's models: 16 a model and 8 an output. "
+            "Times the customers, that is what they take on disk and in every standby.",
+        ),
+    ] = 4096
     allow: Annotated[
         tuple[Literal["xgboost", "lightgbm"], ...],
         Meta(description="Further libraries whose models may load: each widens what a model file can reach."),

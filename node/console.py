@@ -40,12 +40,20 @@ class NothingThere(NodeUnreachable):
 
 def fetch(url: str, path: str) -> bytes:
     """The body of GET `url` + `path`. Raises NodeUnreachable."""
+    return answer_of(url, path)
+
+
+def answer_of(
+    url: str, path: str, method: str = "GET", sent: bytes | None = None, headers: Mapping[str, str] | None = None
+) -> bytes:
+    """The body of what a node answers at `url` + `path`. Raises NodeUnreachable."""
     address = url.rstrip("/") + path
     if not address.startswith(("http://", "https://")):
         raise NodeUnreachable(f"{printable(url)} is no address of a node; give one such as http://127.0.0.1:8080")
     opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
     try:
-        with opener.open(address, timeout=ANSWER_SECONDS_MAX) as answer:
+        request = urllib.request.Request(address, sent, dict(headers or {}), method=method)
+        with opener.open(request, timeout=ANSWER_SECONDS_MAX) as answer:
             body: bytes = answer.read(ANSWER_BYTES_MAX)
     except urllib.error.HTTPError as error:
         kind = NothingThere if error.code == HTTPStatus.NOT_FOUND else NodeUnreachable
@@ -210,6 +218,39 @@ def log_view(answer: Mapping[str, Any]) -> list[RenderableType]:
         stamp = datetime.fromtimestamp(seconds, UTC).strftime("%Y-%m-%d %H:%M:%S")
         lines.append(Text(f"{stamp} {line.get('pid')}  {_text(line.get('text'))}"))
     return lines or [Text("nothing was printed")]
+
+
+def share_view(answer: Mapping[str, Any]) -> list[RenderableType]:
+    """A table of the windows, and what each says."""
+    quota = f", quota {answer['rows_s_max']:g} rows/s" if answer.get("rows_s_max") else ""
+    head = f"{_text(answer.get('tenant'))}: weight {answer.get('weight', 0):g}{quota}"
+    parts: list[RenderableType] = [Text(f"{head}, {answer.get('slots')} CPU slots")]
+    table = _table(
+        *("last", "CPU s asked", "got", "held back", "share", "due", "rows asked", "got", "wait", "held back by"),
+        right=range(1, 9),
+    )
+    for window in answer.get("windows", ()):
+        _add(
+            table,
+            f"{window.get('seconds', 0):.0f} s",
+            *(f"{window.get(f'cpu_{what}_seconds', 0):.2f}" for what in ("asked", "got", "held_back")),
+            *(_percent(window.get("share_got")), _percent(window.get("share_due"))),
+            *(_count(window.get(f"rows_{what}")) for what in ("asked", "got", "waiting")),
+            window.get("held_back_by"),
+        )
+    parts.append(table)
+    for window in answer.get("windows", ()):
+        parts.append(Text(f"last {window.get('seconds', 0):.0f} s", style="bold"))
+        parts.extend(Text(f"  {_text(line)}") for line in window.get("says", ()))
+    rows, behind, shed = _waits(answer)
+    if behind or shed:
+        parts.append(Text(f"in the sequence logs: {rows} rows, {behind or 'none'} behind; shed: {shed or 'none'}"))
+    parts.extend(Text(_text(note), style="yellow") for note in answer.get("notes", ()))
+    return parts
+
+
+def _percent(share: float | None) -> str:
+    return "" if share is None else f"{share:.0%}"
 
 
 def sandbox_view(report: Mapping[str, Any]) -> list[RenderableType]:

@@ -24,8 +24,11 @@ from node.serving.view import (
     ModelInfo,
     NodeStatus,
     PartitionStatus,
+    QuotaChange,
     SandboxStatus,
     TenantLog,
+    TenantQuota,
+    TenantShare,
     TenantStatus,
 )
 from node.session import PartitionSession
@@ -74,7 +77,17 @@ class TenantView(Protocol):
 
     def printed(self, tenant: str, after: int) -> TenantLog: ...
 
+    def share(self, tenant: str) -> TenantShare: ...
+
+    def quota(self, tenant: str) -> TenantQuota: ...
+
     def event_features(self, name: ModelName) -> frozenset[str]: ...
+
+
+class QuotaKeeper(Protocol):
+    """Where operators' quotas are kept: on this node, or in the cluster's catalog."""
+
+    async def change_quota(self, tenant: str, changes: Mapping[str, float | None], who: str) -> None: ...
 
 
 class LocalView:
@@ -85,10 +98,12 @@ class LocalView:
         profile: Mapping[str, Aggregate],
         partitions: PartitionsView,
         tenants: TenantView,
+        quotas: QuotaKeeper,
         supervisor: Supervisor,
         clock: Clock,
     ) -> None:
         self._node = node
+        self._quotas = quotas
         self._partitions = partitions
         self._tenants = tenants
         self._supervisor = supervisor
@@ -140,6 +155,16 @@ class LocalView:
 
     def printed(self, tenant: str, after: int) -> TenantLog:
         return self._tenants.printed(tenant, after)
+
+    def share(self, tenant: str) -> TenantShare:
+        waiting = self._lags().tenant(tenant)
+        return msgspec.structs.replace(self._tenants.share(tenant), waiting=waiting)
+
+    def quota(self, tenant: str) -> TenantQuota:
+        return self._tenants.quota(tenant)
+
+    async def change_quota(self, tenant: str, change: QuotaChange) -> None:
+        await self._quotas.change_quota(tenant, change.changes(), change.who)
 
     async def customer(self, customer: str, at: AsOf) -> CustomerState:
         return await self._reads.customer(customer, at)

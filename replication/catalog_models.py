@@ -8,6 +8,7 @@ from typing import Any, Final
 from msgspec.structs import replace
 
 from node.kernel import limits
+from replication.catalog_quotas import model_problem
 from replication.catalog_values import (
     ENDED,
     Catalog,
@@ -116,6 +117,9 @@ def _version_problem(catalog: Catalog, command: PutVersion, versions: int) -> st
     mine = sum(model.tenant == command.tenant for model in catalog.models.values())
     if not versions and mine >= limits.MODELS_PER_TENANT_MAX:
         return f"tenant {command.tenant} has {mine} models, the most it may; forget one first"
+    over = "" if versions else model_problem(catalog, command.tenant)
+    if over:
+        return over
     if command.blob not in catalog.holders and len(catalog.holders) >= limits.BLOBS_MAX:
         return f"there are {len(catalog.holders)} model files, the most there may be; forget old versions"
     return ""

@@ -11,7 +11,7 @@ from typing import Any, Final, Literal, TypeAlias, TypeVar
 from msgspec import Struct
 from msgspec.structs import replace
 
-from replication.commands import Command, Settings
+from replication.commands import Command, QuotaLimits, Settings
 
 VersionState: TypeAlias = Literal["passed", "live", "retired", "quarantined"]
 ENDED: Final = ("retired", "quarantined")
@@ -39,6 +39,15 @@ class Node(Struct, frozen=True):
 class Tenant(Struct, frozen=True):
     name: str
     settings: str
+    who: str
+    at_ms: int
+    revision: int = 0
+
+
+class TenantQuota(Struct, frozen=True):
+    """What operators allow a tenant, and who did so last."""
+
+    limits: QuotaLimits
     who: str
     at_ms: int
     revision: int = 0
@@ -122,6 +131,8 @@ class Catalog(Struct, frozen=True, forbid_unknown_fields=True):
     leases: dict[str, int] = {}
     """Node -> number of its last renewal; not counted in revisions."""
     tenants: dict[str, Tenant] = {}
+    quotas: dict[str, TenantQuota] = {}
+    """By tenant, known or not."""
     models: dict[str, Model] = {}
     """By `model_key`."""
     holders: dict[str, dict[str, int]] = {}
@@ -154,7 +165,7 @@ def addition_stale(catalog: Catalog, command: Command) -> str:
     return stale("what may be added", catalog.removed_revision, command)
 
 
-Kept = TypeVar("Kept", Node, Tenant, Model)
+Kept = TypeVar("Kept", Node, Tenant, Model, TenantQuota)
 
 
 def put(kept: Mapping[str, Kept], key: str, new: Kept) -> dict[str, Kept]:

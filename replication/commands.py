@@ -153,6 +153,25 @@ class SetSettings(_Command, frozen=True, kw_only=True, tag="settings"):
     settings: Settings
 
 
+class QuotaLimits(Struct, frozen=True, forbid_unknown_fields=True):
+    """What one tenant may have in place of what each node's config allows all; None: that holds."""
+
+    weight: Annotated[float, Meta(ge=limits.WEIGHT_MIN, le=limits.WEIGHT_MAX)] | None = None
+    memory_mb: Annotated[int, Meta(ge=limits.MEMORY_MB_MIN, le=limits.MEMORY_MB_MAX)] | None = None
+    rows_s_max: Annotated[float, Meta(ge=0, le=limits.ROWS_PER_SECOND_MAX)] | None = None
+    models_max: Annotated[int, Meta(ge=0, le=limits.MODELS_PER_TENANT_MAX)] | None = None
+    stored_bytes_max: Annotated[int, Meta(ge=0, le=limits.STORED_BYTES_MAX)] | None = None
+
+
+class SetQuota(_Command, frozen=True, kw_only=True, tag="quota"):
+    """Of a tenant, known or not; without any limit its quota is dropped."""
+
+    tenant: Name
+    limits: QuotaLimits
+    who: Text = ""
+    at_ms: Number = 0
+
+
 class GrowPartitions(_Command, frozen=True, kw_only=True, tag="grow"):
     count: Annotated[int, Meta(ge=1, le=limits.PARTITIONS_MAX)]
 
@@ -205,6 +224,7 @@ Command: TypeAlias = (
     | ForgetVersion
     | HoldBlob
     | SetSettings
+    | SetQuota
     | GrowPartitions
     | TakeOver
     | SetStandbys

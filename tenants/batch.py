@@ -146,3 +146,14 @@ def _gathered(pieces: Sequence[FeatureRows]) -> FeatureRows:
         name: [text for piece in pieces for text in piece.texts[name]] for name in pieces[0].texts
     }
     return FeatureRows(names, np.concatenate([piece.numbers for piece in pieces]), texts)
+
+
+def fail(ticket: object, reason: str) -> int:
+    """Answer the ticket's rows with `reason`; how many."""
+    if isinstance(ticket, Piece):
+        ticket.answer(None, dict.fromkeys(range(len(ticket.rows)), reason), 0.0)
+        return len(ticket.rows)
+    assert isinstance(ticket, Submission)
+    count = ticket.left
+    ticket.fail(reason)
+    return count

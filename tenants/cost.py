@@ -33,6 +33,15 @@ class CostEstimate:
     _rows_squared: float = 0.0
     _rows_seconds: float = 0.0
 
+    @classmethod
+    def told(cls, seconds_per_call: float, seconds_per_row: float) -> CostEstimate:
+        """By a worker's own figures: only where learning starts; batches grow from small ones in any case."""
+        default = cls()
+        return cls(
+            seconds_per_call if 0 < seconds_per_call < math.inf else default.seconds_per_call,
+            seconds_per_row if 0 < seconds_per_row < math.inf else default.seconds_per_row,
+        )
+
     def seconds(self, rows: int) -> float:
         return self.seconds_per_call + self.seconds_per_row * rows
 

@@ -10,7 +10,7 @@ import hashlib
 import re
 import tomllib
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any, Final, cast, get_args
 
 from node.kernel.errors import ManifestError
@@ -18,8 +18,13 @@ from node.kernel.limits import (
     CALL_DEADLINE_MS_MAX,
     FEATURES_PER_MODEL_MAX,
     MANIFEST_BYTES_MAX,
+    MEMORY_MB_MAX,
+    MEMORY_MB_MIN,
+    MODELS_PER_TENANT_MAX,
     OUTPUTS_PER_MODEL_MAX,
+    ROWS_PER_SECOND_MAX,
     ROWS_QUEUED_PER_MODEL_MAX,
+    STORED_BYTES_MAX,
     WAITING_AGE_MS_MAX,
     WAITING_MB_MAX,
     WAITING_ROWS_MAX,
@@ -55,11 +60,16 @@ _LONG_KEY: Final = re.compile(rf"(?<![A-Za-z0-9_-]){_KEY_PART}(?:[ \t]*+\.[ \t]*
 
 TENANT_LIMITS: Final = (
     *("weight", "memory_mb", "rows_queued_max", "rows_waiting_max", "mb_waiting_max", "age_waiting_max"),
+    *("rows_s_max", "models_max", "stored_bytes_max"),
 )
 """What a tenant may set and an operator may cap, as it is called in `tenant.toml`."""
 _TENANT_KEYS: Final = (*TENANT_LIMITS, "overload")
-_NO_LIMIT: Final = {"age_waiting_max"}
+_NO_LIMIT: Final = {"age_waiting_max", "rows_s_max"}
 """Where 0 means none."""
+_FRACTIONS: Final = {"weight", "rows_s_max"}
+"""The others are whole numbers."""
+_TENANT_FILE: Final = "tenant.toml"
+_SLOT_BYTES: Final = 8
 
 
 def is_name(text: str) -> bool:
@@ -91,6 +101,11 @@ class Manifest:
     features: tuple[Feature, ...]
     overload: OverloadPolicy | None = None
     """None: its tenant's."""
+
+    @property
+    def stored_bytes(self) -> int:
+        """What its newest outputs take in each customer's row: a slot each, one for the time, one for the version."""
+        return (2 + len(self.outputs)) * _SLOT_BYTES
 
     @property
     def aggregates(self) -> tuple[Aggregate, ...]:
@@ -138,6 +153,9 @@ class TenantCaps:
     rows_waiting_max: int = WAITING_ROWS_MAX
     mb_waiting_max: int = WAITING_MB_MAX
     age_waiting_ms_max: int = 0
+    rows_s_max: float = 0.0
+    models_max: int = MODELS_PER_TENANT_MAX
+    stored_bytes_max: int = STORED_BYTES_MAX
 
     def limits(self) -> Mapping[str, float]:
         """By the names of TENANT_LIMITS."""
@@ -148,15 +166,19 @@ class TenantCaps:
             "rows_waiting_max": self.rows_waiting_max,
             "mb_waiting_max": self.mb_waiting_max,
             "age_waiting_max": self.age_waiting_ms_max,
+            "rows_s_max": self.rows_s_max,
+            "models_max": self.models_max,
+            "stored_bytes_max": self.stored_bytes_max,
         }
 
 
 @dataclass(frozen=True, slots=True)
 class TenantSettings:
-    """`tenant.toml` after the operator's caps; `capped` holds a line for each value that was cut to its cap.
+    """`tenant.toml` after the operator's caps and quota.
 
-    `age_waiting_max` is in ms, 0: no limit. What waits is bounded in each partition. `given` names what the tenant has
-    set itself.
+    `age_waiting_max` is in ms; 0 is no limit for it and `rows_s_max` (rows a second of all its models on one node).
+    What waits is bounded in each partition, `stored_bytes_max` is of each customer's row. `asked` is what the tenant
+    has set itself, as it wrote it.
     """
 
     tenant: str
@@ -166,30 +188,43 @@ class TenantSettings:
     rows_waiting_max: int = 65_536
     mb_waiting_max: int = 64
     age_waiting_max: int = 0
+    rows_s_max: float = 0.0
+    models_max: int = MODELS_PER_TENANT_MAX
+    stored_bytes_max: int = STORED_BYTES_MAX
     overload: OverloadPolicy = "shed_oldest"
-    capped: tuple[str, ...] = ()
-    given: frozenset[str] = frozenset()
+    asked: Mapping[str, float] = field(default_factory=dict)
 
     def limits(self) -> dict[str, float]:
         return {name: getattr(self, name) for name in TENANT_LIMITS}
 
-    def under(self, most: Mapping[str, float], file: str) -> TenantSettings:
-        """With each limit cut to `most`; what the tenant has set itself and was cut is told in `capped`."""
-        limits, told = self.limits(), list(self.capped)
-        for name, cap in most.items():
-            over = bool(cap) and (limits[name] == 0 or limits[name] > cap) if name in _NO_LIMIT else limits[name] > cap
-            if not over:
-                continue
-            limits[name] = cap
-            if name in self.given:
-                told.append(
-                    f"{file}: {name} is cut to the operator's {cap:.15g}{' ms' if name == 'age_waiting_max' else ''}"
-                )
-        return self._with(limits, tuple(told))
+    @property
+    def capped(self) -> tuple[str, ...]:
+        """A line for each value that the tenant has set and that was cut to what the operator allows."""
+        return tuple(
+            f"{_TENANT_FILE}: {name} is cut to the operator's {given:.15g}{' ms' if name == 'age_waiting_max' else ''}"
+            for name, given in self.limits().items()
+            if name in self.asked and self.asked[name] != given
+        )
 
-    def _with(self, limits: Mapping[str, float], capped: tuple[str, ...]) -> TenantSettings:
-        whole = {name: value if name == "weight" else int(value) for name, value in limits.items()}
-        return replace(self, capped=capped, **whole)  # type: ignore[arg-type]
+    def under(self, most: Mapping[str, float]) -> TenantSettings:
+        """With each of the limits named in `most` as the tenant asked for it, or as by default, and at most that."""
+        usual = TenantSettings(self.tenant).limits()
+        return self._with({name: _least(name, self.asked.get(name, usual[name]), cap) for name, cap in most.items()})
+
+    def granted(self, quota: Mapping[str, float]) -> TenantSettings:
+        """Under an operator's quota for this tenant, in place of the caps for all: what the tenant has not asked for is
+        what it was granted."""
+        return self._with({name: _least(name, self.asked.get(name, grant), grant) for name, grant in quota.items()})
+
+    def _with(self, limits: Mapping[str, float]) -> TenantSettings:
+        typed = {name: value if name in _FRACTIONS else int(value) for name, value in limits.items()}
+        return replace(self, **typed)  # type: ignore[arg-type]
+
+
+def _least(name: str, asked: float, most: float) -> float:
+    if name in _NO_LIMIT:
+        return min((value for value in (asked, most) if value), default=0)
+    return min(asked, most)
 
 
 class _Reader:
@@ -392,17 +427,18 @@ def parse_tenant(file: str, tenant: str, text: bytes, caps: TenantCaps) -> Tenan
     limits = _limits(reader)
     overload = _overload(reader)
     reader.finish()
-    asked = replace(TenantSettings(tenant, overload=overload), given=frozenset(limits), **limits)  # type: ignore[arg-type]
-    return asked.under(caps.limits(), file)
+    return TenantSettings(tenant, overload=overload, asked=limits).under(caps.limits())
 
 
 def _limits(reader: _Reader) -> dict[str, float]:
     """Those of TENANT_LIMITS that the file sets; its mistakes are noted in the reader."""
     most = {
-        "memory_mb": (64, 1 << 20),
+        "memory_mb": (MEMORY_MB_MIN, MEMORY_MB_MAX),
         "rows_queued_max": (1, ROWS_QUEUED_PER_MODEL_MAX),
         "rows_waiting_max": (1, WAITING_ROWS_MAX),
         "mb_waiting_max": (1, WAITING_MB_MAX),
+        "models_max": (0, MODELS_PER_TENANT_MAX),
+        "stored_bytes_max": (0, STORED_BYTES_MAX),
     }
     found: dict[str, float] = {}
     for name in TENANT_LIMITS:
@@ -413,6 +449,8 @@ def _limits(reader: _Reader) -> dict[str, float]:
             found[name] = 0 if never else reader.duration(name, "1h", WAITING_AGE_MS_MAX, milliseconds=True)
         elif name == "weight":
             found[name] = reader.number(name, 1.0, WEIGHT_MIN, WEIGHT_MAX)
+        elif name == "rows_s_max":
+            found[name] = reader.number(name, 0.0, 0.0, ROWS_PER_SECOND_MAX)
         else:
             least, highest = most[name]
             found[name] = reader.whole(name, least, least, highest)

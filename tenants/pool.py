@@ -24,14 +24,15 @@ from node.kernel.clock import Clock
 from node.kernel.errors import BoundExceeded, CallFailed, HeadraceError, ModelRefused, NotFound, WorkerLost
 from node.kernel.supervise import Supervisor
 from node.kernel.types import FeatureRows, Ints, ModelName, ModelOutputs, ModelVersion
-from tenants.batch import Batch, Piece, Submission
+from tenants.batch import Batch, Piece, Submission, fail
 from tenants.cost import CostEstimate
 from tenants.isolation import Isolation, first_pieces, halves
 from tenants.manifest import TenantSettings
 from tenants.memory import keep_measured
-from tenants.pool_statistics import PoolStatistics, TenantStatistics, VersionState, VersionStatistics
+from tenants.pool_statistics import PoolStatistics, VersionState, tenant_statistics
 from tenants.registry import Action, ConfigureTenant, GoLive, RemoveTenant, Retire
-from tenants.scheduler import URGENT, Dispatch, Scheduler, SchedulerStatistics
+from tenants.scheduler import URGENT, Dispatch, Scheduler
+from tenants.shares import ShareWindow
 from tenants.workers import LoadReport, WarmServer, WorkerProcess
 
 log = structlog.get_logger(__name__)
@@ -79,6 +80,8 @@ class _Tenant:
     worker: WorkerProcess | None = None
     keeper: asyncio.Task[None] | None = None
     batch: asyncio.Task[None] | None = None
+    memory_mb: int = 0
+    """Of the worker."""
     lost: bool = False
     """The worker is known to be dying; its `lost` follows."""
     changed: asyncio.Event = field(default_factory=asyncio.Event)
@@ -117,10 +120,18 @@ class ModelPool:
         self._clock = clock
         self._supervisor = supervisor
         self._on_failing = on_failing
-        self._scheduler = Scheduler(parallel, quantum_seconds)
+        self._unaware = Scheduler(parallel, quantum_seconds)
+        """Of the time: all use it by `_scheduler`."""
+        self._alarm: asyncio.TimerHandle | None = None
         self._tenants: dict[str, _Tenant] = {}
         self._woken = False
         self._stopped = False
+
+    @property
+    def _scheduler(self) -> Scheduler:
+        """As of now."""
+        self._unaware.advance(self._clock.monotonic())
+        return self._unaware
 
     # What the node asks for
 
@@ -155,13 +166,16 @@ class ModelPool:
         return (tenant.settings if tenant else TenantSettings(name.tenant)).rows_queued_max
 
     def configure(self, settings: TenantSettings) -> None:
-        """Add a tenant or change its settings; a new memory limit takes effect at the worker's next start."""
+        """Add a tenant or change its settings; for another memory limit it gets another worker, once its batch ends."""
         tenant = self._tenants.get(settings.tenant)
         if tenant is None:
             self._add_tenant(settings)
             return
         tenant.settings = settings
         self._scheduler.set_weight(settings.tenant, settings.weight)
+        self._scheduler.set_rows_s(settings.tenant, settings.rows_s_max)
+        self._wake()
+        tenant.changed.set()
         if tenant.worker is not None:
             self._server.set_weight(tenant.worker, settings.weight)
 
@@ -216,7 +230,11 @@ class ModelPool:
 
     def statistics(self) -> PoolStatistics:
         shares = self._scheduler.statistics()
-        return PoolStatistics(tuple(_tenant_statistics(tenant, shares) for tenant in self._tenants.values()), shares)
+        return PoolStatistics(tuple(tenant_statistics(tenant, shares) for tenant in self._tenants.values()), shares)
+
+    def windows(self, tenant: str) -> tuple[ShareWindow, ...]:
+        """What the tenant asked for and got of late, and what held it back. Raises NotFound."""
+        return self._scheduler.windows(tenant)
 
     # Tenants and versions
 
@@ -225,6 +243,7 @@ class ModelPool:
 
     def _add_tenant(self, settings: TenantSettings) -> _Tenant:
         self._scheduler.add_tenant(settings.tenant, settings.weight)
+        self._scheduler.set_rows_s(settings.tenant, settings.rows_s_max)
         self._scheduler.block(settings.tenant)
         tenant = self._tenants[settings.tenant] = _Tenant(settings)
         tenant.idle.set()
@@ -316,6 +335,8 @@ class ModelPool:
             if tenant.worker is not None and (tenant.lost or tenant.worker.lost.is_set()):
                 await tenant.worker.lost.wait()
                 self._lost(tenant, tenant.last_error or "the worker ended")
+            elif tenant.worker is not None and tenant.memory_mb != tenant.settings.memory_mb:
+                await self._renew(tenant, tenant.worker)
             elif (unneeded := self._unneeded(tenant)) is not None:
                 await self._unload(tenant, unneeded)
             elif (fetched := _in_state(tenant, "fetched")) is not None:
@@ -335,8 +356,16 @@ class ModelPool:
         except WorkerLost as error:
             self._back_off(tenant, str(error))
             return
-        tenant.worker = worker
+        tenant.worker, tenant.memory_mb = worker, settings.memory_mb
         self._supervisor.start(f"watch of {tenant.name}", _watch(tenant, worker))
+
+    async def _renew(self, tenant: _Tenant, worker: WorkerProcess) -> None:
+        """End the worker, without blame: the next one has the memory that the tenant may have now."""
+        self._scheduler.block(tenant.name)
+        await tenant.idle.wait()
+        await worker.close()
+        if not tenant.lost:
+            self._gone(tenant)
 
     async def _load(self, tenant: _Tenant, worker: WorkerProcess, known: _Version) -> None:
         """Have the worker take a version; its other versions wait meanwhile, they share one thread."""
@@ -366,7 +395,8 @@ class ModelPool:
         if known.reason and self._on_failing is not None:
             self._on_failing(known.version.name, known.key, "", False)
         known.reason = ""
-        self._scheduler.set_cost(tenant.name, known.key, _first_cost(report))
+        cost = CostEstimate.told(report.seconds_per_call, report.seconds_per_row)
+        self._scheduler.set_cost(tenant.name, known.key, cost)
         self._scheduler.unblock(tenant.name, known.key)
         log.info("model loaded", model=str(known.version.name), version=known.version.short_version)
 
@@ -391,7 +421,7 @@ class ModelPool:
         name, version = known.version.name, known.version
         log.warning("model failing", model=str(name), version=version.short_version, reason=reason)
         for ticket in self._scheduler.remove_model(tenant.name, known.key):
-            known.rows_failed += _fail(ticket, reason)
+            known.rows_failed += fail(ticket, reason)
         self._schedule(tenant, known)
         if self._on_failing is not None:
             self._on_failing(name, version.version, reason, at_fault)
@@ -419,7 +449,11 @@ class ModelPool:
         self._resume(tenant)
 
     def _lost(self, tenant: _Tenant, reason: str) -> None:
-        """The worker is gone: skip the tenant until the next one has its versions."""
+        self._gone(tenant)
+        self._back_off(tenant, reason)
+
+    def _gone(self, tenant: _Tenant) -> None:
+        """There is no worker: skip the tenant until the next one has its versions."""
         tenant.worker, tenant.lost = None, False
         self._scheduler.block(tenant.name)
         for known in tenant.versions.values():
@@ -427,7 +461,6 @@ class ModelPool:
                 self._scheduler.block(tenant.name, known.key)
             if known.state == "loaded":
                 self._fetch_again(tenant, known)
-        self._back_off(tenant, reason)
 
     def _back_off(self, tenant: _Tenant, reason: str) -> None:
         tenant.restarts += 1
@@ -455,6 +488,17 @@ class ModelPool:
                 continue
             tenant.idle.clear()
             tenant.batch = self._supervisor.start("batch", self._run(tenant, worker, known, dispatch))
+        self._wake_when_due()
+
+    def _wake_when_due(self) -> None:
+        """Nothing else happens when a quota lets rows go on."""
+        due = self._unaware.due()
+        if self._alarm is not None:
+            self._alarm.cancel()
+            self._alarm = None
+        if due is not None and not self._stopped:
+            seconds = max(0.0, due - self._clock.monotonic())
+            self._alarm = asyncio.get_running_loop().call_later(seconds, self._wake)
 
     async def _run(self, tenant: _Tenant, worker: WorkerProcess, known: _Version, dispatch: Dispatch) -> None:
         batch = Batch.of(dispatch.parts)
@@ -494,7 +538,7 @@ class ModelPool:
     def _abandon(self, ticket: object, reason: str) -> None:
         """Rows of a tenant that is removed get an error; those of a pool that stops are the caller's again."""
         if not self._stopped:
-            _fail(ticket, reason)
+            fail(ticket, reason)
             return
         assert isinstance(ticket, Submission | Piece)
         for owner in ticket.owners if isinstance(ticket, Piece) else (ticket,):
@@ -509,7 +553,7 @@ class ModelPool:
             if not present:
                 self._abandon(piece, f"{known.version.name} was removed while its rows ran")
             elif known.state == "failing":
-                known.rows_failed += _fail(piece, known.reason)
+                known.rows_failed += fail(piece, known.reason)
             elif not piece.abandoned:
                 self._scheduler.enqueue(
                     piece, tenant.name, known.key, len(piece.rows), dispatch.priority, whole=True, first=True
@@ -606,17 +650,6 @@ def _in_state(tenant: _Tenant, state: VersionState) -> _Version | None:
     return next((known for known in tenant.versions.values() if known.state == state), None)
 
 
-def _fail(ticket: object, reason: str) -> int:
-    """Answer the ticket's rows with `reason`; how many."""
-    if isinstance(ticket, Piece):
-        ticket.answer(None, dict.fromkeys(range(len(ticket.rows)), reason), 0.0)
-        return len(ticket.rows)
-    assert isinstance(ticket, Submission)
-    count = ticket.left
-    ticket.fail(reason)
-    return count
-
-
 def _cpu_seconds(pid: int) -> float:
     """CPU time of a process with all its threads, from the kernel: a worker can't lie about it. 0 once it is gone.
 
@@ -626,45 +659,3 @@ def _cpu_seconds(pid: int) -> float:
         return time.clock_gettime((~pid << 3) | 2)
     except OSError:
         return 0.0
-
-
-def _first_cost(report: LoadReport) -> CostEstimate:
-    """The worker's own figures are only where learning starts; batches grow from small ones in any case."""
-    call, row = report.seconds_per_call, report.seconds_per_row
-    default = CostEstimate()
-    return CostEstimate(
-        seconds_per_call=call if math.isfinite(call) and call > 0 else default.seconds_per_call,
-        seconds_per_row=row if math.isfinite(row) and row > 0 else default.seconds_per_row,
-    )
-
-
-def _tenant_statistics(tenant: _Tenant, shares: SchedulerStatistics) -> TenantStatistics:
-    share = shares.tenants[tenant.name]
-    versions = []
-    for known in tenant.versions.values():
-        model = share.models[known.key]
-        versions.append(
-            VersionStatistics(
-                model=known.version.name.model,
-                version=known.version.version,
-                state=known.state,
-                rows=model.rows_done,
-                calls=model.calls,
-                cpu_seconds=model.cpu_seconds,
-                rows_queued=model.rows_queued,
-                seconds_per_call=model.seconds_per_call,
-                seconds_per_row=model.seconds_per_row,
-                rows_failed=known.rows_failed,
-                last_error=known.last_error,
-            )
-        )
-    return TenantStatistics(
-        tenant=tenant.name,
-        weight=share.weight,
-        cpu_seconds=share.cpu_seconds,
-        restarts=tenant.restarts,
-        backoff_ms=tenant.backoff_ms,
-        last_error=tenant.last_error,
-        worker=tenant.worker.statistics() if tenant.worker else None,
-        versions=tuple(versions),
-    )

@@ -16,7 +16,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal, TypeAlias
 
-from node.kernel.types import AgreedModels, AgreedVersion, ModelName, ModelVersion
+from node.kernel.types import AgreedModels, AgreedVersion, ModelName, ModelVersion, Quota
 from tenants.agreement import TrialReport
 from tenants.manifest import Manifest, TenantSettings
 
@@ -123,12 +123,23 @@ class Snapshot:
     models: Mapping[ModelName, Entry] = field(default_factory=dict)
     tenants: Mapping[str, TenantSettings] = field(default_factory=dict)
     shared: Shared | None = None
+    quotas: Mapping[str, Quota] = field(default_factory=dict)
+    """Tenant, known or not -> what operators allow it."""
 
     @property
     def live(self) -> tuple[tuple[ModelVersion, Manifest], ...]:
         """What `compile_plan` takes, in order of the models' names."""
         entries = sorted(self.models.items())
         return tuple((entry.live.version, entry.live.manifest) for _, entry in entries if entry.live is not None)
+
+    def settings(self, tenant: str) -> TenantSettings:
+        """Those that hold for the tenant, known already or not."""
+        return self.tenants.get(tenant) or self.granted(TenantSettings(tenant))
+
+    def granted(self, settings: TenantSettings) -> TenantSettings:
+        """Under the tenant's quota, if it has one."""
+        quota = self.quotas.get(settings.tenant)
+        return settings if quota is None else settings.granted(quota.limits())
 
     def on_trial(self, name: ModelName, version: str) -> bool:
         newest = self.models[name].newest if name in self.models else None
@@ -243,6 +254,15 @@ class TenantGone:
 
 
 @dataclass(frozen=True, slots=True)
+class QuotaSet:
+    """Of a node by itself: an operator has changed what the tenant may have. `caps` are those for all tenants."""
+
+    tenant: str
+    quota: Quota
+    caps: Mapping[str, float]
+
+
+@dataclass(frozen=True, slots=True)
 class Agreed:
     """What the catalog says now. `unfit` are live models of it that customers' rows can't hold, with the reason."""
 
@@ -277,6 +297,7 @@ Event: TypeAlias = (
     | VersionFailing
     | TenantSeen
     | TenantGone
+    | QuotaSet
     | Agreed
     | Published
     | NotPublished
@@ -347,8 +368,16 @@ class Quarantine:
     reason: str
 
 
+@dataclass(frozen=True, slots=True)
+class CountRefusal:
+    """A pair was refused because of the quota `limit` of its tenant."""
+
+    tenant: str
+    limit: str
+
+
 Publication: TypeAlias = PutTenant | PutVersion | Withdraw | Quarantine
-Action: TypeAlias = StartTrial | GoLive | Retire | WriteStatus | ConfigureTenant | RemoveTenant
+Action: TypeAlias = StartTrial | GoLive | Retire | WriteStatus | ConfigureTenant | RemoveTenant | CountRefusal
 Step: TypeAlias = tuple[Snapshot, tuple[Action, ...]]
 
 

@@ -12,7 +12,7 @@ from typing import Literal
 import msgspec
 
 from node.kernel.errors import ManifestError
-from node.kernel.types import EventSchema, ModelName
+from node.kernel.types import EventSchema, ModelName, Quota
 from tenants.agreement import TrialReport
 from tenants.manifest import TenantSettings, parse_manifest
 from tenants.registry import Entry, Live, Shared, Snapshot
@@ -43,6 +43,7 @@ class _Saved(msgspec.Struct, frozen=True, omit_defaults=True):
     previous: tuple[_SavedModel, ...] = ()
     """What was live before each of `models`, where it may be again."""
     failed: tuple[_Failed, ...] = ()
+    quotas: dict[str, Quota] = {}
 
 
 def encode(snapshot: Snapshot) -> bytes:
@@ -59,7 +60,8 @@ def encode(snapshot: Snapshot) -> bytes:
     failed = tuple(
         _Failed(name.tenant, name.model, dict(entry.quarantined)) for name, entry in entries if entry.quarantined
     )
-    return msgspec.json.encode(_Saved(1, models, tuple(snapshot.tenants.values()), previous=previous, failed=failed))
+    tenants, quotas = tuple(snapshot.tenants.values()), dict(sorted(snapshot.quotas.items()))
+    return msgspec.json.encode(_Saved(1, models, tenants, previous=previous, failed=failed, quotas=quotas))
 
 
 def _saved(name: ModelName, live: Live) -> _SavedModel:
@@ -92,7 +94,7 @@ def decode(content: bytes, schema: EventSchema, in_cluster: bool = False) -> tup
         for name in sorted(live)
     }
     tenants = {settings.tenant: settings for settings in saved.tenants}
-    return Snapshot(1, models, tenants), tuple(problems)
+    return Snapshot(1, models, tenants, quotas=saved.quotas), tuple(problems)
 
 
 def _restored(saved: Iterable[_SavedModel], schema: EventSchema, problems: list[str]) -> dict[ModelName, Live]:

@@ -8,6 +8,9 @@ A tenant's flows, one for each model and priority, share its time in the same wa
 Costs are unknown before a batch has run (the problem of 2DFQ, Mace et al., SIGCOMM 2016). A tenant has one worker,
 hence at most one running batch, so its virtual time moves once a batch, by what was measured: estimates decide only how
 many rows make a batch, never who goes next, and a wrong one can't shift shares.
+
+Time is an argument too (`advance`). Shares don't depend on it: it is for quotas of rows a second, and for telling what
+held a tenant back (`tenants.shares`).
 """
 
 from __future__ import annotations
@@ -20,7 +23,10 @@ from operator import attrgetter
 
 from node.kernel import limits
 from node.kernel.errors import BoundExceeded, NotFound
+from tenants.bucket import RowBucket
 from tenants.cost import CostEstimate
+from tenants.scheduler_statistics import ModelShare, SchedulerStatistics, TenantShare
+from tenants.shares import Hold, ShareLedger, ShareWindow
 
 CHARGE_SECONDS_MIN = 20e-6
 """A batch is charged at least this, so that nothing runs for nothing, whatever was measured."""
@@ -54,41 +60,6 @@ class Dispatch:
     rows: int
     seconds_estimated: float
     whole: bool = False
-
-
-@dataclass(frozen=True, slots=True)
-class ModelShare:
-    weight: float
-    rows_queued: int
-    rows_running: int
-    rows_done: int
-    calls: int
-    cpu_seconds: float
-    seconds_per_call: float
-    seconds_per_row: float
-    blocked: bool
-
-
-@dataclass(frozen=True, slots=True)
-class TenantShare:
-    """`forgiven_seconds`: CPU time the tenant could have had but its one worker could not take."""
-
-    weight: float
-    virtual_time: float
-    cpu_seconds: float
-    forgiven_seconds: float
-    calls: int
-    running: bool
-    blocked: bool
-    models: dict[str, ModelShare]
-
-
-@dataclass(frozen=True, slots=True)
-class SchedulerStatistics:
-    parallel: int
-    running: int
-    virtual_time: float
-    tenants: dict[str, TenantShare]
 
 
 @dataclass(slots=True)
@@ -143,6 +114,8 @@ class _Tenant:
     calls: int = 0
     cpu_seconds: float = 0.0
     forgiven_seconds: float = 0.0
+    bucket: RowBucket | None = None
+    """Its quota of rows a second; None: none."""
 
 
 @dataclass(slots=True)
@@ -169,7 +142,10 @@ class Scheduler:
     bound then holds with that credit, divided by its weight, added for each of the two.
 
     **Work-conserving.** `next` returns a batch whenever a slot is free and some tenant that isn't blocked or
-    running has rows of a model that isn't blocked.
+    running, and whose quota isn't used up, has rows of a model that isn't blocked.
+
+    **Quota.** While its bucket of rows a second (`tenants.bucket`) is empty, a tenant counts as idle: its rows wait,
+    and others have its share.
 
     **Coming back.** A tenant (or flow) that was idle or blocked goes on from the present virtual time: no credit
     for the past. Every other operation is O(1) but for `next`, linear in the tenants and flows ready.
@@ -190,6 +166,30 @@ class Scheduler:
         """The highest virtual time at which a batch was started."""
         self._costliest_seconds = quantum_seconds
         self._number = 0
+        self._ledger = ShareLedger()
+        self._throttled: dict[str, float] = {}
+        """Tenants whose rows wait for their quota, and when it lets them go on."""
+
+    # Time
+
+    def advance(self, now: float) -> None:
+        """What follows happens at `now`, in seconds of a clock that never goes back."""
+        while self._throttled and (until := min(self._throttled.values())) <= now:
+            self._ledger.advance(until)
+            for tenant in [name for name, one in self._throttled.items() if one <= until]:
+                self._refresh(self._tenants[tenant])
+        self._ledger.advance(now)
+
+    def due(self) -> float | None:
+        """When `next` is to be asked again because a quota lets rows go on; None: no tenant waits for that."""
+        return min(self._throttled.values(), default=None)
+
+    def windows(self, tenant: str) -> tuple[ShareWindow, ...]:
+        """What the tenant asked for and got of late, and what held it back. Raises NotFound."""
+        asked = self._tenant(tenant)
+        running = sum(one.dispatch.rows for one in self._running.values() if one.tenant is asked)
+        waiting = sum(model.rows_queued * _seconds_per_row(model) for model in asked.models.values())
+        return self._ledger.windows(tenant, running, waiting)
 
     # Tenants and models
 
@@ -202,12 +202,15 @@ class Scheduler:
                 f"tenant {tenant} not taken: TENANTS_MAX is {limits.TENANTS_MAX}; remove a tenant first"
             )
         self._tenants[tenant] = _Tenant(tenant, _checked_weight(weight), self._virtual)
+        self._ledger.add(tenant, weight)
 
     def remove_tenant(self, tenant: str) -> list[Hashable]:
         """Forget the tenant; the tickets that still had rows queued, each once. A running batch may still complete."""
         removed = self._tenant(tenant)
         del self._tenants[tenant]
         self._ready.pop(tenant, None)
+        self._throttled.pop(tenant, None)
+        self._ledger.remove(tenant)
         tickets: dict[Hashable, None] = {}
         for model in removed.models.values():
             tickets.update(dict.fromkeys(_empty(model)))
@@ -217,6 +220,18 @@ class Scheduler:
 
     def set_weight(self, tenant: str, weight: float) -> None:
         self._tenant(tenant).weight = _checked_weight(weight)
+        self._ledger.weigh(tenant, weight)
+
+    def set_rows_s(self, tenant: str, rows_s: float) -> None:
+        """A quota of rows a second from now on; 0: none."""
+        limited = self._tenant(tenant)
+        if not rows_s:
+            limited.bucket = None
+        elif limited.bucket is None:
+            limited.bucket = RowBucket(rows_s, self._ledger.now)
+        elif rows_s != limited.bucket.rows_s:
+            limited.bucket.change(rows_s, self._ledger.now)
+        self._refresh(limited)
 
     def add_model(
         self,
@@ -237,6 +252,7 @@ class Scheduler:
     def remove_model(self, tenant: str, model: str) -> list[Hashable]:
         """Forget the model; the tickets that still had rows queued, each once."""
         owner, removed = self._tenant(tenant), self._model(tenant, model)
+        self._ledger.dropped(tenant, removed.rows_queued)
         tickets = _empty(removed)
         for priority in removed.flows:
             owner.ready.pop((model, priority), None)
@@ -312,6 +328,7 @@ class Scheduler:
         else:
             flow.entries.append(entry)
         queued.rows_queued += rows
+        self._ledger.asked(tenant, rows)
         self._flow_ready(owner, flow)
         self._refresh(owner)
 
@@ -325,7 +342,9 @@ class Scheduler:
         tenant.flows_virtual = max(tenant.flows_virtual, flow.virtual)
         model = flow.model
         whole = flow.entries[0].whole
-        parts, rows = self._take(flow)
+        parts, rows = self._take(flow, self._allowed(tenant))
+        if tenant.bucket is not None:
+            tenant.bucket.take(rows)
         model.rows_queued -= rows
         model.rows_running += rows
         if not flow.entries:
@@ -337,6 +356,7 @@ class Scheduler:
         self._running[dispatch.number] = _Running(dispatch, tenant, model, flow)
         tenant.running += 1
         del self._ready[tenant.name]
+        self._ledger.hold(tenant.name, self._hold(tenant))
         return dispatch
 
     def complete(
@@ -360,10 +380,14 @@ class Scheduler:
         tenant.running -= 1
         self._costliest_seconds = max(self._costliest_seconds * COSTLIEST_DECAY, charge, self.quantum_seconds)
         flow.virtual += charge / flow.weight
-        self._charge(tenant, charge)
+        self._charge(tenant, charge, done)
+        if tenant.bucket is not None:
+            tenant.bucket.put_back(dispatch.rows - done)
         if tenant.models.get(model.name) is model:
             self._put_back(flow, dispatch, done)
             self._flow_ready(tenant, flow)
+        elif self._tenants.get(tenant.name) is tenant:
+            self._ledger.dropped(tenant.name, dispatch.rows - done)
         self._refresh(tenant, returns=False)
 
     def requeue(self, dispatch: Dispatch, cpu_seconds: float) -> None:
@@ -387,6 +411,7 @@ class Scheduler:
             if not kept:
                 owner.ready.pop((model, flow.priority), None)
         queued.rows_queued -= dropped
+        self._ledger.dropped(tenant, dropped)
         self._refresh(owner)
         return dropped
 
@@ -417,17 +442,45 @@ class Scheduler:
         except KeyError:
             raise NotFound(f"model {tenant}/{model} is not scheduled here; add it first") from None
 
-    def _charge(self, tenant: _Tenant, seconds: float) -> None:
+    def _charge(self, tenant: _Tenant, seconds: float, rows: int = 0) -> None:
         tenant.cpu_seconds += seconds
         tenant.virtual += seconds / tenant.weight
+        present = self._tenants.get(tenant.name) is tenant
+        self._ledger.got(tenant.name if present else "", rows, seconds)
 
-    def _take(self, flow: _Flow) -> tuple[tuple[Part, ...], int]:
+    def _allowed(self, tenant: _Tenant) -> int:
+        """Rows that the tenant's quota lets it start now."""
+        return self.batch_rows_max if tenant.bucket is None else tenant.bucket.allowed(self._ledger.now)
+
+    def _throttle(self, tenant: _Tenant) -> bool:
+        """Whether a tenant that could run has to wait for its quota."""
+        if tenant.bucket is None:
+            return False
+        now = self._ledger.now
+        queued = sum(flow.model.rows_queued for flow in tenant.ready.values())
+        until = tenant.bucket.ready_at(queued, now)
+        if until <= now:
+            return False
+        self._throttled[tenant.name] = until
+        return True
+
+    def _hold(self, tenant: _Tenant) -> Hold:
+        if tenant.running:
+            return "worker" if tenant.ready else "served"
+        if tenant.name in self._throttled:
+            return "quota"
+        if tenant.name in self._ready:
+            return "turn"
+        return "blocked" if any(model.rows_queued for model in tenant.models.values()) else "idle"
+
+    def _take(self, flow: _Flow, rows_max: int) -> tuple[tuple[Part, ...], int]:
         """Parts for one batch of about a quantum: small tickets together, a large one split."""
         model, entries = flow.model, flow.entries
         if entries[0].whole:
             entry = entries.popleft()
             return (Part(entry.ticket, entry.start, entry.stop),), entry.stop - entry.start
         wanted = model.cost.rows_within(self.quantum_seconds, model.call_seconds_max, self.batch_rows_max)
+        wanted = min(wanted, max(1, rows_max))
         parts: list[Part] = []
         rows = 0
         while rows < wanted and entries and not entries[0].whole:
@@ -460,20 +513,30 @@ class Scheduler:
 
     def _refresh(self, tenant: _Tenant, *, returns: bool = True) -> None:
         """Put the tenant among the ready ones or take it out; `returns`: it was idle or blocked until now."""
-        present = self._tenants.get(tenant.name) is tenant
-        ready = present and not tenant.blocked and not tenant.running and bool(tenant.ready)
-        if not ready:
-            if self._ready.get(tenant.name) is tenant:
-                del self._ready[tenant.name]
+        if self._tenants.get(tenant.name) is not tenant:
             return
-        if tenant.name in self._ready:
-            return
+        was_throttled = self._throttled.pop(tenant.name, None) is not None
+        able = not tenant.blocked and not tenant.running and bool(tenant.ready)
+        if not able or self._throttle(tenant):
+            self._ready.pop(tenant.name, None)
+        elif tenant.name not in self._ready:
+            self._enter(tenant, returns or was_throttled)
+        self._ledger.hold(tenant.name, self._hold(tenant))
+
+    def _enter(self, tenant: _Tenant, returns: bool) -> None:
         credit = 0.0 if returns else CREDIT_BATCHES_MAX * self._costliest_seconds / tenant.weight
         behind = self._virtual - credit - tenant.virtual
         if behind > 0:
             tenant.forgiven_seconds += behind * tenant.weight
             tenant.virtual += behind
+            if not returns:
+                self._ledger.forgave(tenant.name, behind * tenant.weight)
         self._ready[tenant.name] = tenant
+
+
+def _seconds_per_row(model: _Model) -> float:
+    """As the model's rows cost so far, in the batches they came in; before the first, as is estimated."""
+    return model.cpu_seconds / model.rows_done if model.rows_done else model.cost.seconds(1)
 
 
 def _checked_weight(weight: float) -> float:

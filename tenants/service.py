@@ -4,22 +4,26 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 import structlog
 
 from node.kernel.clock import Clock
-from node.kernel.errors import ManifestError, NotFound, StoreUnavailable, printable
+from node.kernel.errors import BoundExceeded, ManifestError, NotFound, StoreUnavailable, printable
+from node.kernel.limits import TENANTS_MAX
 from node.kernel.ports import FeaturePlan
 from node.kernel.supervise import Supervisor
-from node.kernel.types import AgreedModels, EventSchema, ModelName, ModelVersion, OverloadPolicy
+from node.kernel.types import AgreedModels, EventSchema, ModelName, ModelVersion, OverloadPolicy, Quota
 from tenants.agreement import ModelPublisher, read_version
 from tenants.cgroups import ControlGroups
+from tenants.explanation import ShareExplained, TenantFacts, explain
 from tenants.features import compile_plan
 from tenants.manifest import Manifest, TenantSettings
 from tenants.pool import ModelPool
 from tenants.pool_statistics import PoolStatistics
+from tenants.quotas import models_of
 from tenants.registry import Shared, Snapshot
 from tenants.sandbox import SandboxReport, SandboxSettings
 from tenants.tenant_log import LogLine
@@ -53,6 +57,18 @@ class TenantPrinted:
 
 
 @dataclass(frozen=True, slots=True)
+class QuotaReport:
+    """`settings` hold now; `models` count, their outputs take `stored_bytes` of each customer's row."""
+
+    quota: Quota
+    settings: TenantSettings
+    models: int
+    stored_bytes: int
+    refused: Mapping[str, int]
+    """Quota -> pairs refused because of it, since the node started."""
+
+
+@dataclass(frozen=True, slots=True)
 class ServiceStatistics:
     watch: WatchStatistics
     pool: PoolStatistics
@@ -83,6 +99,7 @@ class TenantService:
         self._plan: FeaturePlan = compile_plan((), schema)
         self._versions = VersionFolder(settings.versions)
         self._supervisor = supervisor
+        self._clock = clock
         self.sandbox = SandboxReport(())
         """Of all workers here; empty before the start."""
         self._server = WarmServer(settings.sandbox, clock, ControlGroups.of_this_process())
@@ -200,8 +217,51 @@ class TenantService:
             raise NotFound(f"no tenant {printable(tenant)} is known here; /v1/status lists those that are")
         return TenantPrinted((), 0)
 
+    def share(self, tenant: str) -> ShareExplained:
+        """What the tenant asked of its worker of late, what it got, and what held it back. Raises NotFound."""
+        known = {one.tenant: one for one in self.runner.statistics().tenants}
+        if tenant not in known:
+            raise NotFound(f"no tenant {printable(tenant)} is known here; /v1/status lists those that are")
+        settings, figures = self.settings(tenant), known[tenant]
+        broken = [
+            f"{one.model} {one.version[:12]} can't run: {one.last_error}"
+            for one in figures.versions
+            if one.state == "failing"
+        ]
+        lost = [f"its worker was lost {figures.restarts} times, the last: {figures.last_error}"]
+        facts = TenantFacts(
+            tenant,
+            figures.weight,
+            settings.rows_s_max,
+            settings.memory_mb,
+            self._settings.parallel,
+            frozenset(settings.asked),
+            "" if figures.worker is not None else figures.last_error or "it is starting, as soon as it has a model",
+            (*(lost if figures.restarts else ()), *broken),
+        )
+        return explain(self.runner.windows(tenant), facts)
+
     def settings(self, tenant: str) -> TenantSettings:
-        return self.watcher.snapshot.tenants.get(tenant) or TenantSettings(tenant)
+        return self.watcher.snapshot.settings(tenant)
+
+    async def change_quota(self, tenant: str, changes: Mapping[str, float | None], who: str) -> None:
+        """What an operator allows the tenant from now on, on a node by itself; None: what holds for all tenants.
+
+        Raises BoundExceeded when there are too many quotas.
+        """
+        quotas = self.watcher.snapshot.quotas
+        if tenant not in quotas and len(quotas) >= TENANTS_MAX:
+            raise BoundExceeded(f"{len(quotas)} tenants have quotas, the most that may (TENANTS_MAX); clear one first")
+        quota = quotas.get(tenant, Quota()).changed(changes, who, self._clock.now_ms())
+        await self.watcher.set_quota(tenant, quota)
+        log.info("an operator has set a quota", tenant=tenant, who=who, **changes)
+
+    def quota(self, tenant: str) -> QuotaReport:
+        """What the tenant may have, by whom, and what it has; also of one that is to come."""
+        snapshot = self.watcher.snapshot
+        models = models_of(snapshot, tenant)
+        quota, settings = snapshot.quotas.get(tenant, Quota()), snapshot.settings(tenant)
+        return QuotaReport(quota, settings, len(models), sum(models.values()), self.watcher.refusals(tenant))
 
     def overload(self, name: ModelName) -> OverloadPolicy:
         """What of the model's waiting triggers goes when it falls behind: as its live version's manifest says, or else

@@ -176,7 +176,7 @@ def agreed(snapshot: Snapshot, before: Shared, event: Agreed, schema: EventSchem
         taken.pop(name, None)
     actions.extend(RemoveTenant(tenant) for tenant in sorted(snapshot.tenants.keys() - event.settings.keys()))
     shared = replace(shared, taken=taken)
-    return Snapshot(snapshot.number + 1, models, dict(event.settings), shared), tuple(actions)
+    return Snapshot(snapshot.number + 1, models, dict(event.settings), shared, event.models.quotas), tuple(actions)
 
 
 def _heard(before: Shared, event: Agreed) -> Shared:

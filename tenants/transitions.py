@@ -9,15 +9,17 @@ from dataclasses import replace
 from functools import singledispatch
 
 from node.kernel import limits
-from node.kernel.errors import ManifestError
+from node.kernel.errors import ManifestError, QuotaRefused
 from node.kernel.types import EventSchema, ModelName, StoredOutput
 from tenants import standing
 from tenants.expression import expression_name
 from tenants.manifest import Manifest, parse_manifest
+from tenants.quotas import check_quota
 from tenants.registry import (
     Action,
     Agreed,
     ConfigureTenant,
+    CountRefusal,
     Entry,
     Event,
     GoLive,
@@ -29,6 +31,7 @@ from tenants.registry import (
     PairRefused,
     PairSeen,
     Published,
+    QuotaSet,
     RemoveTenant,
     Retire,
     Snapshot,
@@ -75,7 +78,8 @@ def _(event: PairSeen, snapshot: Snapshot, schema: EventSchema) -> Step:
         refused = Newest("refused", "", event.blob, event.at_ms, error.problems)
         if entry.newest is not None and entry.newest.says(refused):
             return snapshot, ()
-        return snapshot.with_entry(replace(entry, newest=refused)), (WriteStatus(event.name),)
+        counted = (CountRefusal(event.name.tenant, error.limit),) if isinstance(error, QuotaRefused) else ()
+        return snapshot.with_entry(replace(entry, newest=refused)), (WriteStatus(event.name), *counted)
     if not event.blob:
         return snapshot, ()  # never tried without its file
     version = manifest.version(event.blob)
@@ -180,9 +184,9 @@ def _fallen_back(snapshot: Snapshot, entry: Entry, failed: Live, good: Live, eve
 
 @_apply.register
 def _(event: TenantSeen, snapshot: Snapshot, schema: EventSchema) -> Step:
-    settings = event.settings
     if snapshot.shared is not None:
         return standing.settings_seen(snapshot, snapshot.shared, event), ()
+    settings = snapshot.granted(event.settings)
     known = snapshot.tenants.get(settings.tenant)
     if known == settings or (known is None and len(snapshot.tenants) >= limits.TENANTS_MAX):
         return snapshot, ()
@@ -202,9 +206,26 @@ def _(event: TenantGone, snapshot: Snapshot, schema: EventSchema) -> Step:
             snapshot.number + 1,
             {name: entry for name, entry in snapshot.models.items() if name.tenant != event.tenant},
             {tenant: settings for tenant, settings in snapshot.tenants.items() if tenant != event.tenant},
+            quotas=snapshot.quotas,
         ),
         (*(Retire(entry.live.version) for entry in gone if entry.live is not None), RemoveTenant(event.tenant)),
     )
+
+
+@_apply.register
+def _(event: QuotaSet, snapshot: Snapshot, schema: EventSchema) -> Step:
+    if snapshot.shared is not None or snapshot.quotas.get(event.tenant) == event.quota:
+        return snapshot, ()
+    limits_set = event.quota.limits()
+    quotas = {tenant: quota for tenant, quota in snapshot.quotas.items() if tenant != event.tenant}
+    if limits_set:
+        quotas[event.tenant] = event.quota
+    snapshot = replace(snapshot, number=snapshot.number + 1, quotas=quotas)
+    known = snapshot.tenants.get(event.tenant)
+    settings = None if known is None else known.under(event.caps).granted(limits_set)
+    if settings is None or settings == known:
+        return snapshot, ()
+    return replace(snapshot, tenants={**snapshot.tenants, event.tenant: settings}), (ConfigureTenant(settings),)
 
 
 @_apply.register
@@ -239,7 +260,9 @@ def _without_wait(snapshot: Snapshot) -> Step:
 def _checked(snapshot: Snapshot, name: ModelName, manifest: bytes, schema: EventSchema) -> Manifest:
     """Raises ManifestError."""
     _check_place(snapshot, name)
-    return parse_manifest(f"{name.model}.toml", name.tenant, name.model, manifest, schema)
+    parsed = parse_manifest(f"{name.model}.toml", name.tenant, name.model, manifest, schema)
+    check_quota(snapshot, parsed)
+    return parsed
 
 
 def _check_place(snapshot: Snapshot, name: ModelName) -> None:

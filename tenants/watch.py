@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+from collections import Counter
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -31,7 +32,7 @@ from node.kernel.errors import (
 )
 from node.kernel.ports import FeaturePlan
 from node.kernel.supervise import Supervisor
-from node.kernel.types import AgreedModels, EventSchema, ModelName, ModelVersion
+from node.kernel.types import AgreedModels, EventSchema, ModelName, ModelVersion, Quota
 from tenants import folder, registry, registry_file, transitions
 from tenants.agreement import ModelPublisher, TrialReport
 from tenants.features import compile_plan
@@ -40,6 +41,8 @@ from tenants.manifest import Manifest, TenantCaps, TenantSettings, parse_tenant
 from tenants.publishing import Publishing
 from tenants.registry import (
     Action,
+    ConfigureTenant,
+    CountRefusal,
     Event,
     GoLive,
     Shared,
@@ -117,6 +120,7 @@ class _Counters:
     trials: int = 0
     last_error: str = ""
     ignored: tuple[str, ...] = ()
+    refusals: Counter[tuple[str, str]] = field(default_factory=Counter)
 
 
 class ModelWatcher:
@@ -191,6 +195,28 @@ class ModelWatcher:
         """For the pool: a live version can't be run any more."""
         event = registry.VersionFailing(name, version, reason, self._clock.now_ms(), at_fault)
         self._supervisor.start(f"failing {name}", self._apply(event))
+
+    def refusals(self, tenant: str) -> dict[str, int]:
+        """Quota -> pairs of the tenant that were refused because of it."""
+        return {limit: count for (whose, limit), count in self._counters.refusals.items() if whose == tenant}
+
+    async def set_quota(self, tenant: str, quota: Quota) -> None:
+        """Of a node by itself: what an operator allows the tenant from now on. Once this returns it is kept."""
+        await self._apply(registry.QuotaSet(tenant, quota, self._settings.caps.limits()))
+        self._tell_again(tenant)
+
+    def _tell_again(self, tenant: str) -> None:
+        """What of its tenant.toml is cut now."""
+        self._seen.pop(f"{tenant}/{TENANT_FILE}", None)
+        self._wake.set()
+
+    def _look_again(self, tenant: str) -> None:
+        """At what was refused by its manifest alone: other limits may hold now."""
+        for name, entry in self._snapshot.models.items():
+            newest = entry.newest
+            if name.tenant == tenant and newest is not None and newest.state == "refused" and not newest.version:
+                self._seen.pop(name, None)
+                self._wake.set()
 
     def statistics(self) -> WatchStatistics:
         return WatchStatistics(
@@ -328,7 +354,8 @@ class ModelWatcher:
             with folder.opened(self._settings.root, tenant, TENANT_FILE, limits.MANIFEST_BYTES_MAX) as (path, _):
                 content = path.read_bytes()
             settings = parse_tenant(TENANT_FILE, tenant, content, self._settings.caps)
-            seen, problems = TenantSeen(settings, content.decode(), first), settings.capped
+            seen = TenantSeen(settings, content.decode(), first)
+            problems = self._snapshot.granted(settings).capped
         except ManifestError as error:
             problems = error.problems
         except OSError:
@@ -388,6 +415,7 @@ class ModelWatcher:
             if self._settled(name, "gone", now):
                 await self._apply(registry.PairGone(name))
                 self._seen.pop(name, None)
+                self._look_again(name.tenant)
                 with contextlib.suppress(OSError):
                     await asyncio.to_thread(folder.remove_status, self._settings.root, name)
         for tenant in [tenant for tenant in watched_tenants if tenant not in found.tenants]:
@@ -421,6 +449,11 @@ class ModelWatcher:
         for action in actions:
             if isinstance(action, StartTrial):
                 self._start_trial(action)
+            elif isinstance(action, CountRefusal):
+                self._counters.refusals[action.tenant, action.limit] += 1
+            elif isinstance(action, ConfigureTenant):
+                self._acted(action)
+                self._look_again(action.settings.tenant)
             elif not isinstance(action, WriteStatus):
                 self._acted(action)
         self._changed(self._snapshot)
@@ -487,9 +520,15 @@ class ModelWatcher:
         if told is not None and models.revision < told.revision:
             return False
         self._agreed = models
-        if told is None or (models.versions, models.tenants) != (told.versions, told.tenants):
-            settings = {tenant: self._read_agreed(tenant, text) for tenant, text in models.tenants.items()}
+        if told is None or replace(models, revision=0) != replace(told, revision=0):
+            settings = {
+                tenant: self._read_agreed(tenant, text, models.quotas.get(tenant, Quota()))
+                for tenant, text in models.tenants.items()
+            }
             after, actions = self._fitting(registry.Agreed(models, settings, self._clock.now_ms()))
+            for tenant, quota in models.quotas.items():
+                if quota != self._snapshot.quotas.get(tenant):
+                    self._tell_again(tenant)
             self._follow(after, actions)
             self._untold |= set(_told(actions))
             if self._telling is None or self._telling.done():
@@ -497,7 +536,7 @@ class ModelWatcher:
         self._heard.set()
         return True
 
-    def _read_agreed(self, tenant: str, text: str) -> TenantSettings:
+    def _read_agreed(self, tenant: str, text: str, quota: Quota) -> TenantSettings:
         known = self._agreed_settings.get(tenant)
         if known is None or known[0] != text:
             try:
@@ -506,7 +545,7 @@ class ModelWatcher:
                 log.error("the cluster's settings of a tenant can't be read here", tenant=tenant, error=str(error))
                 settings = TenantSettings(tenant)
             known = self._agreed_settings[tenant] = text, settings
-        return known[1]
+        return known[1].granted(quota.limits())
 
     def _fitting(self, event: registry.Agreed) -> registry.Step:
         """Two nodes may have put models at once that fit alone and not together: then all nodes leave out the same."""
@@ -577,7 +616,7 @@ class ModelWatcher:
 
     def _tenant_settings(self, tenant: str) -> TenantSettings:
         asked = self._snapshot.shared.asked.get(tenant) if self._snapshot.shared is not None else None
-        return asked.settings if asked is not None else self._snapshot.tenants.get(tenant) or TenantSettings(tenant)
+        return self._snapshot.settings(tenant) if asked is None else self._snapshot.granted(asked.settings)
 
     async def _loaded(self, version: ModelVersion, text_features: tuple[str, ...]) -> LoadReport:
         """The report of a throw-away worker that loads the version. Raises ModelRefused, NotFound."""

@@ -32,6 +32,14 @@ class ManifestError(HeadraceError):
         self.problems = tuple(problems)
 
 
+class QuotaRefused(ManifestError):
+    """A pair would take its tenant over a quota: `limit` is its name, the message says who can do what."""
+
+    def __init__(self, limit: str, problem: str) -> None:
+        super().__init__([problem])
+        self.limit = limit
+
+
 class ModelRefused(HeadraceError):
     """A model file failed its trial; the message is what the tenant reads in the status file."""
 

@@ -63,6 +63,11 @@ MODEL_UNPACKED_BYTES_MAX = 2048 * MIB
 MANIFEST_BYTES_MAX = 256 * KIB
 TENANTS_MAX = 512
 MODELS_PER_TENANT_MAX = 64
+ROWS_PER_SECOND_MAX = 1e7
+STORED_BYTES_MAX = ROW_SLOTS_MAX * 8
+"""Of each customer's row, for the outputs of one tenant's models."""
+MEMORY_MB_MIN = 64
+MEMORY_MB_MAX = 1_048_576
 WEIGHT_MIN = 1e-3
 WEIGHT_MAX = 1e3
 """Of a tenant's or model's share; further apart, shares mean nothing."""

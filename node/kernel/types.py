@@ -6,8 +6,8 @@ Everything here is data: frozen where it crosses a task or process border, colum
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import Any, Literal, TypeAlias
+from dataclasses import dataclass, field, replace
+from typing import Any, Final, Literal, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
@@ -258,6 +258,36 @@ class AgreedVersion:
     """Why it is in its state, as whoever brought it there said."""
 
 
+QUOTAS: Final = ("weight", "memory_mb", "rows_s_max", "models_max", "stored_bytes_max")
+"""What an operator may set for one tenant: names of limits in its `tenant.toml`."""
+
+
+@dataclass(frozen=True, slots=True)
+class Quota:
+    """What an operator allows one tenant in place of what [tenants] allows all; None: that holds.
+
+    `rows_s_max` is rows a second on each node, 0: any number. `stored_bytes_max` is of each customer's row.
+    """
+
+    weight: float | None = None
+    memory_mb: int | None = None
+    rows_s_max: float | None = None
+    models_max: int | None = None
+    stored_bytes_max: int | None = None
+    who: str = ""
+    at_ms: int = 0
+    """Who set it last, and when."""
+
+    def limits(self) -> dict[str, float]:
+        """What is set, by the names of QUOTAS."""
+        said = {name: getattr(self, name) for name in QUOTAS}
+        return {name: value for name, value in said.items() if value is not None}
+
+    def changed(self, changes: Mapping[str, float | None], who: str, at_ms: int) -> Quota:
+        """With other values for the names in `changes`; None: what holds for all."""
+        return replace(self, who=who, at_ms=at_ms, **changes)  # type: ignore[arg-type]
+
+
 @dataclass(frozen=True, slots=True)
 class AgreedModels:
     """What the catalog says of tenants and models at one revision; the same on every node but for `here`."""
@@ -266,6 +296,8 @@ class AgreedModels:
     versions: tuple[AgreedVersion, ...] = ()
     tenants: Mapping[str, str] = field(default_factory=dict)
     """Tenant -> its settings, as the node that read its tenant.toml wrote them."""
+    quotas: Mapping[str, Quota] = field(default_factory=dict)
+    """Tenant -> what operators allow it."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from http import HTTPStatus
 from operator import itemgetter
@@ -14,8 +15,8 @@ from node.kernel.types import ModelName
 from node.serving.cluster import ClusterStatus, ClusterView
 from node.serving.metrics import METRICS_TYPE, NodeMetrics
 from node.serving.openapi import openapi_document
-from node.serving.problems import not_found, unavailable
-from node.serving.routes import AtQuery, Call, FeaturesQuery, LogQuery, ModelsQuery, Reply, Route
+from node.serving.problems import bad_request, not_found, unavailable
+from node.serving.routes import NAME, AtQuery, Call, Change, FeaturesQuery, LogQuery, ModelsQuery, Reply, Route
 from node.serving.view import (
     AsOf,
     Body,
@@ -27,11 +28,15 @@ from node.serving.view import (
     Models,
     NodeStatus,
     NodeView,
+    QuotaChange,
     TenantLog,
+    TenantQuota,
+    TenantShare,
 )
 
 API_VERSION = "1"
 _READS = (HTTPStatus.NOT_FOUND,)
+_CHANGES = (HTTPStatus.UNAUTHORIZED, HTTPStatus.CONFLICT)
 
 
 class Health(Body, frozen=True):
@@ -74,6 +79,20 @@ class Endpoints:
                 "/v1/models", "All versions of all models, with state and reasons", self._models, Models, ModelsQuery
             ),
             Route("/v1/tenants/{tenant}/log", "What a tenant's models printed", self._log, TenantLog, LogQuery, _READS),
+            Route(
+                "/v1/tenants/{tenant}/share",
+                "What a tenant asked for and got of late, and what held it back",
+                self._share,
+                TenantShare,
+                statuses=_READS,
+            ),
+            Route(
+                "/v1/tenants/{tenant}/quota",
+                "What a tenant may have, has, and was refused",
+                self._quota,
+                TenantQuota,
+                change=Change("Change what an operator allows it", self._change_quota, QuotaChange, _CHANGES),
+            ),
             Route("/v1/customers/{customer}", "Profile and aggregates", self._customer, CustomerState, AtQuery, _READS),
             Route(
                 "/v1/customers/{customer}/features",
@@ -138,6 +157,19 @@ class Endpoints:
 
     async def _log(self, call: Call) -> Reply:
         return _reply(self._view.printed(call.variables["tenant"], int(call.query.after)))
+
+    async def _share(self, call: Call) -> Reply:
+        return _reply(self._view.share(call.variables["tenant"]))
+
+    async def _quota(self, call: Call) -> Reply:
+        return _reply(self._view.quota(call.variables["tenant"]))
+
+    async def _change_quota(self, call: Call) -> Reply:
+        tenant = call.variables["tenant"]
+        if not re.fullmatch(NAME, tenant):
+            raise bad_request("no tenant can be called so: 1 to 63 of a-z, 0-9, '_' and '-', first a letter or digit")
+        await self._view.change_quota(tenant, call.body)
+        return _reply(self._view.quota(tenant))
 
     async def _customer(self, call: Call) -> Reply:
         return _reply(await self._view.customer(call.variables["customer"], self._at(call)))

@@ -128,6 +128,10 @@ def _tenant_metrics(status: NodeStatus) -> Iterator[Metric]:
     shared: Series = {labels: float(memory.shared_bytes) for labels, memory in measured.items()}
     yield _gauge("worker_memory_bytes", "Memory of the worker's own.", label, own)
     yield _gauge("worker_memory_shared_bytes", "Memory it has in common with other processes.", label, shared, max)
+    refused: Series = {
+        (tenant.tenant, limit): count for tenant in status.tenants for limit, count in tenant.refused.items()
+    }
+    yield _counter("quota_refusals", "Models refused because of a quota.", ("tenant", "quota"), refused)
     yield _gauge("rows_queued", "Rows that wait for a worker.", label, by_tenant(lambda one: one.rows_queued))
 
 

@@ -29,13 +29,33 @@ _ANYWHERE = (
 
 def openapi_document(routes: Sequence[Route], title: str, version: str) -> dict[str, Any]:
     answers = list(dict.fromkeys(route.answer for route in routes if route.answer is not None))
-    _, schemas = msgspec.json.schema_components([*answers, Problem], ref_template=_REFERENCE)
+    bodies = [route.change.body for route in routes if route.change is not None]
+    _, schemas = msgspec.json.schema_components([*answers, *bodies, Problem], ref_template=_REFERENCE)
     return {
         "openapi": OPENAPI_VERSION,
         "info": {"title": title, "version": version},
-        "paths": {route.template: {"get": _operation(route)} for route in routes},
-        "components": {"schemas": schemas},
+        "paths": {route.template: _operations(route) for route in routes},
+        "components": {"schemas": schemas, "securitySchemes": {"operator": {"type": "http", "scheme": "bearer"}}},
     }
+
+
+def _operations(route: Route) -> dict[str, Any]:
+    if route.change is None:
+        return {"get": _operation(route)}
+    change, reads = route.change, _operation(route)
+    changes = {
+        **reads,
+        "summary": change.summary,
+        "operationId": f"change_{reads['operationId']}",
+        "parameters": _path_parameters(route),
+        "requestBody": {
+            "required": True,
+            "content": {JSON_TYPE: {"schema": {"$ref": _REFERENCE.format(name=change.body.__name__)}}},
+        },
+        "responses": {"200": reads["responses"]["200"]} | _problems((*_ANYWHERE, *change.statuses)),
+        "security": [{"operator": []}],
+    }
+    return {"get": reads, "patch": changes}
 
 
 def _operation(route: Route) -> dict[str, Any]:

@@ -7,7 +7,15 @@ from http import HTTPStatus
 
 import msgspec
 
-from node.kernel.errors import HeadraceError, NotFound, StateCorrupt, StoreUnavailable
+from node.kernel.errors import (
+    BoundExceeded,
+    ClusterUnavailable,
+    HeadraceError,
+    NotFound,
+    PeerRefused,
+    StateCorrupt,
+    StoreUnavailable,
+)
 
 PROBLEM_TYPE = "application/problem+json"
 
@@ -80,6 +88,10 @@ def refusal_of(failure: HeadraceError) -> Refusal | None:
     """
     if isinstance(failure, NotFound):
         return not_found("not-found", str(failure))
+    if isinstance(failure, BoundExceeded | PeerRefused):
+        return Refusal(HTTPStatus.CONFLICT, "refused", str(failure))
+    if isinstance(failure, ClusterUnavailable):
+        return unavailable("no-quorum", str(failure))
     if isinstance(failure, StoreUnavailable | StateCorrupt):
         return unavailable("state-unavailable", "the customer's state can't be read now; /readyz says more")
     return None

@@ -16,10 +16,11 @@ from node.kernel.limits import CUSTOMER_BYTES_MAX, HTTP_PATH_BYTES_MAX, HTTP_QUE
 from node.serving.problems import Refusal, bad_request, not_found
 
 JSON_TYPE = "application/json"
+CHANGE_METHOD = "PATCH"
 
 _PERCENT = re.compile(r"%(?![0-9A-Fa-f]{2})")
 _CONTROL_CHARACTERS = re.compile(r"[\x00-\x1f\x7f-\x9f]")
-_NAME = "[a-z0-9][a-z0-9_-]{0,62}"
+NAME = "[a-z0-9][a-z0-9_-]{0,62}"
 
 
 At: TypeAlias = Annotated[
@@ -40,9 +41,9 @@ class AtQuery(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class ModelsQuery(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    tenant: Annotated[str, Meta(pattern=f"^{_NAME}$", description="Of this tenant only.")] = ""
+    tenant: Annotated[str, Meta(pattern=f"^{NAME}$", description="Of this tenant only.")] = ""
     after: Annotated[
-        str, Meta(pattern=f"^{_NAME}/{_NAME}/[0-9a-f]{{0,64}}$", description="`next` of the answer before.")
+        str, Meta(pattern=f"^{NAME}/{NAME}/[0-9a-f]{{0,64}}$", description="`next` of the answer before.")
     ] = ""
 
 
@@ -53,7 +54,7 @@ class LogQuery(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class FeaturesQuery(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    model: Annotated[str, Meta(pattern=f"^{_NAME}/{_NAME}$", description="`tenant/model`; a live one.")]
+    model: Annotated[str, Meta(pattern=f"^{NAME}/{NAME}$", description="`tenant/model`; a live one.")]
     at: At = ""
 
 
@@ -63,12 +64,24 @@ class Call:
 
     variables: Mapping[str, str]
     query: Any
+    body: Any = None
+    """Of a change: the route's struct."""
 
 
 @dataclass(frozen=True, slots=True)
 class Reply:
     body: bytes
     content_type: str = JSON_TYPE
+
+
+@dataclass(frozen=True, slots=True)
+class Change:
+    """What PATCH does at a path (RFC 7396: what the body leaves out stays, null takes away). Answers as GET does."""
+
+    summary: str
+    handler: Callable[[Call], Awaitable[Reply]]
+    body: type[msgspec.Struct]
+    statuses: tuple[HTTPStatus, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,6 +95,11 @@ class Route:
     query: type[msgspec.Struct] = NoQuery
     statuses: tuple[HTTPStatus, ...] = ()
     """Of problems that only this route gives."""
+    change: Change | None = None
+
+    @property
+    def methods(self) -> tuple[str, ...]:
+        return ("GET", "HEAD") if self.change is None else ("GET", "HEAD", CHANGE_METHOD)
 
     @property
     def segments(self) -> tuple[str, ...]:
@@ -108,6 +126,13 @@ class Router:
             if variables is not None:
                 return route, {name: _decode(text, f"the {name}") for name, text in variables.items()}
         raise not_found("unknown-path", "there is nothing at this path; /v1/openapi.json lists what there is")
+
+    def change(self, change: Change, variables: dict[str, str], body: bytes) -> Call:
+        try:
+            return Call(variables, None, msgspec.json.decode(body, type=change.body))
+        except (msgspec.MsgspecError, UnicodeDecodeError) as mistake:
+            allowed = ", ".join(change.body.__struct_fields__)
+            raise bad_request(f"the body can't be taken: {mistake}. It is a JSON object of: {allowed}") from None
 
     def call(self, route: Route, variables: dict[str, str], raw_query: str) -> Call:
         customer = variables.get("customer")

@@ -27,13 +27,13 @@ from node.kernel.limits import (
 )
 from node.serving.cluster import ClusterView
 from node.serving.endpoints import Endpoints
+from node.serving.operator_token import check_operator
 from node.serving.problems import PROBLEM_TYPE, Refusal, refusal_of, unavailable
-from node.serving.routes import Reply, Router
+from node.serving.routes import CHANGE_METHOD, Reply, Router
 from node.serving.view import HttpStatus, NodeView
 
 log = structlog.get_logger(__name__)
 
-_METHODS = ("GET", "HEAD")
 _ALWAYS_ANSWERED = "/healthz"
 """Costs nothing, and a busy node is not a dead one."""
 _ROUTE = web.RequestKey("route", str)
@@ -46,7 +46,10 @@ _HEADERS = {"Server": "headrace", "Cache-Control": "no-store", "X-Content-Type-O
 
 
 class HttpServer:
-    """Serves `view` at the address configured. `request_ms_max` is there for tests."""
+    """Serves `view` at the address configured. `request_ms_max` is there for tests.
+
+    Changes are taken from whoever has `token`; from nobody if it is ''.
+    """
 
     def __init__(
         self,
@@ -55,8 +58,10 @@ class HttpServer:
         clock: Clock,
         request_ms_max: int = HTTP_REQUEST_MS_MAX,
         cluster: ClusterView | None = None,
+        token: str = "",
     ) -> None:
         self._settings = settings
+        self._token = token
         self._clock = clock
         self._request_seconds_max = request_ms_max / 1000
         self._router = Router(Endpoints(view, clock, self.statistics, cluster).routes())
@@ -173,28 +178,34 @@ class HttpServer:
     async def _reply(self, request: web.BaseRequest, path: str) -> Reply:
         route, variables = self._router.find(path)
         request[_ROUTE] = route.template
-        if request.method not in _METHODS:
+        if request.method not in route.methods:
             raise Refusal(
                 HTTPStatus.METHOD_NOT_ALLOWED,
                 "method-not-allowed",
-                f"this path takes {' and '.join(_METHODS)} only",
-                headers={"Allow": ", ".join(_METHODS)},
+                f"this path takes {' and '.join(route.methods)} only",
+                headers={"Allow": ", ".join(route.methods)},
                 close=request.can_read_body,
             )
-        await _discard_body(request)
+        if route.change is not None and request.method == CHANGE_METHOD:
+            check_operator(request.headers.get("Authorization", ""), self._token, close=request.can_read_body)
+            body = await _read_body(request)
+            return await route.change.handler(self._router.change(route.change, variables, body))
+        await _read_body(request)
         call = self._router.call(route, variables, request.rel_url.raw_query_string)
         return await route.handler(call)
 
 
-async def _discard_body(request: web.BaseRequest) -> None:
-    """No route takes one; it is read so that the connection can be used again, unless it is too large."""
+async def _read_body(request: web.BaseRequest) -> bytes:
+    """Only a change takes one; it is read in any case, so that the connection can be used again, unless too large."""
     size = request.content_length or 0
+    body = bytearray()
     if size <= HTTP_BODY_BYTES_MAX and request.can_read_body:
         size = 0
         async for chunk in request.content.iter_any():
             size += len(chunk)
             if size > HTTP_BODY_BYTES_MAX:
                 break
+            body += chunk
     if size > HTTP_BODY_BYTES_MAX:
         raise Refusal(
             HTTPStatus.REQUEST_ENTITY_TOO_LARGE,
@@ -202,6 +213,7 @@ async def _discard_body(request: web.BaseRequest) -> None:
             f"the body is over {HTTP_BODY_BYTES_MAX} bytes (HTTP_BODY_BYTES_MAX)",
             close=True,
         )
+    return bytes(body)
 
 
 def _fault(request: web.BaseRequest, path: str, failure: Exception) -> Refusal:

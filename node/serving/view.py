@@ -6,11 +6,20 @@ Numbers that are missing (NaN inside) are null. Times ending in `_ms` are millis
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Literal, Protocol, TypeAlias
+from typing import Annotated, Literal, Protocol, TypeAlias
 
-from msgspec import Struct
+from msgspec import UNSET, Meta, Struct, UnsetType
 
-from node.kernel.types import ModelName, ModelVersion
+from node.kernel.limits import (
+    MEMORY_MB_MAX,
+    MEMORY_MB_MIN,
+    MODELS_PER_TENANT_MAX,
+    ROWS_PER_SECOND_MAX,
+    STORED_BYTES_MAX,
+    WEIGHT_MAX,
+    WEIGHT_MIN,
+)
+from node.kernel.types import QUOTAS, ModelName, ModelVersion
 
 AsOf: TypeAlias = int | Literal["last"]
 """A time in ms, or "last": the time of the customer's own latest event."""
@@ -238,6 +247,99 @@ class TenantLog(Body, frozen=True):
     """Lines that went for newer ones."""
 
 
+class ShareCompetitor(Body, frozen=True):
+    """Another tenant that ran, or waited for its turn, in the window."""
+
+    tenant: str
+    weight: float
+    competed_seconds: float
+    cpu_seconds: float
+
+
+class WindowShare(Body, frozen=True):
+    """The last `seconds` of a tenant on this node. Rows that waited before and those asked for are those got, dropped,
+    running and waiting now; CPU seconds asked for are those got and those held back (estimated, for rows that wait)."""
+
+    seconds: float
+    rows_waited: int
+    rows_asked: int
+    """Submitted to the tenant's worker; one that is tried again counts again."""
+    rows_got: int
+    rows_dropped: int
+    rows_running: int
+    rows_waiting: int
+    cpu_asked_seconds: float
+    cpu_got_seconds: float
+    cpu_held_back_seconds: float
+    cpu_all_seconds: float
+    """Of all tenants."""
+    share_got: float | None
+    """Of all tenants' CPU time, 0 to 1; null if nothing ran."""
+    share_due: float | None
+    """Its weight among those that had work, averaged over the time in which anybody had; null if nobody had."""
+    held_seconds: dict[str, float]
+    """idle, served, worker, turn, blocked, quota -> seconds; together the window."""
+    held_back_by: str
+    """What kept the rows that wait now for the longest: worker, turn, blocked or quota; else nothing."""
+    competitors: list[ShareCompetitor]
+    """At most five, those first that used most."""
+    says: list[str]
+    """All this in words."""
+
+
+class TenantShare(Body, frozen=True):
+    """What a tenant asked of this node's workers of late, what it got, and what held it back."""
+
+    tenant: str
+    weight: float
+    rows_s_max: float
+    """Its quota of rows a second; 0: none."""
+    slots: int
+    """Batches that the node computes at once."""
+    windows: list[WindowShare]
+    notes: list[str]
+    """Why its worker, or a version, can't run."""
+    waiting: Waiting = Waiting()
+    """In the sequence logs: what is not submitted yet comes from there."""
+
+
+class QuotaChange(Struct, frozen=True, forbid_unknown_fields=True):
+    """What an operator changes of a tenant's quota: what is left out stays; null: what the config allows all."""
+
+    weight: Annotated[float, Meta(ge=WEIGHT_MIN, le=WEIGHT_MAX)] | UnsetType | None = UNSET
+    memory_mb: Annotated[int, Meta(ge=MEMORY_MB_MIN, le=MEMORY_MB_MAX)] | UnsetType | None = UNSET
+    rows_s_max: Annotated[float, Meta(ge=0, le=ROWS_PER_SECOND_MAX)] | UnsetType | None = UNSET
+    models_max: Annotated[int, Meta(ge=0, le=MODELS_PER_TENANT_MAX)] | UnsetType | None = UNSET
+    stored_bytes_max: Annotated[int, Meta(ge=0, le=STORED_BYTES_MAX)] | UnsetType | None = UNSET
+    who: Annotated[str, Meta(min_length=1, max_length=64, pattern="^[ -~]*$")] = "operator"
+    """Noted beside the quota."""
+
+    def changes(self) -> dict[str, float | None]:
+        given = {name: getattr(self, name) for name in QUOTAS}
+        return {name: value for name, value in given.items() if value is not UNSET}
+
+
+class TenantQuota(Body, frozen=True):
+    """What a tenant may have and has."""
+
+    tenant: str
+    quota: dict[str, float]
+    """What operators have set for it; for what is not there the config's caps hold."""
+    who: str
+    """Who set it last; empty: nobody."""
+    at_ms: int
+    limits: dict[str, float]
+    """What holds now: the quota or cap, or less if the tenant asked for less. `rows_s_max` 0: any number."""
+    asked: dict[str, float]
+    """What its tenant.toml asks for."""
+    models: int
+    """That are live or about to be."""
+    stored_bytes: int
+    """Of each customer's row, for their outputs."""
+    refused: dict[str, int]
+    """Quota -> pairs of files refused because of it, since the node started; their status files say more."""
+
+
 class TenantStatus(Body, frozen=True):
     tenant: str
     weight: float = 1.0
@@ -255,6 +357,8 @@ class TenantStatus(Body, frozen=True):
     sandbox: SandboxStatus | None = None
     """Of its worker; null while it has none."""
     waiting: Waiting = Waiting()
+    refused: dict[str, int] = {}
+    """Quota -> pairs of files refused because of it, since the node started."""
 
 
 class HttpStatus(Body, frozen=True):
@@ -304,6 +408,18 @@ class NodeView(Protocol):
 
     def printed(self, tenant: str, after: int) -> TenantLog:
         """The tenant's lines with a larger number than `after`. Raises NotFound for an unknown tenant."""
+        ...
+
+    def share(self, tenant: str) -> TenantShare:
+        """Raises NotFound for an unknown tenant."""
+        ...
+
+    def quota(self, tenant: str) -> TenantQuota:
+        """Also of a tenant that is yet to come: an operator may say first what it may have."""
+        ...
+
+    async def change_quota(self, tenant: str, change: QuotaChange) -> None:
+        """Returns once it holds here and is kept. Raises BoundExceeded, PeerRefused, ClusterUnavailable."""
         ...
 
     async def customer(self, customer: str, at: AsOf) -> CustomerState: ...

@@ -27,11 +27,16 @@ from node.serving.view import (
     NodeStatus,
     PartitionStatus,
     PrintedLine,
+    QuotaChange,
     TenantLog,
+    TenantQuota,
+    TenantShare,
     TenantStatus,
+    WindowShare,
 )
 
 NOW_MS = 1_700_000_000_000
+TOKEN = "the operator's, in tests"
 
 
 @dataclass
@@ -48,6 +53,8 @@ class MemoryView:
     arrived: asyncio.Event = field(default_factory=asyncio.Event)
     arrivals_wanted: int = 0
     body: int = 0
+    quota_limits: dict[str, float] = field(default_factory=dict)
+    quota_failure: Exception | None = None
 
     def status(self) -> NodeStatus:
         tenants = [TenantStatus(tenant="ads", weight=2.0, cpu_seconds=1.5, restarts=1, rows_queued=7)]
@@ -64,6 +71,58 @@ class MemoryView:
             raise NotFound(f"no tenant {tenant} is known here")
         lines = [PrintedLine(number=number, time_ms=NOW_MS, pid=7, text="a\x1b[2J") for number in (1, 2)]
         return TenantLog(tenant=tenant, lines=[line for line in lines if line.number > after], dropped=3)
+
+    def share(self, tenant: str) -> TenantShare:
+        if tenant != "ads":
+            raise NotFound(f"no tenant {tenant} is known here")
+        window = WindowShare(
+            seconds=10.0,
+            rows_waited=10,
+            rows_asked=1290,
+            rows_got=800,
+            rows_dropped=0,
+            rows_running=0,
+            rows_waiting=500,
+            cpu_asked_seconds=3.25,
+            cpu_got_seconds=2.0,
+            cpu_held_back_seconds=1.25,
+            cpu_all_seconds=8.0,
+            share_got=0.25,
+            share_due=0.3,
+            held_seconds={"idle": 2.0, "turn": 8.0},
+            held_back_by="turn",
+            competitors=[],
+            says=["8.0 s: rows waited while others had the 1 CPU slots"],
+        )
+        return TenantShare(tenant=tenant, weight=2.0, rows_s_max=0.0, slots=1, windows=[window], notes=["a\x1b[2J"])
+
+    def quota(self, tenant: str) -> TenantQuota:
+        return TenantQuota(
+            tenant=tenant,
+            quota=self.quota_limits,
+            who="eve" if self.quota_limits else "",
+            at_ms=NOW_MS,
+            limits={
+                "weight": 1.0,
+                "memory_mb": 1024.0,
+                "rows_s_max": 0.0,
+                "models_max": 64.0,
+                "stored_bytes_max": 4096.0,
+            }
+            | self.quota_limits,
+            asked={"weight": 9.0},
+            models=3,
+            stored_bytes=72,
+            refused={"models_max": 2},
+        )
+
+    async def change_quota(self, tenant: str, change: QuotaChange) -> None:
+        if self.quota_failure is not None:
+            raise self.quota_failure
+        for name, value in change.changes().items():
+            self.quota_limits.pop(name, None)
+            if value is not None:
+                self.quota_limits[name] = value
 
     async def _find(self, customer: str) -> float:
         if self.held is not None:
@@ -122,7 +181,7 @@ class MemoryView:
 
 @contextlib.asynccontextmanager
 async def serving(view: MemoryView, request_ms_max: int = 10_000) -> AsyncIterator[HttpServer]:
-    server = HttpServer(view, HttpSection(port=0), ManualClock(NOW_MS), request_ms_max)
+    server = HttpServer(view, HttpSection(port=0), ManualClock(NOW_MS), request_ms_max, token=TOKEN)
     await server.start()
     try:
         yield server

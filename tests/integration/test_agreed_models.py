@@ -418,3 +418,24 @@ async def test_models_that_fit_alone_and_not_together_are_left_out_alike(tmp_pat
     one.remove(BID)
     await until(lambda: one.live(OTHER) and two.live(OTHER))
     await until(lambda: two.status(OTHER).get("state") == "live")
+
+
+async def test_a_quota_holds_on_all_nodes_at_once_and_lets_in_what_it_refused(tmp_path: Path, cluster: Cluster) -> None:
+    one, two = await two_members(tmp_path, cluster)
+    quotas = CatalogModels(Seat(cluster, "two"), SystemClock())
+    (one.root / "ads").mkdir()
+    (one.root / "ads" / "tenant.toml").write_text("weight = 3.0\nrows_s_max = 10.0\n")
+    await quotas.change_quota("ads", {"models_max": 0, "weight": 8.0, "rows_s_max": 5.0}, "eve")
+    one.drop()
+    await until(lambda: one.status().get("state") == "refused")
+    assert "its quota models_max is 0" in str(one.status()["problems"])
+    assert one.service is not None
+    assert one.service.quota("ads").refused == {"models_max": 1}
+    await quotas.change_quota("ads", {"models_max": None, "rows_s_max": 50.0}, "eve")
+    await live_on(cluster, (one, two), BID, "")
+    for member in (one, two):
+        assert member.service is not None
+        settings = member.service.settings("ads")
+        assert (settings.weight, settings.rows_s_max, settings.models_max) == (3.0, 10.0, 64)
+        quota = member.service.quota("ads").quota
+        assert (quota.limits(), quota.who) == ({"weight": 8.0, "rows_s_max": 50.0}, "eve by two")

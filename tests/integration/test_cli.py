@@ -12,6 +12,7 @@ from typing import NamedTuple
 
 import msgspec
 import pytest
+from http_support import MemoryView
 
 from node.config import HttpSection
 from node.kernel.clock import ManualClock
@@ -39,6 +40,7 @@ from node.serving.view import (
     Models,
     NodeStatus,
     PartitionStatus,
+    TenantShare,
     TenantStatus,
     Waiting,
 )
@@ -103,6 +105,9 @@ class OneNode:
             tenant="ads", model="click", version="", sha256="", state="refused", reasons=["no such\nfield: [red]x"]
         )
         return [live, broken]
+
+    def share(self, tenant: str) -> TenantShare:
+        return MemoryView().share(tenant)
 
     async def customer(self, customer: str, at: AsOf) -> CustomerState:
         raise NotFound(customer)
@@ -225,6 +230,18 @@ async def test_models_as_tables(url: str) -> None:
     )
     assert row(ran.out, "ads/click ").startswith("ads/click refused")
     assert r"ads/click: no such\nfield: [red]x" in ran.out
+
+
+async def test_a_share_is_explained(url: str) -> None:
+    ran = await headrace("explain-share", "ads", "--url", url)
+    assert (ran.code, ran.err) == (0, "")
+    assert row(ran.out, "ads: ") == "ads: weight 2, 1 CPU slots"
+    assert row(ran.out, "10 s ") == "10 s 3.25 2.00 1.25 25% 30% 1,290 800 500 turn"
+    assert "  8.0 s: rows waited while others had the 1 CPU slots" in ran.out.splitlines()
+    assert r"a\x1b[2J" in ran.out
+    ran = await headrace("explain-share", "nobody", "--url", url)
+    assert (ran.code, ran.out) == (1, "")
+    assert "404: no tenant nobody is known here" in ran.err
 
 
 async def test_answers_as_json(url: str) -> None:

@@ -86,6 +86,15 @@ async def test_models_and_status(client: aiohttp.ClientSession, server: HttpServ
     assert status["http"]["answered"] == {"/v1/models 200": 1}
 
 
+async def test_a_tenant_s_share_is_explained(client: aiohttp.ClientSession, server: HttpServer) -> None:
+    answer = (await ask(client, server, "/v1/tenants/ads/share")).json()
+    (window,) = answer["windows"]
+    assert window["cpu_asked_seconds"] == window["cpu_got_seconds"] + window["cpu_held_back_seconds"]
+    assert (answer["weight"], window["held_back_by"], window["share_got"]) == (2.0, "turn", 0.25)
+    path = "/v1/tenants/nobody/share"
+    assert_problem(await ask(client, server, path), 404, "not-found", path)
+
+
 async def test_models_come_in_pages(client: aiohttp.ClientSession, server: HttpServer, view: MemoryView) -> None:
     names = [("ads", f"m{number:05d}", f"{number:064x}") for number in range(HTTP_MODELS_MAX * 2)]
     names += [("shop", "refused", ""), ("shop", "refused", "f" * 64)]

@@ -377,6 +377,39 @@ async def test_tenants_share_by_weight_in_measured_cpu_time(running: Running) ->
     assert 2.5 <= used["light"] / used["heavy"] <= 3.6
 
 
+async def test_a_quota_of_rows_holds_a_tenant_back_and_is_lifted_while_rows_wait(running: Running) -> None:
+    version = running.models.add(LINEAR)
+    running.pool.configure(TenantSettings("ads", rows_s_max=100.0))
+    await answered(running.pool.submit(version, rows_of(X[:90])))
+    started = SystemClock().monotonic()
+    await answered(running.pool.submit(version, rows_of(X[:30])))
+    lasted = SystemClock().monotonic() - started
+    waiting = running.pool.submit(version, rows_of(RNG.normal(size=(4000, 3))))
+    await until(lambda: running.pool.windows("ads")[0].held["quota"] > 0)
+    window = running.pool.windows("ads")[0]
+    assert window.asked == 4120
+    assert 120 <= window.got <= 100 * (1 + window.seconds)
+    assert window.asked == window.got + window.running + window.waiting
+    running.pool.configure(TenantSettings("ads"))  # or these rows would take 40 seconds
+    assert not (await answered(waiting)).errors
+    assert lasted < 1.0, "the rows go on as the quota allows, not with the next event"
+    assert running.pool.windows("ads")[0].got == 4120
+
+
+async def test_another_memory_limit_gives_another_worker_and_loses_no_row(running: Running) -> None:
+    version = running.models.add(LINEAR)
+    running.pool.configure(TenantSettings("ads", memory_mb=700))
+    await answered(running.pool.submit(version, rows_of(X)))
+    before = running.pid()
+    waiting = [running.pool.submit(version, rows_of(X)) for _ in range(5)]
+    running.pool.configure(TenantSettings("ads", memory_mb=900))
+    for future in waiting:
+        assert not (await answered(future)).errors
+    await until(lambda: running.tenant().worker is not None and running.pid() != before)
+    assert (running.tenant().restarts, running.tenant().backoff_ms) == (0, 0), "nothing went wrong"
+    assert not (await answered(running.pool.submit(version, rows_of(X)))).errors
+
+
 async def test_a_retired_version_runs_its_queue_and_is_unloaded(running: Running) -> None:
     old, new = running.models.add(LINEAR), running.models.add(LogisticRegression(C=0.01).fit(X, Y))
     await answered(running.pool.submit(old, rows_of(X)))

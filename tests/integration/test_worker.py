@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import re
 import signal
 import socket
 import sys
@@ -22,6 +23,9 @@ from sklearn.compose import ColumnTransformer
 from sklearn.ensemble import HistGradientBoostingClassifier, RandomForestClassifier
 from sklearn.feature_extraction.text import TfidfVectorizer
 from sklearn.linear_model import LogisticRegression
+from sklearn.multiclass import OneVsRestClassifier
+from sklearn.neighbors import KNeighborsClassifier
+from sklearn.neural_network import MLPClassifier
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import FunctionTransformer, OneHotEncoder, StandardScaler
 from sklearn.tree import DecisionTreeClassifier
@@ -227,13 +231,34 @@ async def test_pipeline_on_one_text(worker: WorkerProcess) -> None:
     np.testing.assert_allclose(outputs.values[:, 0], model.predict_proba(words)[:, -1])
 
 
-async def test_parallel_models_compute_in_one_thread(worker: WorkerProcess) -> None:
-    model = fit(RandomForestClassifier(5, n_jobs=4))
+@pytest.mark.parametrize(
+    "model",
+    [
+        RandomForestClassifier(60, n_jobs=-1),
+        RandomForestClassifier(5, n_jobs=4),
+        KNeighborsClassifier(n_jobs=-1),
+        OneVsRestClassifier(LogisticRegression(), n_jobs=-1),
+        HistGradientBoostingClassifier(max_iter=60, min_samples_leaf=2),
+        MLPClassifier((600, 600), max_iter=2),
+    ],
+    ids=["joblib, all", "joblib, four", "pairs, all", "meta, all", "OpenMP", "BLAS"],
+)
+@pytest.mark.filterwarnings("ignore::sklearn.exceptions.ConvergenceWarning")
+async def test_a_worker_computes_in_one_thread_whatever_its_model_asks_for(worker: WorkerProcess, model: Any) -> None:
+    fit(model)
     version = version_of(NAMES)
     await worker.load(version, stored(model))
-    outputs = await worker.call(version.version, rows_of(NAMES, ROWS), 10)
-    np.testing.assert_allclose(outputs.values[:, 0], model.predict_proba(ROWS)[:, -1])
-    assert "Threads:\t1\n" in process_status(worker)
+    rows = np.tile(ROWS, (200, 1))
+    counts = set()
+    call = asyncio.create_task(worker.call(version.version, rows_of(NAMES, rows), 60))
+    while not call.done():
+        counts.update(re.findall(r"Threads:\t(\d+)", process_status(worker)))
+        await asyncio.sleep(0.001)
+    outputs = await call
+    counts.update(re.findall(r"Threads:\t(\d+)", process_status(worker)))
+    assert counts == {"1"}
+    assert not outputs.errors
+    np.testing.assert_allclose(outputs.values[:60, 0], model.predict_proba(ROWS)[:, -1], atol=1e-6)
 
 
 async def test_row_without_finite_output_fails_alone(worker: WorkerProcess) -> None:

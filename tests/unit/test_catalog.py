@@ -25,8 +25,10 @@ from replication.commands import (
     PutTenant,
     PutVersion,
     QuarantineVersion,
+    QuotaLimits,
     RenewLease,
     RetireVersion,
+    SetQuota,
     SetSettings,
     SetStandbys,
     Settings,
@@ -63,6 +65,15 @@ def any_command(revision: int) -> st.SearchStrategy[Command]:
         ForgetVersion: VERSION,
         HoldBlob: {"node": nodes, "incarnation": st.integers(1, 2), "blob": shas, "held": st.booleans()},
         SetSettings: {"settings": st.builds(Settings, standby_count=st.integers(0, 2), moves_max=st.integers(1, 2))},
+        SetQuota: {
+            "tenant": tenants,
+            "limits": st.builds(
+                QuotaLimits,
+                weight=st.sampled_from((None, 1.0, 4.0)),
+                models_max=st.sampled_from((None, 0, 1)),
+                rows_s_max=st.sampled_from((None, 5.0)),
+            ),
+        },
         GrowPartitions: {"count": st.integers(1, 3)},
         TakeOver: {**PARTITION, "to": nodes, "lease": st.integers(0, 4)},
         SetStandbys: {**PARTITION, "standbys": standbys},
@@ -303,3 +314,27 @@ def test_refusals_are_bounded() -> None:
         catalog = apply(catalog, DrainNode(revision=0, name=f"n{place}", draining=True))
     assert len(catalog.refusals) == limits.REFUSALS_KEPT_MAX
     assert "n72" in catalog.refusals[-1].command
+
+
+def quota(catalog: Catalog, revision: int, **limits_set: float) -> Catalog:
+    return apply(catalog, SetQuota(revision=revision, tenant="t", limits=QuotaLimits(**limits_set), who="eve", at_ms=7))
+
+
+def test_a_quota_is_set_changed_and_dropped_and_a_late_command_does_not_bring_it_back() -> None:
+    start = WHOLE.revision
+    one = quota(WHOLE, start, weight=4.0)
+    assert (one.quotas["t"].limits.weight, one.quotas["t"].who) == (4.0, "eve")
+    assert quota(one, start, weight=4.0) is one
+    assert quota(one, start, weight=2.0).quotas == one.quotas, "decided on an older catalog"
+    other = quota(one, one.revision, weight=2.0)
+    dropped = quota(other, other.revision)
+    assert dropped.quotas == {}
+    assert quota(dropped, start, weight=4.0).quotas == {}, "older than the last removal"
+
+
+def test_a_model_over_the_quota_is_refused_and_a_new_version_is_not() -> None:
+    full = quota(WHOLE, WHOLE.revision, models_max=1)
+    more = PutVersion(revision=full.revision, tenant="t", model="late", version=SHAS[1], blob=SHAS[1], manifest="x")
+    assert "has 1 models and its quota models_max is 1" in problem(full, more)
+    assert problem(full, version(full.revision, SHAS[1])) == ""
+    assert problem(quota(full, full.revision, models_max=2), more) == ""

@@ -225,18 +225,18 @@ def test_tenant_settings_have_defaults():
 
 def test_tenant_settings_are_cut_to_the_operators_caps_and_the_tenant_is_told():
     text = b"weight = 50\nmemory_mb = 100\nrows_queued_max = 9000\noverload = 'shed_newest'"
-    settings_of_ads = parse_tenant("ads/tenant.toml", "ads", text, TenantCaps(4.0, 2048, 500))
+    settings_of_ads = parse_tenant("tenant.toml", "ads", text, TenantCaps(4.0, 2048, 500))
     assert settings_of_ads == TenantSettings(
         tenant="ads",
         weight=4.0,
         memory_mb=100,
         rows_queued_max=500,
         overload="shed_newest",
-        given=frozenset({"weight", "memory_mb", "rows_queued_max"}),
-        capped=(
-            "ads/tenant.toml: weight is cut to the operator's 4",
-            "ads/tenant.toml: rows_queued_max is cut to the operator's 500",
-        ),
+        asked={"weight": 50, "memory_mb": 100, "rows_queued_max": 9000},
+    )
+    assert settings_of_ads.capped == (
+        "tenant.toml: weight is cut to the operator's 4",
+        "tenant.toml: rows_queued_max is cut to the operator's 500",
     )
 
 
@@ -256,6 +256,49 @@ def test_what_waits_is_bounded_by_the_tenant_and_capped_by_the_operator():
     )
     assert parse_tenant("tenant.toml", "ads", b"", caps).age_waiting_max == 3_600_000, "none is more than an hour"
     assert parse_tenant("tenant.toml", "ads", b"age_waiting_max = 'never'", TenantCaps()).age_waiting_max == 0
+
+
+def test_a_quota_stands_in_place_of_the_caps_and_a_tenant_may_ask_for_less():
+    text = b"weight = 50\nrows_s_max = 20\nmodels_max = 9"
+    asked = parse_tenant("tenant.toml", "ads", text, TenantCaps(4.0, 2048, rows_s_max=100, models_max=5))
+    assert (asked.weight, asked.rows_s_max, asked.models_max) == (4.0, 20.0, 5)
+    quota = {"weight": 8.0, "rows_s_max": 10.0, "models_max": 12, "memory_mb": 4096, "stored_bytes_max": 48}
+    granted = asked.granted(quota)
+    assert (granted.weight, granted.rows_s_max, granted.models_max) == (8.0, 10.0, 9), "less than was granted is fine"
+    assert (granted.memory_mb, granted.stored_bytes_max) == (4096, 48), "what it has not asked for is what was granted"
+    assert granted.rows_queued_max == asked.rows_queued_max
+    assert "tenant.toml: rows_s_max is cut to the operator's 10" in granted.capped
+    assert not any("models_max" in line for line in granted.capped)
+    assert asked.granted({"rows_s_max": 0.0}).rows_s_max == 20.0, "any number was granted"
+    assert parse_tenant("tenant.toml", "ads", b"rows_s_max = 0", TenantCaps(rows_s_max=7)).rows_s_max == 7.0
+
+
+limits = st.fixed_dictionaries(
+    {},
+    optional={
+        "weight": st.floats(0.001, 1000),
+        "memory_mb": st.integers(64, 4096),
+        "rows_s_max": st.one_of(st.just(0.0), st.floats(0.1, 1e6)),
+        "models_max": st.integers(0, 64),
+        "stored_bytes_max": st.integers(0, 4096),
+    },
+)
+
+
+@given(limits, limits, limits)
+def test_whatever_a_tenant_asks_for_it_has_no_more_than_was_granted(asked, caps, quota):
+    named = {{"weight": "weight_max", "memory_mb": "memory_mb_max"}.get(name, name): cap for name, cap in caps.items()}
+    capped = TenantSettings("ads", asked=asked).under(TenantCaps(**named).limits())
+    granted = capped.granted(quota)
+    for name, most in (TenantCaps(**named).limits() | quota).items():
+        has, wanted = getattr(granted, name), asked.get(name)
+        unbounded = name in ("rows_s_max", "age_waiting_max")
+        assert has <= most or (unbounded and not most)
+        assert not (unbounded and most) or has > 0
+        if name in asked and (wanted <= most or (unbounded and not most)) and (wanted or not unbounded):
+            assert has == wanted, "less than was granted is what it asked for"
+    assert granted.granted(quota) == granted
+    assert granted.under(TenantCaps(**named).limits()) == capped, "a quota that is taken back leaves nothing behind"
 
 
 def test_a_models_own_overload_policy_is_read():

@@ -8,17 +8,19 @@ from hypothesis import strategies as st
 
 from node.kernel import limits
 from node.kernel.errors import ManifestError
-from node.kernel.types import EventSchema, ModelName
+from node.kernel.types import EventSchema, ModelName, Quota
 from tenants.agreement import TrialReport
-from tenants.manifest import TenantSettings
+from tenants.manifest import TenantCaps, TenantSettings
 from tenants.registry import (
     Action,
     ConfigureTenant,
+    CountRefusal,
     Event,
     GoLive,
     PairGone,
     PairRefused,
     PairSeen,
+    QuotaSet,
     RemoveTenant,
     Retire,
     Snapshot,
@@ -247,6 +249,68 @@ def test_bounds_are_refused_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
     assert run(TenantSeen(TenantSettings("late"))) == []
     run.seen(ModelName("late", "a"), manifest(), 1)
     assert "1 tenants already" in str(status(run.snapshot, ModelName("late", "a"))["problems"])
+
+
+def three_outputs(*names: str) -> bytes:
+    return manifest(extra=f"output = {list(names)}".replace("'", '"') + '\nmethod = "transform"')
+
+
+def problems(run: Run, name: ModelName) -> str:
+    return str(status(run.snapshot, name)["problems"])
+
+
+def test_a_model_too_many_for_its_quota_is_refused_and_counted_once_and_said_who_can_do_what() -> None:
+    run = Run()
+    run(TenantSeen(TenantSettings("ads", models_max=1)))
+    run.seen(BID, manifest(), 1)
+    run.passed(BID)
+    late = ModelName("ads", "late")
+    actions = run.seen(late, manifest(), 2)
+    assert CountRefusal("ads", "models_max") in actions
+    assert run.seen(late, manifest(), 2) == [], "what was told is not told and counted again"
+    assert run.state(late) == "refused"
+    assert "has 1 models and its quota models_max is 1: delete one, or ask the operator" in problems(run, late)
+    assert isinstance(run.seen(BID, manifest("event.amount * 2"), 3)[0], StartTrial), "one in place of another is fine"
+    run(TenantSeen(TenantSettings("ads", models_max=2)))
+    assert isinstance(run.seen(late, manifest(), 2)[0], StartTrial)
+
+
+def test_outputs_over_the_quota_of_stored_bytes_are_refused_unless_they_take_no_more_than_before() -> None:
+    run = Run()
+    run(TenantSeen(TenantSettings("ads", stored_bytes_max=64)))
+    run.seen(BID, three_outputs("a", "b"), 1)
+    run.passed(BID)
+    late = ModelName("ads", "late")
+    assert CountRefusal("ads", "stored_bytes_max") in run.seen(late, three_outputs("a", "b", "c"), 2)
+    assert "take 40 bytes of each customer's row, all of tenant ads 72, and its quota" in problems(run, late)
+    assert isinstance(run.seen(late, three_outputs("a", "b"), 3)[0], StartTrial)
+    run(TenantSeen(TenantSettings("ads", stored_bytes_max=8)))
+    assert run.snapshot.models[BID].live is not None, "a lower quota takes nothing away"
+    assert isinstance(run.seen(BID, three_outputs("a", "x"), 4)[0], StartTrial)
+    assert CountRefusal("ads", "stored_bytes_max") in run.seen(BID, three_outputs("a", "b", "c"), 5)
+
+
+def test_an_operator_s_quota_changes_what_holds_and_is_kept() -> None:
+    run = Run()
+    caps = TenantCaps(weight_max=4.0).limits()
+    run(TenantSeen(TenantSettings("ads", asked={"weight": 9.0}).under(caps)))
+    assert run.snapshot.settings("ads").weight == 4.0
+    (configured,) = run(QuotaSet("ads", Quota(weight=8.0, rows_s_max=50.0, who="eve", at_ms=5), caps))
+    assert isinstance(configured, ConfigureTenant)
+    assert (configured.settings.weight, configured.settings.rows_s_max) == (8.0, 50.0)
+    assert run(QuotaSet("ads", Quota(weight=8.0, rows_s_max=50.0, who="eve", at_ms=5), caps)) == []
+    assert run(QuotaSet("new", Quota(models_max=0), caps)) == []
+    assert run.snapshot.settings("new").models_max == 0, "also for a tenant that comes later"
+    (seen,) = run(TenantSeen(TenantSettings("ads", asked={"weight": 2.0}).under(caps)))
+    assert isinstance(seen, ConfigureTenant)
+    assert (seen.settings.weight, seen.settings.rows_s_max) == (2.0, 50.0), "it may ask for less"
+    kept, _ = decode(encode(run.snapshot), SCHEMA)
+    assert kept.quotas == run.snapshot.quotas
+    assert kept.tenants == run.snapshot.tenants
+    (cleared,) = run(QuotaSet("ads", Quota(), caps))
+    assert isinstance(cleared, ConfigureTenant)
+    assert cleared.settings == TenantSettings("ads", asked={"weight": 2.0}).under(caps)
+    assert list(run.snapshot.quotas) == ["new"]
 
 
 def test_tenants_come_change_and_go() -> None:
