@@ -114,6 +114,7 @@ class Node:
             self._tenants if self._clustering is None else self._clustering.models,
             self._supervisor,
             clock,
+            dict if self._clustering is None else self._clustering.statistics,
         )
         cluster_view = None if self._clustering is None else self._clustering.view
         token = make_token(self._data)

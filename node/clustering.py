@@ -200,6 +200,17 @@ class Clustering:
         await self._client.stop()
         self._snapshots.close()
 
+    def statistics(self) -> Mapping[str, object]:
+        return {
+            "agreement": self.cluster.statistics(),
+            "standbys": self._standbys.statistics(),
+            "snapshots": self._snapshots.statistics(),
+            "changelog_cuts": self._cutter.statistics(),
+            "model_files": self._blobs.statistics(),
+            "peers_asked": self._client.statistics(),
+            "peers_answered": self._server.statistics(),
+        }
+
     async def restore(self, partition: int, folder: Path) -> bool:
         """`node.state.folder.Restore`: a snapshot in place of what is in the folder; False if there is none."""
         return await self._snapshots.restore(partition, folder)

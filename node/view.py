@@ -101,7 +101,10 @@ class LocalView:
         quotas: QuotaKeeper,
         supervisor: Supervisor,
         clock: Clock,
+        cluster: Callable[[], Mapping[str, object]] = dict,
     ) -> None:
+        """`cluster` gives the figures of its parts, by their names."""
+        self._cluster = cluster
         self._node = node
         self._quotas = quotas
         self._partitions = partitions
@@ -131,6 +134,7 @@ class LocalView:
             ],
             sandbox=self._tenants.sandbox(),
             tasks=list(self._supervisor.statistics()["tasks"]),  # type: ignore[call-overload]
+            cluster=msgspec.to_builtins(dict(self._cluster()), str_keys=True),
         )
 
     def unready(self) -> Sequence[str]:

@@ -49,6 +49,9 @@ class _StatusCollector(Collector):
         yield from _tenant_metrics(status)
         if status.http is not None:
             yield from _http_metrics(status.http)
+        parts = status.cluster.items()
+        figures: Series = {(part, name): value for part, found in parts for name, value in _flat(found)}
+        yield _gauge("cluster", "What /v1/status says under cluster.", ("part", "figure"), figures)
 
 
 def _partition_metrics(partitions: list[PartitionStatus]) -> Iterator[Metric]:
@@ -146,6 +149,15 @@ def _http_metrics(http: HttpStatus) -> Iterator[Metric]:
     yield _counter("http_seconds", "Time spent answering.", (), {(): http.seconds})
     yield _gauge("http_requests_in_progress", "Requests in progress.", (), {(): http.in_progress})
     yield _gauge("http_connections", "Open connections.", (), {(): http.connections})
+
+
+def _flat(found: object, path: str = "") -> Iterator[tuple[str, float]]:
+    """The numbers in nested objects, each by the names on the way to it, joined by dots."""
+    if isinstance(found, dict):
+        for name, inner in found.items():
+            yield from _flat(inner, f"{path}.{name}" if path else str(name))
+    elif isinstance(found, int | float):
+        yield path, float(found)
 
 
 def _counter(name: str, text: str, labels: tuple[str, ...], series: Series) -> Metric:

@@ -6,7 +6,7 @@ Numbers that are missing (NaN inside) are null. Times ending in `_ms` are millis
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Annotated, Literal, Protocol, TypeAlias
+from typing import Annotated, Any, Literal, Protocol, TypeAlias
 
 from msgspec import UNSET, Meta, Struct, UnsetType
 
@@ -388,6 +388,9 @@ class NodeStatus(Body, frozen=True):
     tasks: list[str] = []
     """Background tasks that run."""
     http: HttpStatus | None = None
+    cluster: dict[str, Any] = {}
+    """What each part of this node's side of the cluster has done: agreement, standbys, snapshots, changelog cuts, model
+    files and calls between peers. Empty for a node that is alone."""
 
 
 class NodeView(Protocol):

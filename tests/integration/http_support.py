@@ -36,6 +36,7 @@ from node.serving.view import (
 )
 
 NOW_MS = 1_700_000_000_000
+CLUSTER = {"snapshots": {"taken": 3, "partitions": {"0": {"bytes": 7, "reason": "none"}}}}
 TOKEN = "the operator's, in tests"
 
 
@@ -58,7 +59,9 @@ class MemoryView:
 
     def status(self) -> NodeStatus:
         tenants = [TenantStatus(tenant="ads", weight=2.0, cpu_seconds=1.5, restarts=1, rows_queued=7)]
-        return NodeStatus(node="one", started_ms=1, now_ms=2, partitions=self.partitions, tenants=tenants)
+        return NodeStatus(
+            node="one", started_ms=1, now_ms=2, partitions=self.partitions, tenants=tenants, cluster=CLUSTER
+        )
 
     def unready(self) -> Sequence[str]:
         return self.reasons

@@ -221,6 +221,8 @@ async def test_metrics_follow_from_the_status(
     assert found["headrace_worker_cpu_seconds_total", ("ads",)] == 1.5
     assert found["headrace_worker_restarts_total", ("ads",)] == 1
     assert found["headrace_rows_queued", ("ads",)] == 7
+    assert found["headrace_cluster", ("taken", "snapshots")] == 3
+    assert found["headrace_cluster", ("partitions.0.bytes", "snapshots")] == 7
     assert found["process_cpu_seconds_total", ()] > 0
 
 
