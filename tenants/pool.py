@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import asyncio
 import math
-import time
 from collections import deque
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
@@ -26,9 +25,10 @@ from node.kernel.supervise import Supervisor
 from node.kernel.types import FeatureRows, Ints, ModelName, ModelOutputs, ModelVersion
 from tenants.batch import Batch, Piece, Submission, fail
 from tenants.cost import CostEstimate
+from tenants.cpu_time import cpu_seconds
 from tenants.isolation import Isolation, first_pieces, halves
 from tenants.manifest import TenantSettings
-from tenants.memory import keep_measured
+from tenants.memory import measured
 from tenants.pool_statistics import PoolStatistics, VersionState, tenant_statistics
 from tenants.registry import Action, ConfigureTenant, GoLive, RemoveTenant, Retire
 from tenants.scheduler import URGENT, Dispatch, Scheduler
@@ -224,9 +224,25 @@ class ModelPool:
                 self._abandon(ticket, "")
             await self._close(removed)
 
-    async def keep_measured(self) -> None:
-        """Measure the memory of the workers, for ever."""
-        await keep_measured(lambda: (tenant.worker for tenant in self._tenants.values() if tenant.worker is not None))
+    async def keep_watch(self) -> None:
+        """Measure the memory of the workers, and end those that compute unasked; for ever."""
+        while True:
+            await measured([tenant.worker for tenant in self._tenants.values() if tenant.worker is not None])
+            for tenant in list(self._tenants.values()):
+                self._charge_unasked(tenant)
+            await asyncio.sleep(limits.WORKER_LOOK_MS / 1000)
+
+    def _charge_unasked(self, tenant: _Tenant) -> None:
+        worker = tenant.worker
+        if worker is None:
+            return
+        seconds, quiet = worker.unasked()
+        self._scheduler.charge(tenant.name, seconds)
+        if quiet and seconds > limits.WORKER_UNASKED_MS_MAX / 1000:
+            reason = f"its worker computed for {seconds:.1f} s though nothing was asked of it, and was killed"
+            for known in [known for known in tenant.versions.values() if known.state == "loaded"]:
+                self._failing(tenant, known, reason)
+            self._dying(tenant, worker, reason)
 
     def statistics(self) -> PoolStatistics:
         shares = self._scheduler.statistics()
@@ -374,7 +390,7 @@ class ModelPool:
         await tenant.idle.wait()
         if tenant.lost or worker.lost.is_set():
             return
-        before = _cpu_seconds(worker.pid)
+        before = cpu_seconds(worker.pid)
         try:
             report = await worker.load(known.version, known.model, known.text_features)
         except ModelRefused as error:
@@ -387,7 +403,7 @@ class ModelPool:
                 self._failing(tenant, known, reason)
         else:
             self._loaded(tenant, known, report)
-        self._scheduler.charge(tenant.name, _cpu_seconds(worker.pid) - before)
+        self._scheduler.charge(tenant.name, cpu_seconds(worker.pid) - before)
         self._resume(tenant)
 
     def _loaded(self, tenant: _Tenant, known: _Version, report: LoadReport) -> None:
@@ -502,7 +518,7 @@ class ModelPool:
 
     async def _run(self, tenant: _Tenant, worker: WorkerProcess, known: _Version, dispatch: Dispatch) -> None:
         batch = Batch.of(dispatch.parts)
-        started, before = self._clock.monotonic(), _cpu_seconds(worker.pid)
+        started, before = self._clock.monotonic(), cpu_seconds(worker.pid)
         learn, used = False, 0.0
         pieces: list[Piece] = []
         try:
@@ -510,12 +526,12 @@ class ModelPool:
             if left is not None:
                 batch = left
                 outputs = await worker.call(known.key, batch.rows, known.version.deadline_ms / 1000)
-                used = _cpu_seconds(worker.pid) - before
+                used = cpu_seconds(worker.pid) - before
                 learn, tenant.backoff_ms = len(batch.rows) == dispatch.rows, 0
                 known.rows_failed += len(outputs.errors)
                 batch.answer(outputs, used)
         except CallFailed as error:
-            used, tenant.backoff_ms = _cpu_seconds(worker.pid) - before, 0
+            used, tenant.backoff_ms = cpu_seconds(worker.pid) - before, 0
             pieces = self._raised(known, batch.piece(), str(error))
         except BoundExceeded as error:
             pieces = self._too_large(known, batch.piece(), str(error))
@@ -648,14 +664,3 @@ def _half(piece: Piece, at: Ints) -> Piece:
 
 def _in_state(tenant: _Tenant, state: VersionState) -> _Version | None:
     return next((known for known in tenant.versions.values() if known.state == state), None)
-
-
-def _cpu_seconds(pid: int) -> float:
-    """CPU time of a process with all its threads, from the kernel: a worker can't lie about it. 0 once it is gone.
-
-    The clock's id is made as glibc's clock_getcpuclockid(3) makes it.
-    """
-    try:
-        return time.clock_gettime((~pid << 3) | 2)
-    except OSError:
-        return 0.0

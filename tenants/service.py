@@ -136,7 +136,7 @@ class TenantService:
         for layer, reason in self.sandbox.missing.items():
             log.warning("a layer of the sandbox is missing", layer=layer, reason=reason)
         await self.watcher.start()
-        self._supervisor.start("memory of workers", self.runner.keep_measured())
+        self._supervisor.start("watch of workers", self.runner.keep_watch())
 
     async def caught_up(self, seconds_max: float) -> None:
         """Wait until what is in the directory has been tried, so that a fresh node's first events find their models."""

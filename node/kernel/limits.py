@@ -93,8 +93,10 @@ WORKER_THREADS_MAX = 1
 """A worker is one thread: what it uses is then at most a core, and only while a call that is charged for runs."""
 WORKER_MEMORY_EXTRA_BYTES = 64 * MIB
 """Of a worker's control group, beyond the tenant's memory: pages of the warm server that it changes count there."""
-WORKER_MEMORY_SAMPLE_MS = 5_000
-"""A worker that has done something is measured so often; one that is idle, not again."""
+WORKER_LOOK_MS = 5_000
+"""How often workers are looked at: the memory of those that have done something, the CPU time of all."""
+WORKER_UNASKED_MS_MAX = 500
+"""CPU time between two looks of a worker that nothing was asked of all the while; beyond it, it is killed."""
 TENANT_LOG_BYTES_MAX = 128 * KIB
 """Of one tenant's printed lines, kept in memory; the oldest go first."""
 TENANT_LOG_LINE_BYTES_MAX = 4 * KIB
