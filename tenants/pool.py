@@ -15,7 +15,6 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import TypeAlias
 
-import numpy as np
 import structlog
 
 from node.kernel import limits
@@ -26,13 +25,15 @@ from node.kernel.types import FeatureRows, Ints, ModelName, ModelOutputs, ModelV
 from tenants.batch import Batch, Piece, Submission, fail
 from tenants.cost import CostEstimate
 from tenants.cpu_time import cpu_seconds
-from tenants.isolation import Isolation, first_pieces, halves
+from tenants.failure_rate import BatchVerdict, FailureRate
+from tenants.isolation import Isolation, first_pieces, halves, judge
 from tenants.manifest import TenantSettings
 from tenants.memory import measured
 from tenants.pool_statistics import PoolStatistics, VersionState, tenant_statistics
 from tenants.registry import Action, ConfigureTenant, GoLive, RemoveTenant, Retire
 from tenants.scheduler import URGENT, Dispatch, Scheduler
 from tenants.shares import ShareWindow
+from tenants.versions import alike
 from tenants.workers import LoadReport, WarmServer, WorkerProcess
 
 log = structlog.get_logger(__name__)
@@ -46,8 +47,11 @@ FETCH_SECONDS_MAX = 60.0
 DEADLINE_SHARE_MAX = 0.25
 """Of a call's deadline that a batch may be estimated to cost."""
 
-FailingCallback: TypeAlias = Callable[[ModelName, str, str, bool], None]
-"""Model, version, reason, and whether the model itself is to blame."""
+HANDOVER_SECONDS_MAX = 5.0
+"""Rows queued for a version that is failing wait so long for the one that is live instead."""
+
+FailingCallback: TypeAlias = Callable[[ModelName, str, str, bool], bool | None]
+"""Model, version, reason, and whether the model itself is to blame; gives whether another version may take over."""
 
 
 @dataclass(slots=True, eq=False)
@@ -67,6 +71,9 @@ class _Version:
     rows_failed: int = 0
     fatal_rows: deque[float] = field(default_factory=lambda: deque(maxlen=limits.FATAL_ROWS_MAX))
     """When single rows were given up that took workers along."""
+    rate: FailureRate = field(default_factory=FailureRate)
+    parked: bool = False
+    """It is failing, and what is queued waits for the version that takes over."""
 
     @property
     def key(self) -> str:
@@ -151,7 +158,7 @@ class ModelPool:
             return future
         tenant = self._tenant(version.name.tenant)
         known = tenant.versions.get(version.version) or self._add_version(tenant, version, tuple(sorted(rows.texts)))
-        if known.state == "failing" and not self._tried_again(tenant, known):
+        if known.state == "failing" and not known.parked and not self._tried_again(tenant, known):
             known.rows_failed += len(rows)
             submission.fail(known.reason)
             return future
@@ -186,6 +193,7 @@ class ModelPool:
         if known is None:
             known = self._add_version(tenant, version, text_features)
         known.admitted, known.retired = True, False
+        self._hand_over(tenant, known)
 
     def retire(self, version: ModelVersion) -> None:
         """Forget a version once the rows queued for it have run."""
@@ -304,6 +312,7 @@ class ModelPool:
             return False
         known.losses = 0
         known.fatal_rows.clear()
+        known.rate = FailureRate()
         self._fetch_again(tenant, known)
         return True
 
@@ -436,11 +445,35 @@ class ModelPool:
         known.failed_at = self._clock.monotonic()
         name, version = known.version.name, known.version
         log.warning("model failing", model=str(name), version=version.short_version, reason=reason)
+        self._scheduler.block(tenant.name, known.key)
+        told = self._on_failing is not None and self._on_failing(name, version.version, reason, at_fault)
+        if told:
+            known.parked = True
+            self._supervisor.start(f"rows of {name}", self._give_up_later(tenant, known))
+        else:
+            self._give_up(tenant, known)
+
+    def _give_up(self, tenant: _Tenant, known: _Version) -> None:
+        """Answer what is queued for a failing version with the reason."""
+        known.parked = False
         for ticket in self._scheduler.remove_model(tenant.name, known.key):
-            known.rows_failed += fail(ticket, reason)
+            known.rows_failed += fail(ticket, known.reason)
         self._schedule(tenant, known)
-        if self._on_failing is not None:
-            self._on_failing(name, version.version, reason, at_fault)
+
+    async def _give_up_later(self, tenant: _Tenant, known: _Version) -> None:
+        await asyncio.sleep(HANDOVER_SECONDS_MAX)
+        if known.parked and self._tenants.get(tenant.name) is tenant and tenant.versions.get(known.key) is known:
+            self._give_up(tenant, known)
+
+    def _hand_over(self, tenant: _Tenant, live: _Version) -> None:
+        """Run on `live` what is queued for versions of its model that are failing, where both take and give alike."""
+        for known in tenant.versions.values():
+            if known.parked and known is not live and alike(known.version, live.version):
+                known.parked = False
+                for ticket in self._scheduler.move(tenant.name, known.key, live.key):
+                    if isinstance(ticket, Piece):
+                        ticket.isolation, ticket.losses = None, 0  # what is known of the other version says nothing
+                self._wake()
 
     def _unneeded(self, tenant: _Tenant) -> _Version | None:
         for known in tenant.versions.values():
@@ -522,13 +555,16 @@ class ModelPool:
         learn, used = False, 0.0
         pieces: list[Piece] = []
         try:
-            left = self._without_refused(known, batch)
+            left, refused = batch.without_refused(known.rate)
+            known.rows_failed += refused
             if left is not None:
                 batch = left
                 outputs = await worker.call(known.key, batch.rows, known.version.deadline_ms / 1000)
                 used = cpu_seconds(worker.pid) - before
                 learn, tenant.backoff_ms = len(batch.rows) == dispatch.rows, 0
                 known.rows_failed += len(outputs.errors)
+                if judge(known.rate, batch.isolation, batch.rows, outputs.errors):
+                    known.last_error = next(iter(outputs.errors.values()))
                 batch.answer(outputs, used)
         except CallFailed as error:
             used, tenant.backoff_ms = cpu_seconds(worker.pid) - before, 0
@@ -565,10 +601,12 @@ class ModelPool:
     ) -> None:
         self._scheduler.complete(dispatch, cpu_seconds, learn=learn)
         present = self._tenants.get(tenant.name) is tenant and tenant.versions.get(known.key) is known
+        if present and known.rate.most and known.state == "loaded":
+            self._failing(tenant, known, f"it failed on most rows; the last time: {known.last_error}")
         for piece in reversed(pieces):
             if not present:
                 self._abandon(piece, f"{known.version.name} was removed while its rows ran")
-            elif known.state == "failing":
+            elif known.state == "failing" and not known.parked:
                 known.rows_failed += fail(piece, known.reason)
             elif not piece.abandoned:
                 self._scheduler.enqueue(
@@ -580,25 +618,6 @@ class ModelPool:
         self._wake()
 
     @staticmethod
-    def _without_refused(known: _Version, batch: Batch) -> Batch | None:
-        """The batch without rows whose likes were refused in it before; None when none is left."""
-        first = batch.parts[0][0]
-        isolation = first.isolation if isinstance(first, Piece) else None
-        if not isinstance(first, Piece) or isolation is None:
-            return batch
-        refused = isolation.refusals(first.rows)
-        if refused:
-            rows = np.array(sorted(refused))
-            known.rows_failed += len(rows)
-            first.take(rows).answer(None, {at: refused[int(row)] for at, row in enumerate(rows)}, 0.0)
-            left = np.setdiff1d(np.arange(len(first.rows)), rows)
-            if not len(left):
-                return None
-            first = first.take(left, first.losses, isolation)
-        isolation.calls_left -= 1
-        return Batch([(first, 0, len(first.rows))], first.rows)
-
-    @staticmethod
     def _raised(known: _Version, piece: Piece, reason: str) -> list[Piece]:
         """What to try after the model raised on the piece; rows that are to blame are answered."""
         known.last_error = reason
@@ -608,11 +627,15 @@ class ModelPool:
             isolation.learn(piece.rows, reason)
         if alone or (isolation is not None and isolation.calls_left <= 0):
             known.rows_failed += len(piece.rows)
+            if alone:
+                judge(known.rate, isolation, piece.rows, (0,))
+            elif isolation is not None:
+                isolation.verdict.close(known.rate, len(piece.rows), 0, 0)
             told = reason if alone else f"{reason} (said of {len(piece.rows)} rows together; too many fail to try each)"
             piece.answer(None, dict.fromkeys(range(len(piece.rows)), told), 0.0)
             return []
         if isolation is None:
-            isolation = Isolation()
+            isolation = Isolation(verdict=BatchVerdict(len(piece.rows)))
             return [piece.take(at, isolation=isolation) for at in first_pieces(piece.rows)]
         return [piece.take(at, piece.losses, isolation) for at in halves(len(piece.rows))]
 
@@ -641,6 +664,8 @@ class ModelPool:
         if len(piece.rows) == 1:
             known.rows_failed += 1
             known.fatal_rows.append(self._clock.monotonic())
+            if piece.isolation is not None:
+                piece.isolation.verdict.close(known.rate, 1, 0, 0)
             piece.answer(None, {0: f"the worker was lost {piece.losses} times with this row: {reason}"}, 0.0)
             return []
         return [_half(piece, at) for at in halves(len(piece.rows))]

@@ -84,6 +84,10 @@ WORKER_START_MS_MAX = 30_000
 TRIAL_MS_MAX = 120_000
 TRIALS_MAX = 2
 """At once: one slow model file must not hold up everybody's."""
+TRIAL_TURN_MS = 10_000
+"""After it, a trial gives way to others that wait, and begins anew later."""
+FAILED_ROWS_MIN = 256
+"""Most of so many rows in sequence failed, though nothing was missing in them: then the version is failing."""
 QUARANTINED_PER_MODEL_MAX = 8
 """Failed versions that are remembered, the newest: the same pair found again is not tried again."""
 FATAL_ROWS_MAX = 5
