@@ -145,6 +145,8 @@ class Arena:
         self.feed = feed
         self.folder = folder
         self.tenants = folder / "tenants"
+        self.late_s = 0.0
+        """How long an honest tenant's first model took to be live beside models that load for ever."""
         self._numbers = iter(range(1, 1 << 30))
 
     def get(self, path: str) -> dict[str, Any]:
@@ -190,6 +192,8 @@ class Arena:
         with contextlib.ExitStack() as stack:
             attacks = [self._dropped(case, stack) for case in cases]
             seconds = PATIENT_S_MAX if patient else WAIT_S_MAX
+            if patient:
+                self.late_s = self._newcomer()
             _quietly(lambda: all(self._taken(attack) for attack in attacks), seconds)
             self.send(EVENTS_BEFORE)
             self.feed.send([hostile_making.TRIGGER])
@@ -204,6 +208,17 @@ class Arena:
             for attack in attacks:
                 attack.problems += shared
         return attacks
+
+    def _newcomer(self) -> float:
+        trials = len(HONEST) + 2
+        _quietly(lambda: len(self.workers()) >= trials, WAIT_S_MAX)
+        began = time.monotonic()
+        place = self.tenants / "late"
+        hostile_making.pair(place, hostile_making.stored(hostile_making.linear(1.0)))
+        _quietly(lambda: self.state("late") == "live", PATIENT_S_MAX)
+        taken_s = time.monotonic() - began
+        shutil.rmtree(place)
+        return round(taken_s, 2)
 
     def _dropped(self, case: hostile_making.Case, stack: contextlib.ExitStack) -> Attack:
         tenant = f"h{next(self._numbers):05d}"
@@ -328,7 +343,7 @@ def _groups(cases: Sequence[hostile_making.Case]) -> Iterator[tuple[Sequence[hos
         yield ordinary[first : first + GROUP], False
     patient = [case for case in cases if case.patient]
     if patient:
-        yield patient, True
+        yield [*patient, *(case for case in patient if case.at_load)], True  # twice: as many as there are trial slots
 
 
 def suite(folder: Path, address: str, cases: Sequence[hostile_making.Case]) -> dict[str, Any]:
@@ -348,9 +363,14 @@ def suite(folder: Path, address: str, cases: Sequence[hostile_making.Case]) -> d
                 if attack.problems:
                     print(f"  {attack.case.name}: {attack.problems[:4]}", file=sys.stderr, flush=True)
         events = len(arena.feed.sent)
+    problems: dict[str, list[str]] = {}
+    for attack in attacks:
+        problems.setdefault(attack.case.name, []).extend(attack.problems[:8])
+    stopped_by = {case.name: case.stopped_by for case in cases}
     return {
-        "contained": sum(not attack.problems for attack in attacks),
-        "cases": {attack.case.name: attack.problems[:8] or attack.case.stopped_by for attack in attacks},
+        "contained": sum(not found for found in problems.values()),
+        "cases": {name: found or stopped_by[name] for name, found in problems.items()},
+        "live_beside_endless_loads_s": arena.late_s,
         "honest_inferences_right": events * len(HONEST),
     }
 
