@@ -459,6 +459,7 @@ class ModelPool:
         for ticket in self._scheduler.remove_model(tenant.name, known.key):
             known.rows_failed += fail(ticket, known.reason)
         self._schedule(tenant, known)
+        tenant.changed.set()
 
     async def _give_up_later(self, tenant: _Tenant, known: _Version) -> None:
         await asyncio.sleep(HANDOVER_SECONDS_MAX)
