@@ -10,6 +10,7 @@ from typing import TypeAlias
 import numpy as np
 
 from node.kernel.types import FeatureRows, Floats, Ints, ModelOutputs
+from tenants.failure_rate import FailureRate
 from tenants.isolation import Isolation
 from tenants.scheduler import Part
 
@@ -103,6 +104,29 @@ class Batch:
             assert isinstance(part.ticket, Submission | Piece)
             placed.append((part.ticket, part.start, part.stop))
         return cls(placed, _gathered([_part_rows(*part) for part in placed]))
+
+    @property
+    def isolation(self) -> Isolation | None:
+        """Of the batch that this is a piece of."""
+        first = self.parts[0][0]
+        return first.isolation if isinstance(first, Piece) else None
+
+    def without_refused(self, rate: FailureRate) -> tuple[Batch | None, int]:
+        """The batch without rows whose likes were refused in it before, None when none is left; how many those are."""
+        first, isolation = self.parts[0][0], self.isolation
+        if not isinstance(first, Piece) or isolation is None:
+            return self, 0
+        refused = isolation.refusals(first.rows)
+        if refused:
+            rows = np.array(sorted(refused))
+            isolation.verdict.close(rate, len(rows), 0, 0)
+            first.take(rows).answer(None, {at: refused[int(row)] for at, row in enumerate(rows)}, 0.0)
+            left = np.setdiff1d(np.arange(len(first.rows)), rows)
+            if not len(left):
+                return None, len(refused)
+            first = first.take(left, first.losses, isolation)
+        isolation.calls_left -= 1
+        return Batch([(first, 0, len(first.rows))], first.rows), len(refused)
 
     def answer(self, outputs: ModelOutputs, cpu_seconds: float) -> None:
         offset = 0

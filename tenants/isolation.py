@@ -8,6 +8,7 @@ refuses for what is missing speaks for the rows that miss the same.
 from __future__ import annotations
 
 import re
+from collections.abc import Collection
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -15,6 +16,7 @@ from numpy.typing import NDArray
 
 from node.kernel.limits import ISOLATION_CALLS_MAX
 from node.kernel.types import Bools, FeatureRows, Ints
+from tenants.failure_rate import BatchVerdict, FailureRate
 
 PATTERNS_MAX = 16
 """Patterns of missing columns that get a row tried by itself, of one batch."""
@@ -28,6 +30,7 @@ class Isolation:
     calls_left: int = ISOLATION_CALLS_MAX
     refused: dict[bytes, str] = field(default_factory=dict)
     """Pattern of missing columns -> what the model said to a single row that has it."""
+    verdict: BatchVerdict = field(default_factory=BatchVerdict)
 
     def learn(self, rows: FeatureRows, reason: str) -> None:
         """The model raised `reason` on the single row of `rows`."""
@@ -73,3 +76,17 @@ def first_pieces(rows: FeatureRows) -> list[Ints]:
     pieces = [np.flatnonzero(~missing), *(np.array([row]) for row in alone), sorted_rest]
     pieces = [piece for piece in pieces if len(piece)]
     return pieces if len(pieces) > 1 else halves(len(rows))
+
+
+def judge(rate: FailureRate, isolation: Isolation | None, rows: FeatureRows, errors: Collection[int]) -> int:
+    """Count rows that were answered, those in `errors` with an error; how many of these miss nothing."""
+    failed = 0
+    if errors:
+        complete = ~np.asarray(patterns(rows).any(axis=1))
+        failed = int(complete[list(errors)].sum())
+    counted = len(rows) - len(errors) + failed
+    if isolation is None:
+        rate.add(counted, failed)
+    else:
+        isolation.verdict.close(rate, len(rows), counted, failed)
+    return failed

@@ -5,11 +5,11 @@ from __future__ import annotations
 import asyncio
 import os
 import threading
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Protocol
 
-from node.kernel.limits import KIB, WORKER_MEMORY_SAMPLE_MS
+from node.kernel.limits import KIB
 
 _ROLLUP_BYTES = 4096
 _PRIVATE = ("Private_Clean", "Private_Dirty", "Private_Hugetlb")
@@ -74,10 +74,8 @@ class Measured(Protocol):
         ...
 
 
-async def keep_measured(workers: Callable[[], Iterable[Measured]]) -> None:
-    """Measure, one after the other, the workers that have done something; for ever."""
-    while True:
-        for worker in list(workers()):
-            if worker.stale:
-                await asyncio.to_thread(worker.measure)
-        await asyncio.sleep(WORKER_MEMORY_SAMPLE_MS / 1000)
+async def measured(workers: Iterable[Measured]) -> None:
+    """Measure, one after the other, the workers that have done something."""
+    for worker in workers:
+        if worker.stale:
+            await asyncio.to_thread(worker.measure)

@@ -9,14 +9,12 @@ from __future__ import annotations
 
 import asyncio
 import math
-import time
 from collections import deque
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
 from functools import partial
 from typing import TypeAlias
 
-import numpy as np
 import structlog
 
 from node.kernel import limits
@@ -26,13 +24,16 @@ from node.kernel.supervise import Supervisor
 from node.kernel.types import FeatureRows, Ints, ModelName, ModelOutputs, ModelVersion
 from tenants.batch import Batch, Piece, Submission, fail
 from tenants.cost import CostEstimate
-from tenants.isolation import Isolation, first_pieces, halves
+from tenants.cpu_time import cpu_seconds
+from tenants.failure_rate import BatchVerdict, FailureRate
+from tenants.isolation import Isolation, first_pieces, halves, judge
 from tenants.manifest import TenantSettings
-from tenants.memory import keep_measured
+from tenants.memory import measured
 from tenants.pool_statistics import PoolStatistics, VersionState, tenant_statistics
 from tenants.registry import Action, ConfigureTenant, GoLive, RemoveTenant, Retire
 from tenants.scheduler import URGENT, Dispatch, Scheduler
 from tenants.shares import ShareWindow
+from tenants.versions import alike
 from tenants.workers import LoadReport, WarmServer, WorkerProcess
 
 log = structlog.get_logger(__name__)
@@ -46,8 +47,11 @@ FETCH_SECONDS_MAX = 60.0
 DEADLINE_SHARE_MAX = 0.25
 """Of a call's deadline that a batch may be estimated to cost."""
 
-FailingCallback: TypeAlias = Callable[[ModelName, str, str, bool], None]
-"""Model, version, reason, and whether the model itself is to blame."""
+HANDOVER_SECONDS_MAX = 5.0
+"""Rows queued for a version that is failing wait so long for the one that is live instead."""
+
+FailingCallback: TypeAlias = Callable[[ModelName, str, str, bool], bool | None]
+"""Model, version, reason, and whether the model itself is to blame; gives whether another version may take over."""
 
 
 @dataclass(slots=True, eq=False)
@@ -67,6 +71,9 @@ class _Version:
     rows_failed: int = 0
     fatal_rows: deque[float] = field(default_factory=lambda: deque(maxlen=limits.FATAL_ROWS_MAX))
     """When single rows were given up that took workers along."""
+    rate: FailureRate = field(default_factory=FailureRate)
+    parked: bool = False
+    """It is failing, and what is queued waits for the version that takes over."""
 
     @property
     def key(self) -> str:
@@ -151,7 +158,7 @@ class ModelPool:
             return future
         tenant = self._tenant(version.name.tenant)
         known = tenant.versions.get(version.version) or self._add_version(tenant, version, tuple(sorted(rows.texts)))
-        if known.state == "failing" and not self._tried_again(tenant, known):
+        if known.state == "failing" and not known.parked and not self._tried_again(tenant, known):
             known.rows_failed += len(rows)
             submission.fail(known.reason)
             return future
@@ -186,6 +193,7 @@ class ModelPool:
         if known is None:
             known = self._add_version(tenant, version, text_features)
         known.admitted, known.retired = True, False
+        self._hand_over(tenant, known)
 
     def retire(self, version: ModelVersion) -> None:
         """Forget a version once the rows queued for it have run."""
@@ -224,9 +232,25 @@ class ModelPool:
                 self._abandon(ticket, "")
             await self._close(removed)
 
-    async def keep_measured(self) -> None:
-        """Measure the memory of the workers, for ever."""
-        await keep_measured(lambda: (tenant.worker for tenant in self._tenants.values() if tenant.worker is not None))
+    async def keep_watch(self) -> None:
+        """Measure the memory of the workers, and end those that compute unasked; for ever."""
+        while True:
+            await measured([tenant.worker for tenant in self._tenants.values() if tenant.worker is not None])
+            for tenant in list(self._tenants.values()):
+                self._charge_unasked(tenant)
+            await asyncio.sleep(limits.WORKER_LOOK_MS / 1000)
+
+    def _charge_unasked(self, tenant: _Tenant) -> None:
+        worker = tenant.worker
+        if worker is None:
+            return
+        seconds, quiet = worker.unasked()
+        self._scheduler.charge(tenant.name, seconds)
+        if quiet and seconds > limits.WORKER_UNASKED_MS_MAX / 1000:
+            reason = f"its worker computed for {seconds:.1f} s though nothing was asked of it, and was killed"
+            for known in [known for known in tenant.versions.values() if known.state == "loaded"]:
+                self._failing(tenant, known, reason)
+            self._dying(tenant, worker, reason)
 
     def statistics(self) -> PoolStatistics:
         shares = self._scheduler.statistics()
@@ -288,6 +312,7 @@ class ModelPool:
             return False
         known.losses = 0
         known.fatal_rows.clear()
+        known.rate = FailureRate()
         self._fetch_again(tenant, known)
         return True
 
@@ -374,7 +399,7 @@ class ModelPool:
         await tenant.idle.wait()
         if tenant.lost or worker.lost.is_set():
             return
-        before = _cpu_seconds(worker.pid)
+        before = cpu_seconds(worker.pid)
         try:
             report = await worker.load(known.version, known.model, known.text_features)
         except ModelRefused as error:
@@ -387,7 +412,7 @@ class ModelPool:
                 self._failing(tenant, known, reason)
         else:
             self._loaded(tenant, known, report)
-        self._scheduler.charge(tenant.name, _cpu_seconds(worker.pid) - before)
+        self._scheduler.charge(tenant.name, cpu_seconds(worker.pid) - before)
         self._resume(tenant)
 
     def _loaded(self, tenant: _Tenant, known: _Version, report: LoadReport) -> None:
@@ -420,11 +445,36 @@ class ModelPool:
         known.failed_at = self._clock.monotonic()
         name, version = known.version.name, known.version
         log.warning("model failing", model=str(name), version=version.short_version, reason=reason)
+        self._scheduler.block(tenant.name, known.key)
+        told = self._on_failing is not None and self._on_failing(name, version.version, reason, at_fault)
+        if told:
+            known.parked = True
+            self._supervisor.start(f"rows of {name}", self._give_up_later(tenant, known))
+        else:
+            self._give_up(tenant, known)
+
+    def _give_up(self, tenant: _Tenant, known: _Version) -> None:
+        """Answer what is queued for a failing version with the reason."""
+        known.parked = False
         for ticket in self._scheduler.remove_model(tenant.name, known.key):
-            known.rows_failed += fail(ticket, reason)
+            known.rows_failed += fail(ticket, known.reason)
         self._schedule(tenant, known)
-        if self._on_failing is not None:
-            self._on_failing(name, version.version, reason, at_fault)
+        tenant.changed.set()
+
+    async def _give_up_later(self, tenant: _Tenant, known: _Version) -> None:
+        await asyncio.sleep(HANDOVER_SECONDS_MAX)
+        if known.parked and self._tenants.get(tenant.name) is tenant and tenant.versions.get(known.key) is known:
+            self._give_up(tenant, known)
+
+    def _hand_over(self, tenant: _Tenant, live: _Version) -> None:
+        """Run on `live` what is queued for versions of its model that are failing, where both take and give alike."""
+        for known in tenant.versions.values():
+            if known.parked and known is not live and alike(known.version, live.version):
+                known.parked = False
+                for ticket in self._scheduler.move(tenant.name, known.key, live.key):
+                    if isinstance(ticket, Piece):
+                        ticket.isolation, ticket.losses = None, 0  # what is known of the other version says nothing
+                self._wake()
 
     def _unneeded(self, tenant: _Tenant) -> _Version | None:
         for known in tenant.versions.values():
@@ -502,20 +552,23 @@ class ModelPool:
 
     async def _run(self, tenant: _Tenant, worker: WorkerProcess, known: _Version, dispatch: Dispatch) -> None:
         batch = Batch.of(dispatch.parts)
-        started, before = self._clock.monotonic(), _cpu_seconds(worker.pid)
+        started, before = self._clock.monotonic(), cpu_seconds(worker.pid)
         learn, used = False, 0.0
         pieces: list[Piece] = []
         try:
-            left = self._without_refused(known, batch)
+            left, refused = batch.without_refused(known.rate)
+            known.rows_failed += refused
             if left is not None:
                 batch = left
                 outputs = await worker.call(known.key, batch.rows, known.version.deadline_ms / 1000)
-                used = _cpu_seconds(worker.pid) - before
+                used = cpu_seconds(worker.pid) - before
                 learn, tenant.backoff_ms = len(batch.rows) == dispatch.rows, 0
                 known.rows_failed += len(outputs.errors)
+                if judge(known.rate, batch.isolation, batch.rows, outputs.errors):
+                    known.last_error = next(iter(outputs.errors.values()))
                 batch.answer(outputs, used)
         except CallFailed as error:
-            used, tenant.backoff_ms = _cpu_seconds(worker.pid) - before, 0
+            used, tenant.backoff_ms = cpu_seconds(worker.pid) - before, 0
             pieces = self._raised(known, batch.piece(), str(error))
         except BoundExceeded as error:
             pieces = self._too_large(known, batch.piece(), str(error))
@@ -549,10 +602,12 @@ class ModelPool:
     ) -> None:
         self._scheduler.complete(dispatch, cpu_seconds, learn=learn)
         present = self._tenants.get(tenant.name) is tenant and tenant.versions.get(known.key) is known
+        if present and known.rate.most and known.state == "loaded":
+            self._failing(tenant, known, f"it failed on most rows; the last time: {known.last_error}")
         for piece in reversed(pieces):
             if not present:
                 self._abandon(piece, f"{known.version.name} was removed while its rows ran")
-            elif known.state == "failing":
+            elif known.state == "failing" and not known.parked:
                 known.rows_failed += fail(piece, known.reason)
             elif not piece.abandoned:
                 self._scheduler.enqueue(
@@ -564,25 +619,6 @@ class ModelPool:
         self._wake()
 
     @staticmethod
-    def _without_refused(known: _Version, batch: Batch) -> Batch | None:
-        """The batch without rows whose likes were refused in it before; None when none is left."""
-        first = batch.parts[0][0]
-        isolation = first.isolation if isinstance(first, Piece) else None
-        if not isinstance(first, Piece) or isolation is None:
-            return batch
-        refused = isolation.refusals(first.rows)
-        if refused:
-            rows = np.array(sorted(refused))
-            known.rows_failed += len(rows)
-            first.take(rows).answer(None, {at: refused[int(row)] for at, row in enumerate(rows)}, 0.0)
-            left = np.setdiff1d(np.arange(len(first.rows)), rows)
-            if not len(left):
-                return None
-            first = first.take(left, first.losses, isolation)
-        isolation.calls_left -= 1
-        return Batch([(first, 0, len(first.rows))], first.rows)
-
-    @staticmethod
     def _raised(known: _Version, piece: Piece, reason: str) -> list[Piece]:
         """What to try after the model raised on the piece; rows that are to blame are answered."""
         known.last_error = reason
@@ -592,11 +628,15 @@ class ModelPool:
             isolation.learn(piece.rows, reason)
         if alone or (isolation is not None and isolation.calls_left <= 0):
             known.rows_failed += len(piece.rows)
+            if alone:
+                judge(known.rate, isolation, piece.rows, (0,))
+            elif isolation is not None:
+                isolation.verdict.close(known.rate, len(piece.rows), 0, 0)
             told = reason if alone else f"{reason} (said of {len(piece.rows)} rows together; too many fail to try each)"
             piece.answer(None, dict.fromkeys(range(len(piece.rows)), told), 0.0)
             return []
         if isolation is None:
-            isolation = Isolation()
+            isolation = Isolation(verdict=BatchVerdict(len(piece.rows)))
             return [piece.take(at, isolation=isolation) for at in first_pieces(piece.rows)]
         return [piece.take(at, piece.losses, isolation) for at in halves(len(piece.rows))]
 
@@ -625,6 +665,8 @@ class ModelPool:
         if len(piece.rows) == 1:
             known.rows_failed += 1
             known.fatal_rows.append(self._clock.monotonic())
+            if piece.isolation is not None:
+                piece.isolation.verdict.close(known.rate, 1, 0, 0)
             piece.answer(None, {0: f"the worker was lost {piece.losses} times with this row: {reason}"}, 0.0)
             return []
         return [_half(piece, at) for at in halves(len(piece.rows))]
@@ -648,14 +690,3 @@ def _half(piece: Piece, at: Ints) -> Piece:
 
 def _in_state(tenant: _Tenant, state: VersionState) -> _Version | None:
     return next((known for known in tenant.versions.values() if known.state == state), None)
-
-
-def _cpu_seconds(pid: int) -> float:
-    """CPU time of a process with all its threads, from the kernel: a worker can't lie about it. 0 once it is gone.
-
-    The clock's id is made as glibc's clock_getcpuclockid(3) makes it.
-    """
-    try:
-        return time.clock_gettime((~pid << 3) | 2)
-    except OSError:
-        return 0.0

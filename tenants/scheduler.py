@@ -415,6 +415,27 @@ class Scheduler:
         self._refresh(owner)
         return dropped
 
+    def move(self, tenant: str, source: str, target: str) -> list[Hashable]:
+        """Queue what is queued for one model before what is queued for another, past its bound; the tickets moved."""
+        owner, old, new = self._tenant(tenant), self._model(tenant, source), self._model(tenant, target)
+        moved: list[Hashable] = []
+        for priority, flow in old.flows.items():
+            if not flow.entries:
+                continue
+            to = new.flows.get(priority)
+            if to is None:
+                to = new.flows[priority] = _Flow(new, priority, owner.flows_virtual)
+            to.entries.extendleft(reversed(flow.entries))
+            rows = sum(entry.stop - entry.start for entry in flow.entries)
+            moved += [entry.ticket for entry in flow.entries]
+            flow.entries.clear()
+            owner.ready.pop((source, priority), None)
+            old.rows_queued -= rows
+            new.rows_queued += rows
+            self._flow_ready(owner, to)
+        self._refresh(owner)
+        return moved
+
     def rows_held(self, tenant: str, model: str) -> int:
         """Rows of the model that are queued or running."""
         held = self._model(tenant, model)

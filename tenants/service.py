@@ -27,7 +27,7 @@ from tenants.quotas import models_of
 from tenants.registry import Shared, Snapshot
 from tenants.sandbox import SandboxReport, SandboxSettings
 from tenants.tenant_log import LogLine
-from tenants.versions import VersionFolder
+from tenants.versions import VersionFolder, alike
 from tenants.watch import Blobs, ModelWatcher, WatchSettings, WatchStatistics
 from tenants.workers import WarmServer
 
@@ -136,7 +136,7 @@ class TenantService:
         for layer, reason in self.sandbox.missing.items():
             log.warning("a layer of the sandbox is missing", layer=layer, reason=reason)
         await self.watcher.start()
-        self._supervisor.start("memory of workers", self.runner.keep_measured())
+        self._supervisor.start("watch of workers", self.runner.keep_watch())
 
     async def caught_up(self, seconds_max: float) -> None:
         """Wait until what is in the directory has been tried, so that a fresh node's first events find their models."""
@@ -179,8 +179,7 @@ class TenantService:
         if not quarantined or known is None or entry is None or entry.live is None:
             return known
         live = entry.live.version
-        alike = (live.features, live.outputs, live.labels) == (known.features, known.outputs, known.labels)
-        return live if alike else known
+        return live if alike(live, known) else known
 
     def _agreed_version(self, shared: Shared, name: ModelName, version: str) -> ModelVersion | None:
         """By the catalog; what it has forgotten already, this node may still have on disk."""

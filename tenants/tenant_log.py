@@ -45,6 +45,8 @@ class TenantLog:
         self._credit = float(TENANT_LOG_BURST_BYTES)
         self._credited_at = 0.0
         self.count = 0
+        self.readers = 0
+        """Pipes that lead here and have not ended."""
         self.dropped = 0
         """Lines that were taken and had to go for newer ones."""
 
@@ -114,6 +116,7 @@ class OutputReader:
         self._lines = Lines()
         self._resume: asyncio.TimerHandle | None = None
         os.set_blocking(descriptor, False)
+        log.readers += 1
         self._listen()
 
     def _listen(self) -> None:
@@ -147,6 +150,7 @@ class OutputReader:
         os.close(self._descriptor)
         self._descriptor = -1
         self._log.add(self._lines.end(), self._clock.now_ms(), self._pid)
+        self._log.readers -= 1
 
 
 class TenantLogs:

@@ -25,6 +25,11 @@ REPLACED_MAX = 8
 _REMEMBERED_MAX = 4 * TENANTS_MAX * MODELS_PER_TENANT_MAX
 
 
+def alike(one: ModelVersion, other: ModelVersion) -> bool:
+    """Whether either can run on the other's rows and give what is expected of it."""
+    return (one.features, one.outputs, one.labels) == (other.features, other.outputs, other.labels)
+
+
 @dataclass(frozen=True, slots=True)
 class Kept:
     """What a collection found: the model files still named, and the versions that are no longer kept."""

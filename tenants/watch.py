@@ -53,6 +53,7 @@ from tenants.registry import (
     TrialPassed,
     WriteStatus,
 )
+from tenants.trial_slots import TrialSlots
 from tenants.workers import LoadReport, WarmServer
 
 log = structlog.get_logger(__name__)
@@ -168,7 +169,7 @@ class ModelWatcher:
         self._wake = asyncio.Event()
         self._rearm = asyncio.Event()
         self._places: tuple[tuple[str, int, int], ...] = ()
-        self._trial_slots = asyncio.Semaphore(limits.TRIALS_MAX)
+        self._trial_slots = TrialSlots(limits.TRIALS_MAX, limits.TRIAL_TURN_MS / 1000, clock)
         self._trials: dict[ModelName, asyncio.Task[None]] = {}
         self._saved = b""
         self._counters = _Counters()
@@ -191,10 +192,12 @@ class ModelWatcher:
         self._supervisor.start("model watch", self._watch_events())
         self._supervisor.start("model watcher", self._run())
 
-    def failing(self, name: ModelName, version: str, reason: str, at_fault: bool) -> None:
-        """For the pool: a live version can't be run any more."""
+    def failing(self, name: ModelName, version: str, reason: str, at_fault: bool) -> bool:
+        """For the pool: a live version can't be run any more. Whether another may be live soon in its place."""
         event = registry.VersionFailing(name, version, reason, self._clock.now_ms(), at_fault)
         self._supervisor.start(f"failing {name}", self._apply(event))
+        entry = self._snapshot.models.get(name)
+        return at_fault and (self._publishing is not None or (entry is not None and entry.previous is not None))
 
     def refusals(self, tenant: str) -> dict[str, int]:
         """Quota -> pairs of the tenant that were refused because of it."""
@@ -599,18 +602,23 @@ class ModelWatcher:
 
     async def _try(self, trial: StartTrial) -> None:
         version = trial.version
-        async with self._trial_slots:
+
+        async def attempt() -> LoadReport | None:
             if not self._snapshot.on_trial(version.name, version.version):
-                return  # meanwhile it is gone, or the cluster has it from another node
+                return None  # meanwhile it is gone, or the cluster has it from another node
             self._counters.trials += 1
-            try:
-                report = await self._loaded(version, trial.text_features)
-            except SandboxUnavailable:
-                raise  # the operator's to mend, not the tenant's
-            except HeadraceError as error:
-                failed = TrialFailed(version.name, version.version, str(error), self._clock.now_ms())
-                await self._apply(failed)
-                return
+            return await self._loaded(version, trial.text_features)
+
+        try:
+            report = await self._trial_slots.run(version.name.tenant, attempt)
+        except SandboxUnavailable:
+            raise  # the operator's to mend, not the tenant's
+        except HeadraceError as error:
+            failed = TrialFailed(version.name, version.version, str(error), self._clock.now_ms())
+            await self._apply(failed)
+            return
+        if report is None:
+            return
         passed = TrialPassed(version.name, version.version, _trial_report(report), self._clock.now_ms())
         await self._apply(passed)
 

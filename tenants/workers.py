@@ -35,6 +35,7 @@ from node.kernel.types import FeatureRows, ModelOutputs, ModelVersion
 from tenants import messages, warm_server
 from tenants.cgroup_files import WorkerLimits
 from tenants.cgroups import ControlGroups
+from tenants.cpu_time import Meter, Unasked, cpu_seconds
 from tenants.memory import MemoryFile, MemoryUse
 from tenants.messages import Answer, Buffer, Called, Load, Loaded, MessageCorrupt, Ready, Refused, Unload, Unloaded
 from tenants.sandbox import SandboxReport, SandboxSettings
@@ -186,6 +187,7 @@ class WorkerProcess:
         self._memory: MemoryUse | None = None
         self._measured_requests = -1
         self._requests = 0
+        self._meter = Meter()
         self.lost = asyncio.Event()
         self.sandbox = SandboxReport(())
         self._process: int | None = process
@@ -213,6 +215,7 @@ class WorkerProcess:
         if not isinstance(answer, Ready):
             raise self._corrupt("its first message is not 'ready'")
         self.sandbox = SandboxReport(answer.layers, dict(answer.missing))
+        self._meter = Meter(cpu_seconds(self.pid))
 
     async def load(
         self,
@@ -311,12 +314,14 @@ class WorkerProcess:
             raise WorkerLost(f"the worker of {self.tenant} has ended; it is started again")
         expected = self._frames.expect(bytes_max)
         self._requests += 1
+        self._meter.asked(cpu_seconds(self.pid))
         started = self._clock.monotonic()
         self._transport.writelines(frame)
         try:
             return await self._received(expected, seconds)
         finally:
             self._busy_seconds += self._clock.monotonic() - started
+            self._meter.answered(cpu_seconds(self.pid))
 
     async def _answer(self, seconds: float, bytes_max: int) -> tuple[Answer, memoryview]:
         return await self._received(self._frames.expect(bytes_max), seconds)
@@ -365,6 +370,10 @@ class WorkerProcess:
         except TimeoutError:
             self.kill()
             await self.lost.wait()
+
+    def unasked(self) -> Unasked:
+        """CPU time that it took, since this was asked last, while no request was in progress."""
+        return self._meter.look(cpu_seconds(self.pid))
 
     @property
     def stale(self) -> bool:

@@ -84,6 +84,10 @@ WORKER_START_MS_MAX = 30_000
 TRIAL_MS_MAX = 120_000
 TRIALS_MAX = 2
 """At once: one slow model file must not hold up everybody's."""
+TRIAL_TURN_MS = 10_000
+"""After it, a trial gives way to others that wait, and begins anew later."""
+FAILED_ROWS_MIN = 256
+"""Most of so many rows in sequence failed, though nothing was missing in them: then the version is failing."""
 QUARANTINED_PER_MODEL_MAX = 8
 """Failed versions that are remembered, the newest: the same pair found again is not tried again."""
 FATAL_ROWS_MAX = 5
@@ -93,8 +97,10 @@ WORKER_THREADS_MAX = 1
 """A worker is one thread: what it uses is then at most a core, and only while a call that is charged for runs."""
 WORKER_MEMORY_EXTRA_BYTES = 64 * MIB
 """Of a worker's control group, beyond the tenant's memory: pages of the warm server that it changes count there."""
-WORKER_MEMORY_SAMPLE_MS = 5_000
-"""A worker that has done something is measured so often; one that is idle, not again."""
+WORKER_LOOK_MS = 5_000
+"""How often workers are looked at: the memory of those that have done something, the CPU time of all."""
+WORKER_UNASKED_MS_MAX = 500
+"""CPU time between two looks of a worker that nothing was asked of all the while; beyond it, it is killed."""
 TENANT_LOG_BYTES_MAX = 128 * KIB
 """Of one tenant's printed lines, kept in memory; the oldest go first."""
 TENANT_LOG_LINE_BYTES_MAX = 4 * KIB

@@ -8,6 +8,7 @@ import io
 import os
 import signal
 from collections.abc import AsyncIterator, Callable
+from typing import Any
 
 import joblib
 import numpy as np
@@ -22,11 +23,12 @@ from sklearn.preprocessing import OneHotEncoder
 
 from node.kernel.clock import ManualClock, SystemClock
 from node.kernel.errors import BoundExceeded, NotFound
-from node.kernel.limits import FATAL_ROWS_MAX, ISOLATION_CALLS_MAX, KIB, WORKER_BACKOFF_MS_MAX
+from node.kernel.limits import FAILED_ROWS_MIN, FATAL_ROWS_MAX, ISOLATION_CALLS_MAX, KIB, WORKER_BACKOFF_MS_MAX
 from node.kernel.ports import ModelRunner
 from node.kernel.supervise import Supervisor
 from node.kernel.types import FeatureRows, ModelName, ModelOutputs, ModelVersion
 from tenants import messages
+from tenants import pool as pool_module
 from tenants.manifest import TenantSettings
 from tenants.pool import FETCH_SECONDS_MAX, ModelPool
 from tenants.pool_statistics import TenantStatistics, VersionStatistics
@@ -269,6 +271,77 @@ async def test_a_version_with_too_many_fatal_rows_is_failing_and_takes_no_more_w
     healthy = running.models.add(LINEAR, name="other")
     assert not (await answered(running.pool.submit(healthy, rows_of(X)))).errors
     assert running.tenant().restarts <= restarts + 1, "the last death may be told only now"
+
+
+def raising(count: int) -> FeatureRows:
+    """Rows with a text that a `choosy` model raises on."""
+    return FeatureRows(("shop",), np.full((count, 1), np.nan), {"shop": ["moon"] * count})
+
+
+def choosy(handle_unknown: str) -> Any:
+    shops = np.array([["north"], ["south"]] * 40, dtype=object)
+    return make_pipeline(OneHotEncoder(handle_unknown=handle_unknown), LogisticRegression()).fit(shops, [0, 1] * 40)
+
+
+async def test_a_version_that_raises_on_most_rows_is_failing(running: Running) -> None:
+    version = running.models.add(choosy("error"), features=("shop",))
+    fine = FeatureRows(("shop",), np.full((100, 1), np.nan), {"shop": ["north"] * 100})
+    for _ in range(6):
+        assert not (await answered(running.pool.submit(version, fine))).errors
+        assert len((await answered(running.pool.submit(version, raising(60)))).errors) == 60
+    assert not running.failing, "three of eight rows are not most"
+    while not running.failing:
+        await answered(running.pool.submit(version, raising(100)))
+    assert "most rows" in running.failing[0][2]
+    assert "moon" in running.failing[0][2]
+    assert running.version(version).rows_failed < 360 + 4 * FAILED_ROWS_MIN
+
+
+async def test_rows_with_gaps_are_not_to_the_version_s_blame(running: Running) -> None:
+    version = running.models.add(LINEAR)
+    numbers = RNG.normal(size=(FAILED_ROWS_MIN, 3))
+    numbers[:, 1] = np.nan
+    for _ in range(4):
+        assert len((await answered(running.pool.submit(version, rows_of(numbers)))).errors) == FAILED_ROWS_MIN
+    assert not running.failing
+
+
+@pytest.mark.parametrize("takes_over", [True, False])
+async def test_what_is_queued_when_a_version_fails_runs_on_the_one_that_takes_over(
+    server: WarmServer, monkeypatch: pytest.MonkeyPatch, takes_over: bool
+) -> None:
+    monkeypatch.setattr(pool_module, "HANDOVER_SECONDS_MAX", 5.0 if takes_over else 0.2)
+    supervisor, models = Supervisor(), Models()
+    bad = models.add(choosy("error"), features=("shop",))
+    good = models.add(choosy("ignore"), features=("shop",))
+    failing = asyncio.Queue[bool]()
+
+    def told(_name: ModelName, _version: str, _reason: str, at_fault: bool) -> bool:
+        failing.put_nowait(at_fault)
+        return True
+
+    pool = ModelPool(server, models.fetch, SystemClock(), supervisor, parallel=1, on_failing=told)
+    pool.admit(bad, ("shop",))
+    futures = [pool.submit(bad, raising(FAILED_ROWS_MIN // 4)) for _ in range(40)]
+    async with asyncio.timeout(20):
+        assert await failing.get()
+        futures.append(pool.submit(bad, raising(10)))
+        if takes_over:
+            pool.admit(good, ("shop",))
+            pool.retire(bad)
+        outputs = [await future for future in futures]
+    first, last = outputs[0], outputs[-1]
+    assert len(first.errors) == FAILED_ROWS_MIN // 4
+    assert len(last.errors) == (0 if takes_over else 10)
+    whole = sum(not one.errors for one in outputs)
+    if takes_over:
+        assert np.isfinite(last.values).all()
+        assert whole > 20
+    else:
+        assert "most rows" in last.errors[0]
+        assert whole == 0
+    await pool.stop()
+    assert supervisor.failure is None
 
 
 async def test_a_version_that_cannot_load_fails_its_rows_and_tells(running: Running) -> None:

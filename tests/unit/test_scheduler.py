@@ -531,3 +531,27 @@ def test_mistakes_are_named() -> None:
     with pytest.raises(BoundExceeded, match="bounded to 65536"):
         scheduler.enqueue(1, "ads", "a", 65_537)
     assert scheduler.statistics().tenants["ads"].models["a"].rows_queued == 0
+
+
+def test_rows_move_before_those_of_the_other_model_in_order_and_past_its_bound() -> None:
+    scheduler = Scheduler(1, QUANTUM)
+    scheduler.add_tenant("a", 1.0)
+    for model in ("old", "new"):
+        scheduler.add_model("a", model, 1.0, CostEstimate(), 1.0)
+    scheduler.set_rows_queued_max("a", "new", 4)
+    scheduler.enqueue("running", "a", "old", 1)
+    running = scheduler.next()
+    assert running is not None
+    for ticket in ("first", "second"):
+        scheduler.enqueue(ticket, "a", "old", 3, whole=True)
+    scheduler.enqueue("third", "a", "new", 2, whole=True)
+    assert scheduler.move("a", "old", "new") == ["first", "second"]
+    assert scheduler.rows_held("a", "old") == 1
+    assert scheduler.rows_held("a", "new") == 8
+    scheduler.complete(running, 0.001)
+    ran = []
+    while (dispatch := scheduler.next()) is not None:
+        assert dispatch.model == "new"
+        ran += [part.ticket for part in dispatch.parts]
+        scheduler.complete(dispatch, 0.001)
+    assert ran == ["first", "second", "third"]
