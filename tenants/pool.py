@@ -27,6 +27,7 @@ from tenants.cost import CostEstimate
 from tenants.cpu_time import cpu_seconds
 from tenants.failure_rate import BatchVerdict, FailureRate
 from tenants.isolation import Isolation, first_pieces, halves, judge
+from tenants.lending import SlotLook
 from tenants.manifest import TenantSettings
 from tenants.memory import measured
 from tenants.pool_statistics import PoolStatistics, VersionState, tenant_statistics
@@ -552,7 +553,7 @@ class ModelPool:
 
     async def _run(self, tenant: _Tenant, worker: WorkerProcess, known: _Version, dispatch: Dispatch) -> None:
         batch = Batch.of(dispatch.parts)
-        started, before = self._clock.monotonic(), cpu_seconds(worker.pid)
+        look = SlotLook(worker.pid, self._clock, partial(self._lend, dispatch))
         learn, used = False, 0.0
         pieces: list[Piece] = []
         try:
@@ -561,20 +562,20 @@ class ModelPool:
             if left is not None:
                 batch = left
                 outputs = await worker.call(known.key, batch.rows, known.version.deadline_ms / 1000)
-                used = cpu_seconds(worker.pid) - before
+                used = look.used()
                 learn, tenant.backoff_ms = len(batch.rows) == dispatch.rows, 0
                 known.rows_failed += len(outputs.errors)
                 if judge(known.rate, batch.isolation, batch.rows, outputs.errors):
                     known.last_error = next(iter(outputs.errors.values()))
                 batch.answer(outputs, used)
         except CallFailed as error:
-            used, tenant.backoff_ms = cpu_seconds(worker.pid) - before, 0
+            used, tenant.backoff_ms = look.used(), 0
             pieces = self._raised(known, batch.piece(), str(error))
         except BoundExceeded as error:
             pieces = self._too_large(known, batch.piece(), str(error))
         except WorkerLost as error:
             # Its CPU time went with it: charge the time it held the slot, and learn that such batches take long.
-            used = self._clock.monotonic() - started
+            used = look.end()
             learn = used >= known.version.deadline_ms / 1000
             self._dying(tenant, worker, str(error))
             removed = self._tenants.get(tenant.name) is not tenant
@@ -586,7 +587,12 @@ class ModelPool:
                 )
                 self._failing(tenant, known, reason)
         finally:
+            look.end()
             self._ended(tenant, known, dispatch, max(used, 0.0), learn, pieces)
+
+    def _lend(self, dispatch: Dispatch, lent: bool) -> None:
+        self._scheduler.lend(dispatch, lent)
+        self._wake()
 
     def _abandon(self, ticket: object, reason: str) -> None:
         """Rows of a tenant that is removed get an error; those of a pool that stops are the caller's again."""

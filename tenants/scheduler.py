@@ -124,6 +124,8 @@ class _Running:
     tenant: _Tenant
     model: _Model
     flow: _Flow
+    lent: bool = False
+    """Others have its slot meanwhile."""
 
 
 _virtual = attrgetter("virtual")
@@ -140,6 +142,9 @@ class Scheduler:
     What it falls behind by is kept for it up to CREDIT_BATCHES_MAX times the costliest recent batch of all (at least
     a quantum) and forgiven beyond, so that it can't lock others out later; counting what was forgiven as served, the
     bound then holds with that credit, divided by its weight, added for each of the two.
+
+    **Lending.** A batch that holds its slot without computing (it sleeps) lends it to others, see `lend`. Then as many
+    batches compute at once as there are slots; a tenant that lends falls behind as it does with more of them.
 
     **Work-conserving.** `next` returns a batch whenever a slot is free and some tenant that isn't blocked or
     running, and whose quota isn't used up, has rows of a model that isn't blocked.
@@ -162,6 +167,7 @@ class Scheduler:
         self._tenants: dict[str, _Tenant] = {}
         self._ready: dict[str, _Tenant] = {}
         self._running: dict[int, _Running] = {}
+        self._slots_taken = 0
         self._virtual = 0.0
         """The highest virtual time at which a batch was started."""
         self._costliest_seconds = quantum_seconds
@@ -334,8 +340,9 @@ class Scheduler:
 
     def next(self) -> Dispatch | None:
         """The next batch to start, or None when no slot is free or nothing may run."""
-        if len(self._running) >= self.parallel or not self._ready:
+        if self._slots_taken >= self.parallel or not self._ready:
             return None
+        self._slots_taken += 1
         tenant = min(self._ready.values(), key=_virtual)
         flow = min(tenant.ready.values(), key=_virtual)
         self._virtual = max(self._virtual, tenant.virtual)
@@ -359,6 +366,14 @@ class Scheduler:
         self._ledger.hold(tenant.name, self._hold(tenant))
         return dispatch
 
+    def lend(self, dispatch: Dispatch, lent: bool) -> None:
+        """The batch doesn't compute (or does again): others have its slot meanwhile. One asked back while others have
+        it is one slot too many until another batch ends."""
+        running = self._running.get(dispatch.number)
+        if running is not None and running.lent != lent:
+            running.lent = lent
+            self._slots_taken += -1 if lent else 1
+
     def complete(
         self, dispatch: Dispatch, cpu_seconds: float, rows_done: int | None = None, *, learn: bool = True
     ) -> None:
@@ -367,6 +382,7 @@ class Scheduler:
         `learn`: whether the cost is representative; False when the call failed.
         """
         running = self._running.pop(dispatch.number)
+        self._slots_taken -= not running.lent
         tenant, model, flow = running.tenant, running.model, running.flow
         done = dispatch.rows if rows_done is None else rows_done
         charge = max(cpu_seconds, CHARGE_SECONDS_MIN) if math.isfinite(cpu_seconds) else CHARGE_SECONDS_MIN

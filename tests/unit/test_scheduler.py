@@ -44,6 +44,7 @@ class Book:
     blocked: set[tuple[str, str | None]] = field(default_factory=set)
     present: set[str] = field(default_factory=set)
     latest: dict[tuple[str, str, int], int] = field(default_factory=dict)
+    lent: set[int] = field(default_factory=set)
     bound: int = 200
 
     def add_tenant(self, tenant: str, weight: float) -> None:
@@ -90,7 +91,7 @@ class Book:
 
     def runnable(self) -> bool:
         busy = {dispatch.tenant for dispatch in self.running.values()}
-        return len(self.running) < self.scheduler.parallel and any(
+        return len(self.running.keys() - self.lent) < self.scheduler.parallel and any(
             self.open_rows(t) > 0
             and t.tenant in self.present - busy
             and (t.tenant, None) not in self.blocked
@@ -121,6 +122,7 @@ class Book:
 
     def complete(self, dispatch: Dispatch, cpu_seconds: float, rows_done: int) -> None:
         del self.running[dispatch.number]
+        self.lent.discard(dispatch.number)
         left = rows_done
         for part in dispatch.parts:
             assert isinstance(part.ticket, int)
@@ -136,6 +138,10 @@ class Book:
             self.scheduler.complete(dispatch, cpu_seconds, rows_done)
         else:
             self.scheduler.requeue(dispatch, cpu_seconds)
+
+    def lend(self, dispatch: Dispatch, lent: bool) -> None:
+        self.scheduler.lend(dispatch, lent)
+        (self.lent.add if lent else self.lent.discard)(dispatch.number)
 
     def cancel(self, number: int) -> None:
         ticket = self.tickets[number]
@@ -171,6 +177,7 @@ operations = st.one_of(
         st.just("block"), st.sampled_from(TENANTS), st.sampled_from([None, *MODELS]), st.sampled_from([True, False])
     ),
     st.tuples(st.just("cancel"), st.integers(0, 30)),
+    st.tuples(st.just("lend"), st.integers(0, 7), st.sampled_from([True, False])),
 )  # fmt: skip
 
 
@@ -189,6 +196,8 @@ def perform(book: Book, operation: tuple[object, ...]) -> None:
             book.remove_tenant(tenant)
         case ("block", str(tenant), model, bool(on)) if model is None or isinstance(model, str):
             book.block(tenant, model, on)
+        case ("lend", int(which), bool(lent)) if book.running:
+            book.lend(list(book.running.values())[which % len(book.running)], lent)
         case ("cancel", int(number)) if book.tickets:
             book.cancel(number % len(book.tickets))
 
@@ -518,6 +527,27 @@ def test_batches_stay_in_their_bounds_whatever_was_measured(
     if rows > 1:
         longest = min(max(quantum, 2 * cost.seconds_per_call), call_seconds_max)
         assert cost.seconds(rows) <= longest * 1.0001
+
+
+def test_a_batch_that_sleeps_lends_its_slot_and_can_ask_it_back() -> None:
+    scheduler = Scheduler(1, QUANTUM)
+    for tenant in ("sleeper", "other"):
+        scheduler.add_tenant(tenant)
+        scheduler.add_model(tenant, "a")
+        scheduler.enqueue(tenant, tenant, "a", 40_000)
+    sleeping = scheduler.next()
+    assert sleeping is not None
+    assert scheduler.next() is None
+    scheduler.lend(sleeping, lent=True)
+    first = scheduler.next()
+    assert first is not None
+    assert first.tenant == "other"
+    scheduler.lend(sleeping, lent=False)
+    scheduler.complete(first, 0.010)
+    assert scheduler.next() is None, "the slot is its own again"
+    scheduler.complete(sleeping, 0.010)
+    assert scheduler.next() is not None
+    assert scheduler.next() is None
 
 
 def test_mistakes_are_named() -> None:
