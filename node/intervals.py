@@ -5,7 +5,8 @@ background work and, once it is answered, committed by the next cycle together w
 So whatever is killed, the run goes on behind its last committed chunk: no customer is run over twice in an interval,
 and none is left out. Nothing of a run waits in the sequence log: a chunk that is lost is read again, as it is then.
 
-A model has one chunk on its way at a time, and a cycle reads one and commits INTERVAL_ROWS_SETTLED_MAX rows at most.
+A model has one chunk on its way at a time. A cycle reads one, then rests from it, and commits INTERVAL_ROWS_SETTLED_MAX
+rows at most.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ from node.kernel.errors import BoundExceeded
 from node.kernel.limits import (
     INTERVAL_CHUNK_ROWS_MAX,
     INTERVAL_LOOK_MS,
+    INTERVAL_REST_FACTOR,
     INTERVAL_ROWS_SETTLED_MAX,
     INTERVAL_RUNS_KEPT_MAX,
     INTERVAL_SCAN_ROWS_MAX,
@@ -75,7 +77,7 @@ class Intervals:
         """To be in the next frame."""
         self._counted: Counter[str] = Counter()
         self._due = False
-        self._looked = -math.inf
+        self._looked = self._rested = -math.inf
 
     def settle(self) -> Ran:
         """Take the chunks that are answered, those of other models first next time."""
@@ -134,12 +136,16 @@ class Intervals:
         for chunk in self._chunks.values():
             if not chunk.done and chunk.answering is None:
                 self._submit(chunk)
+        if now < self._rested:
+            return
         for _ in range(len(self._turns)):
             name = self._turns[0]
             self._turns.rotate(-1)
             run = self._runs.get(name)
             if name not in self._chunks and run is not None and not run.finished:
                 self._read(versions[name], plan, layout)
+                ended = self._clock.monotonic()
+                self._rested = ended + INTERVAL_REST_FACTOR * (ended - now)
                 return
 
     def _drop_deleted(self, versions: Mapping[str, ModelVersion]) -> None:
@@ -162,7 +168,8 @@ class Intervals:
     def _advance(self, name: str, version: ModelVersion) -> None:
         schedule, run = version.schedule, self._runs.get(name)
         assert schedule is not None
-        now_ms = self._event_time_ms if schedule.by_event else self._clock.now_ms()
+        # Of events that the store has: a run must see all that came before those which closed its interval.
+        now_ms = self._store.event_time_ms() if schedule.by_event else self._clock.now_ms()
         if not now_ms:
             return
         decision = decide(version, run, newest_interval(schedule, now_ms, time_zone(schedule.zone)))
@@ -183,9 +190,10 @@ class Intervals:
     def _read(self, version: ModelVersion, plan: FeaturePlan, layout: Layout) -> None:
         name = str(version.name)
         run = self._runs[name]
-        scanned = self._store.scan(run.cursor or None, INTERVAL_SCAN_ROWS_MAX)
         rows_max = max(1, min(INTERVAL_CHUNK_ROWS_MAX, self._runner.rows_queued_max(version.name)))
-        last = len(scanned) < INTERVAL_SCAN_ROWS_MAX
+        limit = rows_max if run.whole else INTERVAL_SCAN_ROWS_MAX
+        scanned = self._store.scan(run.cursor or None, limit)
+        last = len(scanned) < limit
         chunk = _Chunk(version, chunk_rows(plan, layout, version, run, scanned, last, rows_max))
         self._chunks[name] = chunk
         if len(chunk.rows):
