@@ -18,7 +18,7 @@ from node.kernel.clock import Clock
 from node.kernel.errors import BoundExceeded
 from node.kernel.limits import CHUNKS_IN_FLIGHT_PER_MODEL_MAX, SETTLED_ROWS_MAX, WAITING_SWEPT_ROWS_MIN
 from node.kernel.ports import ModelRunner, StateStore
-from node.kernel.types import ModelName, ModelOutputs, ModelVersion, SequenceChunk, Triggers
+from node.kernel.types import Floats, ModelName, ModelOutputs, ModelVersion, SequenceChunk, Triggers
 from node.waiting import Answering, Bound, Entry, Line, row_bytes
 
 Versions = Callable[[ModelName, str], ModelVersion | None]
@@ -32,6 +32,8 @@ class Answer:
     version: ModelVersion
     triggers: Triggers
     outputs: ModelOutputs
+    marks: Floats | None = None
+    """Of an interval run, float64 [triggers]: how many events each customer had."""
 
 
 @dataclass(slots=True)

@@ -32,16 +32,22 @@ class Committer:
         return self._committing is None
 
     async def submit(
-        self, outgoing: Outgoing, customers: Sequence[str], rows: Floats, applied: Callable[[], None]
+        self,
+        outgoing: Outgoing,
+        customers: Sequence[str],
+        rows: Floats,
+        applied: Callable[[], None],
+        lasting: int | None = None,
     ) -> None:
         """Start to commit a cycle once the one before it is done; `applied` is called when it is.
 
         `rows` is float64 [slots, customers], what the frame holds as images. The cache takes them at once, so
-        that the next cycle goes on from them; if the commit fails, it goes with the rest of the session.
+        that the next cycle goes on from them; if the commit fails, it goes with the rest of the session. Only the first
+        `lasting` of them (None: all) may take the place of others in it.
         Raises what the commit before raised: see `commit`.
         """
         await self.drain()
-        self._cache.store(customers, rows)
+        self._cache.store(customers, rows, lasting)
         self._committing = asyncio.get_running_loop().create_task(self._commit(outgoing, applied))
 
     async def drain(self) -> None:

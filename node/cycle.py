@@ -19,6 +19,8 @@ from node.columns import where
 from node.commit import Committer
 from node.ingest.decode import Decoded, EventDecoder
 from node.ingest.source import Polled, Source
+from node.interval_rows import write_marks
+from node.intervals import Intervals
 from node.kernel.clock import Clock
 from node.kernel.errors import BoundExceeded
 from node.kernel.limits import IDLE_POLL_MS
@@ -65,6 +67,7 @@ class PartitionState:
     layout: Layout
     cache: RowCache
     backlog: Backlog
+    intervals: Intervals
     counters: Counter[str]
     """As of the newest cycle."""
     committed: Mapping[str, int]
@@ -109,7 +112,7 @@ class Cycle:
         self._steps = steps
         self._clock = clock
         self._idle = False
-        """Nothing but an event can make work for the next cycle."""
+        """Nothing but an event, or the end of an interval, which may wait, can make work for the next cycle."""
 
     async def run(self) -> bool:
         """One cycle; True if the source gave as many events as were asked for, so that more are likely waiting."""
@@ -117,18 +120,20 @@ class Cycle:
         with steps.measure("poll"):  # 1. Poll a micro-batch.
             wait_ms = max(engine.settings.wait_ms, IDLE_POLL_MS) if self._idle else engine.settings.wait_ms
             polled = await self._source.poll(engine.settings.events_max, wait_ms)
-        settled = state.backlog.settle()
-        if not polled.records and not settled.cursors and not self._progress_due(polled):
+        settled, ran = state.backlog.settle(), state.intervals.settle()
+        if not polled.records and not settled.cursors and not ran.due and not self._progress_due(polled):
             self._committer.check()
             state.backlog.pump()
-            self._idle = self._committer.idle and state.backlog.empty
+            self._run_intervals()
+            self._idle = self._committer.idle and state.backlog.empty and not state.intervals.running
             return False
         self._idle = False
+        settled.answers += ran.answers
         with steps.measure("decode"):  # 2. Decode it into columns; what can't be is a dead letter.
             decoded = self._decode(polled)
         with steps.measure("load"):  # 3, 4. One row for each customer seen, in one matrix.
             plan = self._plan()
-            customers, positions = _customers(decoded.events, settled.answers)
+            customers, positions, lasting = _customers(decoded.events, settled.answers)
             rows = state.cache.load(customers)
         with steps.measure("fold"):  # 5. Fold the events into the matrix, each as of itself.
             selections = select(plan, decoded.events, self._origin.schema)
@@ -144,7 +149,8 @@ class Cycle:
             _store_answers(state.layout, rows, outcome.answers, positions)
             outgoing = self._outgoing(polled, decoded, customers, rows, outcome, folded.late)
         state.progress, state.submitted = polled.progress, self._clock.monotonic()
-        await self._committer.submit(outgoing, customers, rows, lambda: self._applied(outgoing))  # 8. Commit.
+        await self._committer.submit(outgoing, customers, rows, lambda: self._applied(outgoing), lasting)  # 8. Commit.
+        self._run_intervals()
         return len(polled.records) >= engine.settings.events_max
 
     def _progress_due(self, polled: Polled) -> bool:
@@ -154,6 +160,11 @@ class Cycle:
         if not polled.progress.keys() <= state.progress.keys():
             return True
         return polled.progress != state.progress and self._clock.monotonic() - state.submitted > _PROGRESS_SECONDS
+
+    def _run_intervals(self) -> None:
+        """Read on for interval models, from the store, which has what is committed."""
+        if self._state.intervals.running or any(version.schedule for version in self._engine.plans().models):
+            self._state.intervals.pump(self._plan(), self._state.layout)
 
     def _applied(self, outgoing: Outgoing) -> None:
         self._state.layout_committed = max(self._state.layout_committed, outgoing.frame.layout_id)
@@ -208,6 +219,7 @@ class Cycle:
         for answer in outcome.answers:
             letters += failed_letters(origin, answer)
             inferences += answered_records(origin, answer)
+        runs, event_time_ms = state.intervals.committing(decoded.events, state.counters)
         frame = Frame(
             progress=polled.progress,
             layout_id=state.layout.id,
@@ -217,6 +229,8 @@ class Cycle:
             appended=outcome.appended,
             cursors=outcome.cursors,
             counters=dict(state.counters),
+            runs=runs,
+            event_time_ms=event_time_ms,
         )
         return Outgoing(frame, inferences, letters)
 
@@ -247,13 +261,17 @@ class _Reads:
         return read_output(self._layout, self._rows, output, self._ttls[output.name], self._at, self._times_ms)
 
 
-def _customers(events: EventColumns, answers: Sequence[Answer]) -> tuple[list[str], dict[str, int]]:
-    """All customers of this commit, those of the events first, and the position of each."""
+def _customers(events: EventColumns, answers: Sequence[Answer]) -> tuple[list[str], dict[str, int], int]:
+    """All customers of this commit, those of the events first, the position of each, and how many come before those
+    that only an interval run concerns; answers of such runs must be the last."""
     positions = dict.fromkeys(events.customers, 0)
+    lasting = len(positions)
     for answer in answers:
         positions.update(dict.fromkeys(answer.triggers.customers, 0))
+        if not answer.triggers.interval:
+            lasting = len(positions)
     customers = list(positions)
-    return customers, dict(zip(customers, range(len(customers)), strict=True))
+    return customers, dict(zip(customers, range(len(customers)), strict=True)), lasting
 
 
 def _union(selections: Mapping[ModelName, Bools], count: int) -> Bools:
@@ -282,6 +300,8 @@ def _store_answers(layout: Layout, rows: Floats, answers: Sequence[Answer], posi
         at = np.fromiter(
             [positions[customer] for customer in answer.triggers.customers], np.int64, len(answer.triggers)
         )
+        if answer.marks is not None:
+            write_marks(layout, rows, answer.version.name, at, answer.marks)
         good = np.ones(len(at), np.bool_)
         good[list(answer.outputs.errors)] = False
         write_outputs(

@@ -3,6 +3,9 @@
 `{"id", "tenant", "model", "version", "customer", "outputs", "topic", "partition", "offset", "type", "time"}`;
 `id` is the same whenever the same trigger is run again, so a reader of a broker without transactions can
 drop duplicates. A missing output is null.
+
+Those of an interval run are of no event: `interval`, its end, stands in place of topic, offset and type, and the id is
+`<tenant>/<model>/interval/<end>/<customer>`.
 """
 
 from __future__ import annotations
@@ -32,6 +35,8 @@ def encode_inferences(
     """
     if not len(triggers):
         return []
+    if triggers.interval:
+        return _interval_records(version, triggers, outputs, partition)
     name = orjson.dumps(str(triggers.name))[1:-1]
     sources = [orjson.dumps(topic)[1:-1] + b"/%d/" % partition for topic in topics]
     topics_json = [b'","topic":' + orjson.dumps(topic) + b',"partition":%d' % partition for topic in topics]
@@ -65,6 +70,32 @@ def encode_inferences(
     if outputs.errors:
         return [record for row, record in enumerate(records) if row not in outputs.errors]
     return records
+
+
+def _interval_records(version: ModelVersion, triggers: Triggers, outputs: ModelOutputs, partition: int) -> list[Record]:
+    name = orjson.dumps(str(triggers.name))[1:-1]
+    model = b'","tenant":%s,"model":%s,"version":"%s","customer":"' % (
+        orjson.dumps(triggers.name.tenant),
+        orjson.dumps(triggers.name.model),
+        triggers.version.encode(),
+    )
+    records = [
+        (
+            key,
+            b"".join(
+                (b'{"id":"', name, b"/interval/", time, b"/", customer, model, customer, b'","interval":', time,
+                 b',"partition":%d' % partition, b',"time":', time, b',"outputs":{', values, b"}}")
+            ),
+        )
+        for key, customer, time, values in zip(
+            [customer.encode() for customer in triggers.customers],
+            _json_texts(triggers.customers),
+            _json_numbers(triggers.times_ms),
+            _json_outputs(version, outputs.values),
+            strict=True,
+        )
+    ]  # fmt: skip
+    return [record for row, record in enumerate(records) if row not in outputs.errors]
 
 
 def _json_texts(texts: Sequence[str]) -> list[bytes]:

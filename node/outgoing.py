@@ -49,7 +49,8 @@ def refused_letters(
 
 
 def failed_letters(origin: Origin, answer: Answer) -> list[LetterRecord]:
-    """The triggers a model failed on. The event itself is at its offset; the letter holds the model's input."""
+    """The triggers a model failed on. The event itself is at its offset; the letter holds the model's input. A trigger
+    of an interval has no event: its letter names no topic, offset -1 and the interval's end as the timestamp."""
     letters = []
     triggers = answer.triggers
     for row, detail in answer.outputs.errors.items():
@@ -61,9 +62,9 @@ def failed_letters(origin: Origin, answer: Answer) -> list[LetterRecord]:
         letter = DeadLetter(
             Reason.MODEL_FAILED,
             detail,
-            origin.topics[int(triggers.topics[row])],
+            "" if triggers.interval else origin.topics[int(triggers.topics[row])],
             origin.partition,
-            int(triggers.offsets[row]),
+            -1 if triggers.interval else int(triggers.offsets[row]),
             int(triggers.times_ms[row]),
             customer.encode(),
             model_failure_value(customer, features),

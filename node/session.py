@@ -14,6 +14,7 @@ from node.backlog import Backlog, Versions
 from node.commit import Committer
 from node.cycle import Cycle, Engine, PartitionState
 from node.ingest.source import Source
+from node.intervals import Intervals
 from node.kernel.clock import Clock
 from node.kernel.errors import ChangelogCut, StateCorrupt
 from node.kernel.ports import StateStore
@@ -115,6 +116,7 @@ class PartitionSession:
         """Clients first, then the state; nothing is flushed that was not committed, since nothing such exists."""
         await self._committer.close()
         self.state.backlog.close()
+        self.state.intervals.close()
         await self.source.close()
         await self.outbox.close()
         self._close_store()
@@ -138,7 +140,7 @@ async def open_session(
         await _together(outbox.open(), changelog.connect(), source.connect())
         store, recovered = await _folded(parts.state, store, changelog)
         log.info("partition recovered", partition=origin.partition, **recovered.statistics())
-        state = await _state(store, parts, engine, clock)
+        state = await _state(store, parts, engine, origin.partition, clock)
         await source.open(store.progress())
     except BaseException:
         await changelog.close()
@@ -175,14 +177,20 @@ async def _folded(state: StateFolder, store: StateStore, changelog: ChangelogRea
     return store, await changelog.fold_into(store)
 
 
-async def _state(store: StateStore, parts: Parts, engine: Engine, clock: Clock) -> PartitionState:
+async def _state(store: StateStore, parts: Parts, engine: Engine, partition: int, clock: Clock) -> PartitionState:
     encoded = store.layout()
     layout = Layout.empty() if encoded is None else Layout.decode(encoded)
     backlog = Backlog(engine.runner, store, parts.versions, parts.bound, clock)
     await _restore(backlog, store)
     counters = store.counters()
     return PartitionState(
-        layout, RowCache(store, layout, parts.cache_bytes), backlog, Counter(counters), counters, store.progress()
+        layout,
+        RowCache(store, layout, parts.cache_bytes),
+        backlog,
+        Intervals(engine.runner, store, clock, partition),
+        Counter(counters),
+        counters,
+        store.progress(),
     )
 
 

@@ -21,6 +21,7 @@ from node.serving.view import (
     CustomerFeatures,
     CustomerInferences,
     CustomerState,
+    IntervalStatus,
     ModelInfo,
     NodeStatus,
     PartitionStatus,
@@ -211,5 +212,6 @@ def _status(partition: PartitionView, now_ms: int) -> PartitionStatus:
         backlog={
             model: BacklogStatus(**figures) for model, figures in session.state.backlog.statistics(now_ms).items()
         },
+        intervals={model: IntervalStatus(**figures) for model, figures in session.state.intervals.statistics().items()},
         cache=CacheStatus(**{name: cache[name] for name in ("hits", "misses", "rows", "bytes")}),
     )

@@ -15,6 +15,7 @@ import numpy as np
 
 from node.kernel.chunks import decode_chunk, encode_chunk
 from node.kernel.errors import BoundExceeded, FrameCorrupt, StateCorrupt
+from node.kernel.interval_runs import decode_run, encode_run
 from node.kernel.limits import FRAME_BYTES_MAX, FRAME_PARTS_MAX, RECORD_BYTES_MAX
 from node.kernel.types import Frame
 
@@ -33,6 +34,8 @@ class _Body(msgspec.Struct, array_like=True, frozen=True):
     appended: list[bytes]
     cursors: dict[str, int]
     counters: dict[str, int]
+    runs: dict[str, bytes | None] = {}
+    event_time_ms: int = 0
 
 
 _encoder = msgspec.msgpack.Encoder()
@@ -55,6 +58,8 @@ def encode_frame(frame: Frame, record_bytes_max: int = RECORD_BYTES_MAX) -> list
             [encode_chunk(chunk) for chunk in frame.appended],
             dict(frame.cursors),
             dict(frame.counters),
+            {model: None if run is None else encode_run(run) for model, run in frame.runs.items()},
+            frame.event_time_ms,
         )
     )
     if len(body) > FRAME_BYTES_MAX:
@@ -111,8 +116,18 @@ def _decode_body(packed: bytes, body_bytes: int) -> Frame:
         body = _decoder.decode(bytes(cramjam.lz4.decompress_block(packed, output_len=body_bytes)))
         rows = np.frombuffer(body.rows, dtype="<f8").reshape(len(body.customers), body.slots)
         appended = [decode_chunk(chunk) for chunk in body.appended]
+        runs = {model: None if run is None else decode_run(run) for model, run in body.runs.items()}
     except (cramjam.DecompressionError, msgspec.MsgspecError, ValueError, StateCorrupt) as failure:
         raise FrameCorrupt(f"a frame of {len(packed)} bytes can't be read: {failure}") from failure
     return Frame(
-        body.progress, body.layout_id, body.customers, rows, body.layout, appended, body.cursors, body.counters
+        body.progress,
+        body.layout_id,
+        body.customers,
+        rows,
+        body.layout,
+        appended,
+        body.cursors,
+        body.counters,
+        runs,
+        body.event_time_ms,
     )

@@ -32,7 +32,16 @@ from node.kernel.limits import (
     WEIGHT_MIN,
     WINDOW_MS_MAX,
 )
-from node.kernel.types import Aggregate, EventSchema, FieldType, ModelName, ModelVersion, OverloadPolicy, StoredOutput
+from node.kernel.types import (
+    Aggregate,
+    EventSchema,
+    FieldType,
+    ModelName,
+    ModelVersion,
+    OverloadPolicy,
+    Schedule,
+    StoredOutput,
+)
 from tenants.expression import (
     AggregateValue,
     ExpressionError,
@@ -43,6 +52,7 @@ from tenants.expression import (
     parse_expression,
     walk,
 )
+from tenants.interval_manifest import INTERVAL_KEYS, is_interval, read_schedule, refuse_event_fields
 from tenants.wording import one_line, parse_duration, shown, suggestion
 
 METHODS: Final = ("predict_proba", "predict", "transform", "decision_function", "score_samples")
@@ -52,7 +62,10 @@ _NAME: Final = re.compile(r"[a-z0-9][a-z0-9_-]{0,62}")
 _OUTPUT: Final = re.compile(r"[A-Za-z_][A-Za-z0-9_]{0,62}")
 _FEATURE_BYTES_MAX: Final = 128
 _PROBLEMS_MAX: Final = 100
-_MODEL_KEYS: Final = ("on", "every", "all", "output", "method", "ttl", "deadline", "weight", "overload", "features")
+_MODEL_KEYS: Final = (
+    *("on", *INTERVAL_KEYS),
+    *("output", "method", "ttl", "deadline", "weight", "overload", "features"),
+)
 _KEY_PARTS_MAX: Final = 32
 _KEY_PART: Final = r"""(?:[A-Za-z0-9_-]++|"(?:[^"\\\n]|\\.){0,256}+"|'[^'\n]{0,256}+')"""
 _LONG_KEY: Final = re.compile(rf"(?<![A-Za-z0-9_-]){_KEY_PART}(?:[ \t]*+\.[ \t]*+{_KEY_PART}){{{_KEY_PARTS_MAX}}}")
@@ -101,6 +114,8 @@ class Manifest:
     features: tuple[Feature, ...]
     overload: OverloadPolicy | None = None
     """None: its tenant's."""
+    schedule: Schedule | None = None
+    """Of an interval model, which has no `events`."""
 
     @property
     def stored_bytes(self) -> int:
@@ -140,6 +155,7 @@ class Manifest:
             deadline_ms=self.deadline_ms,
             labels=labels,
             weight=self.weight,
+            schedule=self.schedule,
         )
 
 
@@ -329,10 +345,11 @@ def parse_manifest(file: str, tenant: str, model: str, text: bytes, schema: Even
             reader.problem(
                 f"the {kind} name {shown(name)} must be 1 to 63 of a-z, 0-9, '_' and '-', first a letter or digit"
             )
+    interval = is_interval(reader.values)
     manifest = Manifest(
         name=ModelName(tenant, model),
         text=text,
-        events=_events(reader, schema),
+        events=() if interval else _events(reader, schema),
         outputs=_outputs(reader),
         method=reader.choice("method", METHODS),
         ttl_ms=0 if reader.values.get("ttl") == "never" else reader.duration("ttl", "30d", WINDOW_MS_MAX),
@@ -340,17 +357,21 @@ def parse_manifest(file: str, tenant: str, model: str, text: bytes, schema: Even
         weight=reader.number("weight", 1.0, WEIGHT_MIN, WEIGHT_MAX),
         features=_features(reader, schema),
         overload=_overload(reader) if "overload" in reader.values else None,
+        schedule=read_schedule(reader) if interval else None,
     )
+    if interval:
+        refuse_event_fields(reader, ((feature.name, feature.expression) for feature in manifest.features))
     reader.finish()
     return manifest
 
 
 def _events(reader: _Reader, schema: EventSchema) -> tuple[str, ...]:
-    if "every" in reader.values or "all" in reader.values:
-        reader.problem("interval models (every, all) are not available in this release; use on = [event types]")
-        return ()
     if "on" not in reader.values:
-        reader.problem("on is missing; name the event types that trigger the model, such as " + _types_example(schema))
+        reader.problem(
+            "on is missing; name the event types that trigger the model, such as "
+            + _types_example(schema)
+            + ', or the interval that it runs by, such as every = "15m"'
+        )
         return ()
     events = reader.texts("on", [], "an event type")
     if events == ("any",) and "any" not in schema.types:

@@ -21,7 +21,7 @@ from node.kernel import limits
 from node.kernel.clock import Clock
 from node.kernel.errors import BoundExceeded, CallFailed, HeadraceError, ModelRefused, NotFound, WorkerLost
 from node.kernel.supervise import Supervisor
-from node.kernel.types import FeatureRows, Ints, ModelName, ModelOutputs, ModelVersion
+from node.kernel.types import URGENT, FeatureRows, Ints, ModelName, ModelOutputs, ModelVersion
 from tenants.batch import Batch, Piece, Submission, fail
 from tenants.cost import CostEstimate
 from tenants.cpu_time import cpu_seconds
@@ -32,7 +32,7 @@ from tenants.manifest import TenantSettings
 from tenants.memory import measured
 from tenants.pool_statistics import PoolStatistics, VersionState, tenant_statistics
 from tenants.registry import Action, ConfigureTenant, GoLive, RemoveTenant, Retire
-from tenants.scheduler import URGENT, Dispatch, Scheduler
+from tenants.scheduler import Dispatch, Scheduler
 from tenants.shares import ShareWindow
 from tenants.versions import alike
 from tenants.workers import LoadReport, WarmServer, WorkerProcess

@@ -23,6 +23,7 @@ from operator import attrgetter
 
 from node.kernel import limits
 from node.kernel.errors import BoundExceeded, NotFound
+from node.kernel.types import BACKGROUND, URGENT
 from tenants.bucket import RowBucket
 from tenants.cost import CostEstimate
 from tenants.scheduler_statistics import ModelShare, SchedulerStatistics, TenantShare
@@ -33,8 +34,6 @@ CHARGE_SECONDS_MIN = 20e-6
 CREDIT_BATCHES_MAX = 2
 COSTLIEST_DECAY = 0.995
 """Of the costliest recent batch, with each later one."""
-URGENT = 0
-BACKGROUND = 1
 PRIORITY_SHARES = {URGENT: 1.0, BACKGROUND: 0.125}
 """Priority -> factor on the model's weight: urgent rows go eight to one before background rows, which never starve."""
 

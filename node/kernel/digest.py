@@ -18,8 +18,8 @@ from node.kernel.errors import printable
 from node.kernel.limits import DIGEST_BUCKET_ENTRIES_MAX, DIGEST_BUCKETS, DIGEST_DIFFERENCES_MAX
 
 _LENGTHS = struct.Struct("<BII")
-_FAMILIES = {"profiles": 0, "sequence": 1}
-_NAMES = {"profiles": "customer", "sequence": "chunk"}
+_FAMILIES = {"profiles": 0, "sequence": 1, "runs": 2}
+_NAMES = {"profiles": "customer", "sequence": "chunk", "runs": "interval run"}
 
 
 class Digestible(Protocol):
@@ -34,7 +34,7 @@ class Digestible(Protocol):
     def layout(self) -> bytes | None: ...
 
     def entries(self) -> Iterator[tuple[str, bytes, bytes]]:
-        """(family, key, value) of all rows and chunks, in key order in each family."""
+        """(family, key, value) of all rows, chunks and interval runs, in key order in each family."""
         ...
 
 
@@ -64,7 +64,7 @@ def bucket_of(key: bytes) -> int:
 def digest_store(store: Digestible) -> StoreDigest:
     """Goes through the whole store: two to four seconds for a million rows, for a process of its own."""
     hashes = [hashlib.sha256() for _ in range(DIGEST_BUCKETS)]
-    counts = [0, 0]
+    counts = [0] * len(_FAMILIES)
     for family, key, value in store.entries():
         number = _FAMILIES[family]
         counts[number] += 1

@@ -7,12 +7,14 @@ from pathlib import Path
 from typing import Protocol
 
 from node.kernel.types import (
+    URGENT,
     Aggregate,
     Bools,
     EventColumns,
     FeatureRows,
     Floats,
     Frame,
+    IntervalRun,
     ModelName,
     ModelOutputs,
     ModelVersion,
@@ -46,6 +48,14 @@ class StateStore(Protocol):
     def layout(self) -> bytes | None: ...
 
     def counters(self) -> Mapping[str, int]: ...
+
+    def runs(self) -> Mapping[str, IntervalRun]:
+        """By the text of the model's name."""
+        ...
+
+    def event_time_ms(self) -> int:
+        """Of the newest event folded; 0 for an empty store."""
+        ...
 
     def chunks(
         self, limit: int, model: str | None = None, number_min: int = 0, after: tuple[str, int] | None = None
@@ -116,8 +126,8 @@ class FeaturePlan(Protocol):
 class ModelRunner(Protocol):
     """Runs models somewhere else, under fair shares. Every submission ends in outputs, sooner or later."""
 
-    def submit(self, version: ModelVersion, rows: FeatureRows) -> Awaitable[ModelOutputs]:
-        """Queue rows; the awaitable gives one output row or one error for each.
+    def submit(self, version: ModelVersion, rows: FeatureRows, priority: int = URGENT) -> Awaitable[ModelOutputs]:
+        """Queue rows, URGENT or BACKGROUND; the awaitable gives one output row or one error for each.
 
         Raises BoundExceeded when the tenant's queue is full: the caller keeps the rows in the sequence log.
         """

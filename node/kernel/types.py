@@ -143,6 +143,50 @@ OverloadPolicy: TypeAlias = Literal["shed_oldest", "shed_newest", "latest_per_cu
 all but each customer's newest at once, and then the oldest."""
 
 
+URGENT = 0
+BACKGROUND = 1
+"""Priorities of rows: background ones go by what urgent rows of the same tenant leave, and a little."""
+
+
+@dataclass(frozen=True, slots=True)
+class Schedule:
+    """When an interval model runs: at each multiple of `every_ms` since the Unix epoch; where that is 0, each day
+    `at_ms` after midnight in `zone`.
+
+    `by_event`: by the time of the partition's events instead of the clock, once they are `grace_ms` past the end of the
+    interval. `whole`: over all customers, not only those with events since the last run.
+    """
+
+    every_ms: int = 0
+    at_ms: int = 0
+    zone: str = "UTC"
+    by_event: bool = False
+    grace_ms: int = 0
+    whole: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class IntervalRun:
+    """How far one interval model has come in one partition, as frames and the store hold it.
+
+    `number` counts the intervals of `schedule`, `due_ms` is the end of this one. Customers up to `cursor`, in the order
+    of their bytes, are done. `version` is what it began with, '' where the model was only seen: its first run is of the
+    next interval.
+    """
+
+    schedule: Schedule
+    number: int
+    due_ms: int
+    version: str = ""
+    whole: bool = True
+    finished: bool = True
+    late: bool = False
+    """It was not finished when the next interval had ended."""
+    cursor: bytes = b""
+    rows: int = 0
+    """Customers it has run over so far."""
+
+
 @dataclass(frozen=True, slots=True)
 class ModelVersion:
     """One immutable version of a model, as the cycle and the pool need it.
@@ -165,6 +209,8 @@ class ModelVersion:
     """Bound on one call in the worker; a call past it kills the worker."""
     labels: tuple[str, ...] = ()
     weight: float = 1.0
+    schedule: Schedule | None = None
+    """Of an interval model, which has no `events`."""
 
     @property
     def short_version(self) -> str:
@@ -174,7 +220,10 @@ class ModelVersion:
 
 @dataclass(frozen=True, slots=True)
 class Triggers:
-    """The triggers of one model in one micro-batch: parallel columns, one entry a trigger."""
+    """The triggers of one model in one micro-batch: parallel columns, one entry a trigger.
+
+    Those of an interval are of no event: `times_ms` is the interval's end, the other integers say nothing.
+    """
 
     name: ModelName
     version: str
@@ -184,6 +233,7 @@ class Triggers:
     types: Ints
     times_ms: Ints
     rows: FeatureRows
+    interval: bool = False
 
     def __len__(self) -> int:
         return len(self.customers)
@@ -210,7 +260,9 @@ class Frame:
     `rows` holds whole row images, float64 [len(customers), slots], under `layout_id`, so folding a frame
     twice gives the same store. `layout` is the encoded definition, present whenever it may be new to a
     reader of this changelog. `cursors` gives, for each model named, the number of its oldest chunk to keep.
-    `counters` are running totals of the partition (late, shed, dead letters…), so they survive a restart.
+    `counters` are running totals of the partition (late, shed, dead letters…), so they survive a restart. `runs` gives
+    the interval runs that went on, by the text of the model's name; None: forgotten. `event_time_ms` is the newest
+    event's.
     """
 
     progress: Mapping[str, int]
@@ -222,6 +274,8 @@ class Frame:
     appended: Sequence[SequenceChunk] = ()
     cursors: Mapping[str, int] = field(default_factory=dict)
     counters: Mapping[str, int] = field(default_factory=dict)
+    runs: Mapping[str, IntervalRun | None] = field(default_factory=dict)
+    event_time_ms: int = 0
 
 
 @dataclass(frozen=True, slots=True)

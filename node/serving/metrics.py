@@ -83,6 +83,7 @@ def _counted_metrics(partitions: list[PartitionStatus]) -> Iterator[Metric]:
     """Counters are named `<what> <of which>`; all partitions together."""
     counted: dict[str, Counter[tuple[str, ...]]] = {"dead_letters": Counter(), "inferences": Counter()}
     counted |= {"failed": Counter(), "shed": Counter()}
+    counted |= {"intervals": Counter(), "intervals_late": Counter(), "intervals_skipped": Counter()}
     for partition in partitions:
         for name, value in partition.counters.items():
             what, _, which = name.partition(" ")
@@ -93,6 +94,9 @@ def _counted_metrics(partitions: list[PartitionStatus]) -> Iterator[Metric]:
     yield _counter("inferences", "Inferences committed.", model, counted["inferences"])
     yield _counter("model_failures", "Triggers a model failed on.", model, counted["failed"])
     yield _counter("sheds", "Triggers given up.", ("reason", *model), counted["shed"])
+    yield _counter("intervals", "Interval runs finished.", model, counted["intervals"])
+    yield _counter("intervals_late", "Interval runs that outlasted it.", model, counted["intervals_late"])
+    yield _counter("intervals_skipped", "Intervals without a run.", model, counted["intervals_skipped"])
     rows: Counter[tuple[str, ...]] = Counter()
     size: Counter[tuple[str, ...]] = Counter()
     oldest: dict[tuple[str, ...], float] = {}

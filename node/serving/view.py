@@ -19,7 +19,7 @@ from node.kernel.limits import (
     WEIGHT_MAX,
     WEIGHT_MIN,
 )
-from node.kernel.types import QUOTAS, ModelName, ModelVersion
+from node.kernel.types import QUOTAS, ModelName, ModelVersion, Schedule
 
 AsOf: TypeAlias = int | Literal["last"]
 """A time in ms, or "last": the time of the customer's own latest event."""
@@ -105,6 +105,29 @@ class Waiting(Body, frozen=True):
     """Why (overload, superseded, age, deleted) -> triggers given up since the changelog began."""
 
 
+class ScheduleInfo(Body, frozen=True):
+    """When an interval model runs: every `every_ms`, or (0) each day `at_ms` after midnight in `zone`."""
+
+    every_ms: int
+    at_ms: int
+    zone: str
+    by: Literal["clock", "event"]
+    grace_ms: int
+    all: bool
+    """Over all customers, not only those with events since the last run."""
+
+    @staticmethod
+    def of(schedule: Schedule) -> ScheduleInfo:
+        return ScheduleInfo(
+            every_ms=schedule.every_ms,
+            at_ms=schedule.at_ms,
+            zone=schedule.zone,
+            by="event" if schedule.by_event else "clock",
+            grace_ms=schedule.grace_ms,
+            all=schedule.whole,
+        )
+
+
 class ModelInfo(Body, frozen=True):
     """One version of one model, whatever its state."""
 
@@ -118,6 +141,8 @@ class ModelInfo(Body, frozen=True):
     reasons: list[str] = []
     """Why it is in this state, when that needs a reason: what its tenant has to mend."""
     events: list[str] = []
+    schedule: ScheduleInfo | None = None
+    """Of an interval model, which has no events."""
     columns: list[str] = []
     outputs: list[str] = []
     labels: list[str] = []
@@ -140,6 +165,7 @@ class ModelInfo(Body, frozen=True):
             state=state,
             reasons=list(reasons),
             events=list(version.events),
+            schedule=None if version.schedule is None else ScheduleInfo.of(version.schedule),
             columns=list(version.features),
             outputs=list(version.outputs),
             labels=list(version.labels),
@@ -173,6 +199,18 @@ class BacklogStatus(Body, frozen=True):
     """Triggers still in the log that will not run: counted as shed once they are taken out."""
 
 
+class IntervalStatus(Body, frozen=True):
+    """The last run of an interval model."""
+
+    due_ms: int
+    """The end of its interval."""
+    running: bool
+    late: bool
+    """It was not finished when the next interval had ended; what passed meanwhile is skipped."""
+    rows: int
+    """Customers it has run over."""
+
+
 class CacheStatus(Body, frozen=True):
     """The row cache."""
 
@@ -202,9 +240,11 @@ class PartitionStatus(Body, frozen=True):
     progress: dict[str, int] = {}
     """Source topic -> next offset."""
     counters: dict[str, int] = {}
-    """Totals since the changelog began: `events`, `late`, `dead_letters <reason>`, `inferences <model>`…"""
+    """Totals since the changelog began: `events`, `late`, `dead_letters <reason>`, `inferences <model>`, runs finished
+    (`intervals <model>`)…"""
     step_seconds: dict[str, float] = {}
     backlog: dict[str, BacklogStatus] = {}
+    intervals: dict[str, IntervalStatus] = {}
     cache: CacheStatus = CacheStatus()
 
 

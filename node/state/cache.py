@@ -101,10 +101,16 @@ class RowCache:
             if column is not None:
                 lines[place] = rows[:, column]
 
-    def store(self, customers: Sequence[str], rows: Floats) -> None:
+    def store(self, customers: Sequence[str], rows: Floats, lasting: int | None = None) -> None:
         """Take the rows of a commit that begins, float64 [slots, customers], under the present layout; the caller
-        changes them no more."""
-        self._keep(customers, rows)
+        changes them no more. Those after the first `lasting` (None: all) are kept only where they are held already:
+        a run over all customers must not drive out those with events."""
+        count = len(customers) if lasting is None else lasting
+        self._keep(customers[:count], rows[:, :count])
+        if count < len(customers):
+            places = self._look_up(customers[count:])
+            held = np.flatnonzero(places != _ABSENT)
+            self._matrix[places[held]] = rows[:, count + held].T
         self._unapplied = (customers, rows)
 
     def _keep(self, customers: Sequence[str], rows: Floats) -> None:

@@ -1,8 +1,8 @@
 """(P) The layout of a customer's row: which float64 slot holds what.
 
 A row is a header slot and then, generation by generation, what each growth of the layout added: *groups* of
-windowed accumulators, pivots, and stored model outputs. Slots are only ever appended, so a row written under
-an older layout is a prefix of a newer one, and `initial` is what to pad it with.
+windowed accumulators, pivots, stored model outputs, and marks of interval models. Slots are only ever appended, so a
+row written under an older layout is a prefix of a newer one, and `initial` is what to pad it with.
 
 A window is tiled by event time. It is the tile of the event read at, still filling, and the full tiles before it.
 A group is one head slot (the newest tile the customer has reached) and, for each *plane* of each accumulator, a
@@ -97,6 +97,11 @@ class _AggregateAdded(msgspec.Struct, frozen=True, array_like=True):
     where: str
 
 
+class _MarkAdded(msgspec.Struct, frozen=True, array_like=True):
+    tenant: str
+    model: str
+
+
 class Generation(msgspec.Struct, frozen=True, array_like=True):
     """What one growth appended, in slot order."""
 
@@ -104,6 +109,7 @@ class Generation(msgspec.Struct, frozen=True, array_like=True):
     windows: tuple[_WindowAdded, ...]
     pivots: tuple[Input, ...]
     outputs: tuple[_OutputsAdded, ...]
+    marks: tuple[_MarkAdded, ...] = ()
 
 
 class _Encoded(msgspec.Struct, frozen=True):
@@ -195,6 +201,12 @@ class Layout:
     def outputs(self) -> dict[ModelName, ModelSlots]:
         return self._placed.outputs
 
+    @property
+    def marks(self) -> dict[ModelName, int]:
+        """Where it is kept, for each interval model that wants only customers with new events, how many events the
+        customer had when the model ran over it last; NaN: it never did."""
+        return self._placed.marks
+
     @cached_property
     def aggregates(self) -> tuple[Aggregate, ...]:
         """Every aggregate that was ever asked for, sorted."""
@@ -227,8 +239,9 @@ class Layout:
         Raises BoundExceeded for a row over ROW_SLOTS_MAX or a window over WINDOW_MS_MAX.
         """
         missing = sorted({aggregate for aggregate in aggregates if aggregate not in self._placed.located})
-        outputs = self._outputs_missing(models)
-        if not missing and not outputs:
+        versions = tuple(models)
+        outputs, marks = self._outputs_missing(versions), self._marks_missing(versions)
+        if not missing and not outputs and not marks:
             return self
         for aggregate in missing:
             if not 0 <= aggregate.window_ms <= WINDOW_MS_MAX:
@@ -238,6 +251,7 @@ class Layout:
             self._windows_missing(missing),
             tuple(sorted({source for a in missing for source in _pivots_of(a)} - set(self.pivots))),
             outputs,
+            marks,
         )
         layout = Layout((*self.generations, generation))
         if layout.slots > ROW_SLOTS_MAX:
@@ -270,6 +284,10 @@ class Layout:
             _OutputsAdded(name.tenant, name.model, tuple(outputs)) for name, outputs in missing.items() if outputs
         )
 
+    def _marks_missing(self, models: Iterable[ModelVersion]) -> tuple[_MarkAdded, ...]:
+        wanted = {one.name for one in models if one.schedule is not None and not one.schedule.whole}
+        return tuple(_MarkAdded(name.tenant, name.model) for name in sorted(wanted - self.marks.keys()))
+
     def encode(self) -> bytes:
         return msgspec.msgpack.encode(_Encoded(_FORMAT, self.generations))
 
@@ -299,6 +317,7 @@ class _Placed:
         self.groups: list[Group] = []
         self.pivots: dict[Input, int] = {}
         self.outputs: dict[ModelName, ModelSlots] = {}
+        self.marks: dict[ModelName, int] = {}
         self.located: dict[Aggregate, Group] = {}
         for generation in generations:
             slot = self.sizes[-1]
@@ -312,6 +331,9 @@ class _Placed:
                 slot += 1
             for outputs in generation.outputs:
                 slot = self._place_outputs(outputs, slot)
+            for mark in generation.marks:
+                self.marks[ModelName(mark.tenant, mark.model)] = slot
+                slot += 1
             self.sizes.append(slot)
             for aggregate in generation.aggregates:
                 self._locate(Aggregate(*_fields_of(aggregate)))  # type: ignore[arg-type]

@@ -8,7 +8,8 @@ from pathlib import Path
 
 from node.kernel.chunks import decode_chunk, encode_chunk
 from node.kernel.errors import StoreUnavailable
-from node.kernel.types import Frame, SequenceChunk
+from node.kernel.interval_runs import encode_run
+from node.kernel.types import Frame, IntervalRun, SequenceChunk
 from node.state.codec import sequence_key, sequence_prefix, split
 
 
@@ -22,6 +23,8 @@ class MemoryStore:
         self._changelog_offset = 0
         self._progress: dict[str, int] = {}
         self._counters: dict[str, int] = {}
+        self._runs: dict[str, IntervalRun] = {}
+        self._event_time_ms = 0
         self._layout: bytes | None = None
 
     def load(self, customers: Sequence[bytes]) -> list[bytes | None]:
@@ -39,6 +42,9 @@ class MemoryStore:
         self._changelog_offset = changelog_offset
         self._progress, self._counters = dict(frame.progress), dict(frame.counters)
         self._layout = frame.layout or self._layout
+        held = {**self._runs, **frame.runs}
+        self._runs = {model: run for model, run in held.items() if run is not None}
+        self._event_time_ms = frame.event_time_ms
 
     def changelog_offset(self) -> int:
         return self._changelog_offset
@@ -51,6 +57,12 @@ class MemoryStore:
 
     def counters(self) -> Mapping[str, int]:
         return self._counters
+
+    def runs(self) -> Mapping[str, IntervalRun]:
+        return dict(self._runs)
+
+    def event_time_ms(self) -> int:
+        return self._event_time_ms
 
     def chunks(
         self, limit: int, model: str | None = None, number_min: int = 0, after: tuple[str, int] | None = None
@@ -69,9 +81,11 @@ class MemoryStore:
         return [(key, self._rows[key]) for key in self._keys[start : start + limit]]
 
     def entries(self) -> Iterator[tuple[str, bytes, bytes]]:
-        """(family, key, value) of all rows and chunks, in key order in each family; for digests."""
+        """(family, key, value) of all rows, chunks and interval runs, in key order in each family; for digests."""
         yield from (("profiles", key, self._rows[key]) for key in sorted(self._rows))
         yield from (("sequence", key, self._chunks[key]) for key in sorted(self._chunks))
+        runs = sorted((model.encode(), encode_run(run)) for model, run in self._runs.items())
+        yield from (("runs", model, run) for model, run in runs)
 
     def flush(self) -> None:
         """Nothing is kept on disk."""

@@ -13,17 +13,23 @@ from node.state.planes import PlacedGroup, plane_index
 
 
 def read(
-    layout: Layout, rows: Floats, times_ms: Ints, aggregates: Sequence[Aggregate] | None = None
+    layout: Layout,
+    rows: Floats,
+    times_ms: Ints,
+    aggregates: Sequence[Aggregate] | None = None,
+    ending_before: bool = False,
 ) -> dict[Aggregate, Floats]:
     """float64 [customers] for each of `aggregates` (all of the layout's by default).
 
     `rows` is float64 [slots, customers], `times_ms` [customers] the time to read each row at. A window ends with the
-    tile of that time, so events that are newer than the tile do not count. `since` counts from the last event at all.
+    tile of that time, so events that are newer than the tile do not count; `ending_before`: with the tile of the moment
+    before, which is another one where the time begins a tile. `since` counts from the last event at all.
     """
     index = plane_index(layout)
+    last_ms = times_ms - 1 if ending_before else times_ms
     values = np.empty((len(index.planes), rows.shape[1]))
     for placed in index.groups:
-        values[placed.numbers] = _window_values(placed, rows, times_ms)
+        values[placed.numbers] = _window_values(placed, rows, last_ms)
     before, seconds = values[index.planes.highest], times_ms / 1000.0
     asked = layout.aggregates if aggregates is None else aggregates
     return {aggregate: finished(index, layout, aggregate, values, before, seconds) for aggregate in asked}

@@ -31,8 +31,9 @@ from rocksdict import (
 
 from node.kernel.chunks import decode_chunk, encode_chunk
 from node.kernel.errors import HeadraceError, StateCorrupt, StoreUnavailable
+from node.kernel.interval_runs import decode_run, encode_run
 from node.kernel.limits import MIB, WRITE_STALL_MS_MAX
-from node.kernel.types import Frame, SequenceChunk
+from node.kernel.types import Frame, IntervalRun, SequenceChunk
 from node.state.codec import sequence_key, sequence_prefix, split
 
 FAMILIES = ("profiles", "history", "inferences", "sequence", "identity", "meta")
@@ -40,6 +41,8 @@ FAMILIES = ("profiles", "history", "inferences", "sequence", "identity", "meta")
 
 _HEAD = b"head"
 _LAYOUT = b"layout"
+_RUN = b"run "
+"""And the text of the model's name: its interval run."""
 _FILTER_BITS_PER_KEY = 10
 _STALLED = "Write stall"
 _STALL_PAUSE_MS = 10
@@ -52,6 +55,7 @@ class _Head(msgspec.Struct, array_like=True, frozen=True):
     changelog_offset: int = 0
     progress: dict[str, int] = {}
     counters: dict[str, int] = {}
+    event_time_ms: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -161,7 +165,7 @@ class RocksStore:
         return list(rows)
 
     def apply(self, frame: Frame, changelog_offset: int) -> None:
-        head = _Head(changelog_offset, dict(frame.progress), dict(frame.counters))
+        head = _Head(changelog_offset, dict(frame.progress), dict(frame.counters), frame.event_time_ms)
         with self._failures("written"), self._writing:
             for attempt in range(WRITE_STALL_MS_MAX // _STALL_PAUSE_MS + 1):
                 if attempt:
@@ -196,6 +200,11 @@ class RocksStore:
             batch.delete_range(sequence_key(model, 0), sequence_key(model, number), sequence)
         if frame.layout is not None:
             put(_LAYOUT, frame.layout, meta)
+        for model, run in frame.runs.items():
+            if run is None:
+                batch.delete(_RUN + model.encode(), meta)
+            else:
+                put(_RUN + model.encode(), encode_run(run), meta)
         put(_HEAD, msgspec.msgpack.encode(head), meta)
         return batch
 
@@ -207,6 +216,17 @@ class RocksStore:
 
     def counters(self) -> Mapping[str, int]:
         return self._head.counters
+
+    def runs(self) -> Mapping[str, IntervalRun]:
+        found: dict[str, IntervalRun] = {}
+        for key, value in self._entries("meta", _RUN):
+            if not key.startswith(_RUN):
+                break
+            found[key.removeprefix(_RUN).decode()] = decode_run(value)
+        return found
+
+    def event_time_ms(self) -> int:
+        return self._head.event_time_ms
 
     def layout(self) -> bytes | None:
         with self._failures("read"):
@@ -287,10 +307,12 @@ class RocksStore:
                 return self._head.changelog_offset
 
     def entries(self) -> Iterator[tuple[str, bytes, bytes]]:
-        """(family, key, value) of all rows and chunks, in key order in each family; for digests."""
+        """(family, key, value) of all rows, chunks and interval runs, in key order in each family; for digests."""
         for family in ("profiles", "sequence"):
             for key, value in self._entries(family, b""):
                 yield family, key, value
+        for model, run in sorted((model.encode(), encode_run(run)) for model, run in self.runs().items()):
+            yield "runs", model, run
 
     def close(self) -> None:
         """The lock on the folder outlives the database while a handle to a family lives, so those go first."""

@@ -35,8 +35,9 @@ class Stream:
     One batch a partition is on its way at a time; what comes meanwhile waits for it, and that is part of the latency.
     """
 
-    def __init__(self, address: str) -> None:
+    def __init__(self, address: str, rate_per_s: int = RATE_PER_S) -> None:
         self._address = address
+        self._rate = rate_per_s
         self._waiting: list[list[tuple[bytes, bytes, int, float]]] = [[] for _ in range(workload.PARTITIONS)]
         self._more = [asyncio.Event() for _ in range(workload.PARTITIONS)]
         self._done = False
@@ -62,7 +63,7 @@ class Stream:
         started = time.monotonic()
         count = 0
         while (now := time.monotonic()) - started < seconds:
-            due = int((now - started) * RATE_PER_S) - count
+            due = int((now - started) * self._rate) - count
             if due > 0:
                 ranks = np.searchsorted(cumulative, random.random(due) * cumulative[-1])
                 events = workload.formatted(random, ranks, np.full(due, time.time_ns() // 1_000_000))
@@ -104,6 +105,10 @@ class Reader:
         self.arrived: list[tuple[int, int, float]] = []
         self.more = asyncio.Event()
 
+    def taken(self, value: bytes) -> bool:
+        """Whether the record is looked at."""
+        return True
+
     async def run(self) -> None:
         from aiokafka import AIOKafkaConsumer, TopicPartition
 
@@ -118,6 +123,8 @@ class Reader:
                 now = time.monotonic()
                 for records in polled.values():
                     for record in records:
+                        if not self.taken(record.value):
+                            continue
                         inference = orjson.loads(record.value)
                         self.arrived.append((inference["partition"], inference["offset"], now))
                     self.more.set()

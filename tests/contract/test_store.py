@@ -9,6 +9,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -20,7 +21,7 @@ from node.kernel.digest import bucket_entries, differences, differing_buckets, d
 from node.kernel.errors import StateCorrupt, StoreUnavailable
 from node.kernel.limits import MIB
 from node.kernel.ports import StateStore
-from node.kernel.types import FeatureRows, Frame, ModelName, SequenceChunk, Triggers
+from node.kernel.types import FeatureRows, Frame, IntervalRun, ModelName, Schedule, SequenceChunk, Triggers
 from node.state.memory import MemoryStore
 from node.state.rocksdb import RocksEnvironment, RocksStore
 from replication.frame import FrameAssembler, encode_frame
@@ -80,6 +81,17 @@ def test_a_frame_is_applied_whole(store: StateStore) -> None:
     assert dict(store.counters()) == {"late": 3}
     assert store.layout() == b"L1"
     assert numbers(store.chunks(10)) == [("t/m", 0)]
+
+
+def test_interval_runs_are_put_kept_and_forgotten_by_frames(store: StateStore) -> None:
+    assert (dict(store.runs()), store.event_time_ms()) == ({}, 0)
+    one = IntervalRun(Schedule(every_ms=60_000), 7, 420_000, "v", False, False, False, b"c\xff", 3)
+    other = IntervalRun(Schedule(at_ms=5, zone="Europe/Berlin", whole=True), 1, 2)
+    store.apply(replace(frame([]), runs={"t/m": one, "t/n": other}, event_time_ms=9), 1)
+    assert (dict(store.runs()), store.event_time_ms()) == ({"t/m": one, "t/n": other}, 9)
+    store.apply(replace(frame([b"a"], 1.0), runs={"t/n": None}, event_time_ms=12), 2)
+    assert (dict(store.runs()), store.event_time_ms()) == ({"t/m": one}, 12)
+    assert [family for family, _, _ in store.entries()] == ["profiles", "runs"]  # type: ignore[attr-defined]
 
 
 def test_a_later_frame_replaces_rows_and_keeps_the_layout(store: StateStore) -> None:

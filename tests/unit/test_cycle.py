@@ -13,6 +13,7 @@ from node.config import parse_config
 from node.cycle import Cycle, CycleSettings, Engine, PartitionState
 from node.ingest.decode import EventDecoder
 from node.ingest.source import Source
+from node.intervals import Intervals
 from node.kernel.clock import SystemClock
 from node.kernel.errors import BoundExceeded
 from node.kernel.ports import FeaturePlan
@@ -61,7 +62,7 @@ class Parts:
         layout = Layout.empty()
         cache = RowCache(store, layout, 1 << 20)
         backlog = Backlog(pool, store, lambda *_: None, lambda _: Bound(1), clock)
-        self.state = PartitionState(layout, cache, backlog, Counter(), {})
+        self.state = PartitionState(layout, cache, backlog, Intervals(pool, store, clock, 0), Counter(), {})
         topics = OutputTopics("inferences", "changelog", "letters")
         outbox = Outbox({}, topics, "test", 0, "off", "none", encode_frame, clock)
         source = Source({}, ("events",), 0, 1 << 20, "earliest", "wait", clock)

@@ -8,10 +8,18 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from node.kernel.errors import FrameCorrupt
-from node.kernel.types import FeatureRows, Frame, ModelName, SequenceChunk, Triggers
+from node.kernel.types import FeatureRows, Frame, IntervalRun, ModelName, Schedule, SequenceChunk, Triggers
 from replication.frame import FrameAssembler, encode_frame
 
 names = st.text(min_size=1, max_size=12)
+runs = st.builds(
+    IntervalRun,
+    st.builds(Schedule, st.integers(0, 2**40), zone=names, whole=st.booleans()),
+    st.integers(0, 2**40),
+    st.integers(0, 2**40),
+    finished=st.booleans(),
+    cursor=st.binary(max_size=20),
+)
 floats = st.floats(allow_nan=False)
 
 
@@ -41,6 +49,8 @@ def whole_frames(draw: st.DrawFn) -> Frame:
         appended=draw(st.lists(chunks(), max_size=3)),
         cursors=draw(st.dictionaries(names, st.integers(0, 2**40), max_size=3)),
         counters=draw(st.dictionaries(names, st.integers(0, 2**40), max_size=3)),
+        runs=draw(st.dictionaries(names, st.none() | runs, max_size=2)),
+        event_time_ms=draw(st.integers(0, 2**40)),
     )
 
 
@@ -51,6 +61,7 @@ def assert_same(left: Frame, right: Frame) -> None:
     assert left.rows.tobytes() == right.rows.tobytes()
     assert left.cursors == right.cursors
     assert left.counters == right.counters
+    assert (left.runs, left.event_time_ms) == (right.runs, right.event_time_ms)
     assert len(left.appended) == len(right.appended)
     for one, other in zip(left.appended, right.appended, strict=True):
         assert one.number == other.number

@@ -221,10 +221,25 @@ def test_the_cache_gives_what_the_store_holds(seed: int, rows_max: int) -> None:
             continue
         rows[1:] = random_rows(layout, len(customers), chance.randrange(2**32))[1:]
         store.apply(Frame({}, layout.id, encoded, images(rows)), step)
-        cache.store(customers, rows)
+        cache.store(customers, rows, chance.choice([None, chance.randrange(len(customers) + 1)]))
         held = cache.statistics()
         assert held["rows"] <= held["rows_max"]
         assert held["bytes"] <= held["bytes_max"] or held["rows_max"] == 1
+
+
+def test_what_only_a_run_over_all_touches_drives_nobody_out_of_the_cache() -> None:
+    store, hot = MemoryStore(), [f"hot{n}" for n in range(20)]
+    cache = RowCache(store, SMALL, 20 * SMALL.slots * 8)
+    cache.store(hot, cache.load(hot))
+    for number in range(10):
+        passing = [f"c{number}-{n}" for n in range(20)]
+        customers = [*hot[:5], *passing, *hot[5:10]]
+        rows = cache.load(customers)
+        rows[1] = number
+        cache.store(customers, rows, 5)
+        assert cache.load(["c0-1", f"c{number}-1"])[1, 1] == number, "not applied yet, but not forgotten"
+    assert cache.statistics()["evictions"] == 0
+    assert cache.load(hot[:10])[1].tolist() == [9.0] * 10
 
 
 def test_the_cache_keeps_what_is_used() -> None:

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from node.kernel.errors import ManifestError
 from node.kernel.limits import FEATURES_PER_MODEL_MAX, MANIFEST_BYTES_MAX
-from node.kernel.types import Aggregate, EventSchema, ModelName, StoredOutput
+from node.kernel.types import Aggregate, EventSchema, ModelName, Schedule, StoredOutput
 from tenants.manifest import TenantCaps, TenantSettings, is_name, parse_manifest, parse_tenant
 
 SCHEMA = EventSchema(("search", "transaction"), {"amount": "number", "channel": "text"})
@@ -118,7 +118,20 @@ def test_every_mistake_has_a_line_with_its_place():
     ("text", "expected"),
     [
         ("[features]\na = '1'", "on is missing"),
-        ("every = '15m'\n[features]\na = '1'", "interval models"),
+        ("every = '15m'\non = ['search']\n[features]\na = '1'", "either on (event types) or every or at"),
+        ("every = '15m'\nat = '06:00'\n[features]\na = '1'", "either every = "),
+        ("all = true\n[features]\na = '1'", "either every = "),
+        ("every = 15\n[features]\na = '1'", "every must be a duration"),
+        ("every = '1h'\nall = 'yes'\n[features]\na = '1'", "all must be true or false"),
+        ("every = '1h'\nzone = 'UTC'\n[features]\na = '1'", "zone says something only beside at"),
+        ("every = '1h'\ngrace = '5m'\n[features]\na = '1'", "grace says something only beside by"),
+        ("every = '1h'\nby = 'moon'\n[features]\na = '1'", "by 'moon' is not one of clock, event"),
+        ("at = '06:00'\nby = 'event'\n[features]\na = '1'", "by says something only beside every"),
+        ("at = '6:00'\n[features]\na = '1'", "at must be a time of day"),
+        ("at = '24:00'\n[features]\na = '1'", "at must be a time of day"),
+        ("at = '06:00'\nzone = '../x'\n[features]\na = '1'", "time zone '../x' is not known"),
+        ("every = '1h'\n[features]\na = '1 + event.amount'", "event.amount has no value in an interval model"),
+        ("every = '1h'\n[features]\na = 'hour(event.time)'", "event.time has no value in an interval model"),
         ("on = []\n[features]\na = '1'", "on must be an event type"),
         ("on = ['search', 'search']\n[features]\na = '1'", "the same one twice"),
         ("on = [1]\n[features]\na = '1'", "on must be an event type"),
@@ -325,3 +338,20 @@ def test_mistakes_in_tenant_settings_are_all_told():
         "ads/tenant.toml: overload 'shed_olds' is not one of shed_oldest, shed_newest, latest_per_customer,"
         " did you mean 'shed_oldest'?",
     )
+
+
+@pytest.mark.parametrize(
+    ("head", "schedule"),
+    [
+        ("every = '15m'", Schedule(900_000)),
+        ("every = '15m'\nby = 'clock'\nall = true", Schedule(900_000, whole=True)),
+        ("every = '1w'\nby = 'event'\ngrace = '2h'", Schedule(604_800_000, by_event=True, grace_ms=7_200_000)),
+        ("at = '06:30'", Schedule(at_ms=23_400_000)),
+        ("at = '00:00'\nzone = 'Europe/Berlin'\nall = false", Schedule(zone="Europe/Berlin")),
+    ],
+)
+def test_an_interval_model_says_when_it_runs(head, schedule):
+    manifest = parse(head + "\n[features]\na = \"sum(transaction.amount, '1d')\"\nb = 'seconds_since(search)'")
+    assert manifest.schedule == schedule
+    assert manifest.events == ()
+    assert manifest.version("0" * 64).schedule == schedule
