@@ -298,6 +298,8 @@ class AgreedModels:
     """Tenant -> its settings, as the node that read its tenant.toml wrote them."""
     quotas: Mapping[str, Quota] = field(default_factory=dict)
     """Tenant -> what operators allow it."""
+    features: Mapping[str, str] = field(default_factory=dict)
+    """Tenant -> its features.toml; those without one are left out."""
 
 
 @dataclass(frozen=True, slots=True)
