@@ -131,6 +131,12 @@ def opened(root: Path, tenant: str, name: str, bytes_max: int) -> Iterator[tuple
         os.close(descriptor)
 
 
+def concerns_us(change: object, path: str) -> bool:
+    """Folders (no suffix), manifests and model files; not our own status files, nor hidden or temporary ones."""
+    name = Path(path).name
+    return not name.startswith(".") and (name.endswith((MANIFEST, MODEL)) or "." not in name)
+
+
 def write_status(root: Path, name: ModelName, content: bytes) -> None:
     """Put `<model>.status.json` beside the pair, whole or not at all. Raises OSError."""
     replace_file(root / name.tenant / f"{name.model}{STATUS}", content, durable=False)

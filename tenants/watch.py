@@ -17,7 +17,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import structlog
-from watchfiles import Change, awatch
+from watchfiles import awatch
 
 from node.kernel import limits
 from node.kernel.clock import Clock
@@ -33,7 +33,7 @@ from node.kernel.ports import FeaturePlan
 from node.kernel.supervise import Supervisor
 from node.kernel.types import AgreedModels, EventSchema, ModelName, ModelVersion, Quota
 from tenants import folder, registry, registry_file, transitions
-from tenants.agreement import ModelPublisher, TrialReport
+from tenants.agreement import ModelPublisher
 from tenants.feature_reading import read_features
 from tenants.features import compile_plan
 from tenants.folder import MANIFEST, MODEL, TENANT_FILE, Scan, Signature
@@ -277,7 +277,7 @@ class ModelWatcher:
             self._rearm.clear()
             try:
                 async for _ in awatch(
-                    self._settings.root, watch_filter=_concerns_us, stop_event=self._rearm, debounce=200, step=100
+                    self._settings.root, watch_filter=folder.concerns_us, stop_event=self._rearm, debounce=200, step=100
                 ):
                     self._wake.set()
             except (OSError, RuntimeError) as error:  # the root is missing or can't be watched: rescans go on
@@ -669,7 +669,7 @@ class ModelWatcher:
             return
         if report is None:
             return
-        passed = TrialPassed(version.name, version.version, _trial_report(report), self._clock.now_ms())
+        passed = TrialPassed(version.name, version.version, report.told(), self._clock.now_ms())
         await self._apply(passed)
 
     def _tenant_settings(self, tenant: str) -> TenantSettings:
@@ -697,22 +697,5 @@ class ModelWatcher:
         raise ModelRefused(f"the worker died each of {TRIAL_ATTEMPTS_MAX} times it loaded the model: {lost}")
 
 
-def _concerns_us(change: Change, path: str) -> bool:
-    """Folders (no suffix), manifests and model files; not our own status files, nor hidden or temporary ones."""
-    name = Path(path).name
-    return not name.startswith(".") and (name.endswith((MANIFEST, MODEL)) or "." not in name)
-
-
 def _told(actions: Iterable[Action]) -> list[ModelName]:
     return [action.name for action in actions if isinstance(action, WriteStatus)]
-
-
-def _trial_report(report: LoadReport) -> TrialReport:
-    return TrialReport(
-        seconds_per_call=report.seconds_per_call,
-        seconds_per_row=report.seconds_per_row,
-        memory_bytes=report.memory_bytes,
-        class_name=report.class_name,
-        labels=report.labels,
-        notes=report.notes,
-    )
