@@ -184,6 +184,10 @@ class Triggers:
     types: Ints
     times_ms: Ints
     rows: FeatureRows
+    inputs: tuple[str, ...] = ()
+    """Other models' outputs that went into the rows, such as `models.ads.bid.score`."""
+    fresh: Ints | None = None
+    """Which of the inputs were of the same event, bit i of input i; the others were stored before. None: no inputs."""
 
     def __len__(self) -> int:
         return len(self.customers)
