@@ -330,21 +330,68 @@ class _Columns:
     def empty(self) -> FeatureRows:
         return FeatureRows(self.names, np.empty((0, len(self.names))), {name: [] for name in sorted(self.texts)})
 
-    def gather(self, values: Mapping[int, Column], within: Bools) -> FeatureRows:
-        """The rows of the events that `within`, parallel to the computed columns, names."""
-        positions = np.flatnonzero(within)
-        if len(positions) == 0:
-            return self.empty()
-        picked = slice(None) if len(positions) == len(within) else positions
-        matrix = np.empty((len(positions), len(self.names)))
-        texts: dict[str, list[str | None]] = {}
-        for column, (name, number) in enumerate(zip(self.names, self.numbers, strict=True)):
-            if name in self.texts:
-                matrix[:, column] = np.nan
-                texts[name] = values[number][picked].tolist()
-            else:
-                matrix[:, column] = values[number][picked]
-        return FeatureRows(self.names, matrix, texts)
+
+class _Gathering:
+    """Rows of one micro-batch: models with columns alike share a matrix, or pick theirs from one.
+
+    Picking columns from a matrix takes half the time of filling one column by column (43 and 93 µs, 2,730 rows of 20).
+    """
+
+    def __init__(self, values: Mapping[int, Column], wanted: Sequence[tuple[_Columns, Bools]]) -> None:
+        self._values = values
+        self._wanted: dict[bytes, list[_Columns]] = {}
+        for columns, within in wanted:
+            self._wanted.setdefault(within.tobytes(), []).append(columns)
+        self._common: dict[bytes, tuple[dict[int, int], Floats] | None] = {}
+        self._whole: dict[tuple[bytes, tuple[int, ...]], Floats] = {}
+
+    def rows(self, columns: _Columns, within: Bools) -> FeatureRows:
+        """Of the events that `within`, parallel to the computed columns, names."""
+        if not within.any():
+            return columns.empty()
+        key = within.tobytes()
+        picked = slice(None) if within.all() else np.flatnonzero(within)
+        texts = {
+            name: self._values[number][picked].tolist()
+            for name, number in zip(columns.names, columns.numbers, strict=True)
+            if name in columns.texts
+        }
+        if texts:
+            return FeatureRows(columns.names, self._filled(columns, picked), texts)
+        known = self._whole.get((key, columns.numbers))
+        if known is None:
+            known = self._whole[key, columns.numbers] = self._picked(key, columns, picked)
+            known.flags.writeable = False  # several models may have it
+        return FeatureRows(columns.names, known, texts)
+
+    def _picked(self, key: bytes, columns: _Columns, picked: slice | Ints) -> Floats:
+        """float64 [rows, columns], C order."""
+        if key not in self._common:
+            alike = {columns.numbers for columns in self._wanted[key] if not columns.texts}
+            union = sorted(set().union(*alike))
+            worth = len(alike) > 1 and 2 * len(union) <= sum(map(len, alike))
+            places = {number: place for place, number in enumerate(union)}
+            self._common[key] = (places, self._matrix(union, picked)) if worth else None
+        common = self._common[key]
+        if common is None:
+            return self._matrix(columns.numbers, picked)
+        places, matrix = common
+        return np.take(matrix, [places[number] for number in columns.numbers], axis=1, mode="clip")
+
+    def _matrix(self, numbers: Sequence[int], picked: slice | Ints) -> Floats:
+        first = self._values[numbers[0]][picked]
+        matrix = np.empty((len(first), len(numbers)))
+        for place, number in enumerate(numbers):
+            matrix[:, place] = self._values[number][picked]
+        return matrix
+
+    def _filled(self, columns: _Columns, picked: slice | Ints) -> Floats:
+        """With NaN where texts are."""
+        matrix = np.full((len(self._values[columns.numbers[0]][picked]), len(columns.names)), np.nan)
+        for place, (name, number) in enumerate(zip(columns.names, columns.numbers, strict=True)):
+            if name not in columns.texts:
+                matrix[:, place] = self._values[number][picked]
+        return matrix
 
 
 class CompiledFeatures:
@@ -457,11 +504,12 @@ class FeatureBatch:
             plan._meter.start()
         values = batch.run(plan._steps, numbers, self._known, plan._meter)
         self._known = {number: values[number] for number in values.keys() - plan._of_outputs}
-        selections = {name: self._selections[name] for name in names}
-        return {
-            name: plan._columns[name].gather(values, selection if picked is None else selection[picked])
-            for name, selection in selections.items()
+        wanted = {
+            name: (plan._columns[name], self._selections[name] if picked is None else self._selections[name][picked])
+            for name in names
         }
+        gathering = _Gathering(values, list(wanted.values()))
+        return {name: gathering.rows(columns, within) for name, (columns, within) in wanted.items()}
 
 
 def _of_outputs(steps: Sequence[_Step]) -> frozenset[int]:

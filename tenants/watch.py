@@ -54,9 +54,9 @@ from tenants.registry import (
     TrialPassed,
     WriteStatus,
 )
-from tenants.trial_slots import TrialSlots
 from tenants.shared_names import FEATURES_FILE
 from tenants.status_content import status_content
+from tenants.trial_slots import TrialSlots
 from tenants.workers import LoadReport, WarmServer
 
 log = structlog.get_logger(__name__)
@@ -379,11 +379,10 @@ class ModelWatcher:
         known = self._snapshot.definitions.files if shared is None else shared.taken_features
         if not found.tenants:
             return  # more likely a directory that is not mounted
-        for tenant in sorted({*found.features, *known, *self._snapshot.refused_features}):
+        there = {tenant for tenant, signature in found.features.items() if signature is not None}
+        for tenant in sorted(there | known.keys() | self._snapshot.refused_features.keys()):
             signature = found.features.get(tenant)
-            key = f"{tenant}/{FEATURES_FILE}"
-            silent = signature is None and tenant not in known and tenant not in self._snapshot.refused_features
-            if not silent and self._settled(key, signature, now):
+            if self._settled(key := f"{tenant}/{FEATURES_FILE}", signature, now):
                 first = self._at_start is not None and self._at_start.features.get(tenant) == signature
                 seen = await asyncio.to_thread(read_features, self._settings.root, tenant, signature, first)
                 if seen is None:
@@ -530,7 +529,7 @@ class ModelWatcher:
         for action in actions:
             if isinstance(action, registry.WriteFeaturesStatus):
                 told = registry.features_status(self._snapshot, action.tenant)
-                log.info("shared features", tenant=action.tenant, state=told["state"], problems=told["problems"])
+                log.info("shared features", **told)
                 await asyncio.to_thread(self._answer, ModelName(action.tenant, "features"), told)
 
     async def _save(self, snapshot: Snapshot) -> None:
