@@ -105,6 +105,23 @@ def status(url: Url = NODE_URL, as_json: AsJson = False) -> None:
 
 
 @app.command()
+def features(url: Url = NODE_URL, as_json: AsJson = False) -> None:
+    """Show the features that tenants share.
+
+    Each with its owner, definition, type, users and cost, and what was refused and why.
+    """
+    from node import console
+
+    try:
+        if as_json:
+            typer.echo(console.fetch(url, "/v1/features"))
+        else:
+            console.show(*console.features_view(console.fetch_object(url, "/v1/features")))
+    except HeadraceError as error:
+        _fail(str(error))
+
+
+@app.command()
 def models(url: Url = NODE_URL, as_json: AsJson = False) -> None:
     """Show the models of a running node.
 

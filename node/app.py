@@ -41,6 +41,8 @@ from node.serving.view import (
     ModelInfo,
     PrintedLine,
     SandboxStatus,
+    SharedFeatureInfo,
+    SharedFeatures,
     TenantLog,
     TenantQuota,
     TenantShare,
@@ -59,6 +61,7 @@ from replication.frame import encode_frame
 from tenants.agreement import ModelPublisher
 from tenants.cgroups import ControlGroups
 from tenants.expression import evaluate_profile
+from tenants.feature_listing import SharedFeatureStatus
 from tenants.lineage import event_features
 from tenants.manifest import TenantCaps
 from tenants.pool_statistics import VersionStatistics
@@ -260,6 +263,13 @@ class Tenants:
             info for _, entry in sorted(self._service.watcher.snapshot.models.items()) for info in _infos(entry, costs)
         ]
 
+    def shared_features(self) -> SharedFeatures:
+        refused = self._service.watcher.snapshot.refused_features
+        return SharedFeatures(
+            features=[_shared_feature(status) for status in self._service.shared_features()],
+            refused={tenant: list(problems) for tenant, problems in sorted(refused.items())},
+        )
+
     def sandbox(self) -> SandboxStatus:
         return sandbox_status(self._service.sandbox)
 
@@ -306,6 +316,25 @@ class Tenants:
             )
             for tenant in pool.tenants
         ]
+
+
+def _shared_feature(status: SharedFeatureStatus) -> SharedFeatureInfo:
+    feature, offer, cost = status.feature, status.feature.offer, status.cost
+    return SharedFeatureInfo(
+        name=str(feature.name),
+        owner=offer.owner,
+        version=feature.name.version,
+        newest=feature.is_newest,
+        type=feature.expression.type,
+        definition=offer.texts[feature.name.version],
+        description=offer.description,
+        shared_with=None if offer.shared_with is None else list(offer.shared_with),
+        users=list(status.users),
+        inputs=list(map(str, status.inputs)),
+        aggregates=list(status.aggregates),
+        values=cost.values,
+        us_per_value=cost.seconds / cost.values * 1e6 if cost.values else None,
+    )
 
 
 def _memory(worker: WorkerStatistics | None) -> MemoryStatus | None:

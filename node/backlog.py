@@ -325,6 +325,7 @@ def take(triggers: Triggers, selection: slice) -> Triggers:
         types=triggers.types[selection],
         times_ms=triggers.times_ms[selection],
         rows=triggers.rows.take(selection),
+        fresh=None if triggers.fresh is None else triggers.fresh[selection],
     )
 
 

@@ -18,6 +18,7 @@ from replication.catalog import ENDED, Catalog, model_key
 from replication.commands import (
     Command,
     ForgetVersion,
+    PutFeatures,
     PutTenant,
     PutVersion,
     QuarantineVersion,
@@ -50,13 +51,25 @@ class CatalogModels:
     def __init__(self, cluster: Proposer, clock: Clock) -> None:
         self._cluster = cluster
         self._clock = clock
+        self.told_revision = 0
+        """Of the catalog that the tenants' side was told of last: what it wishes was decided on that."""
+
+    def agreed(self) -> AgreedModels:
+        """What the tenants' side is told next."""
+        catalog = self._cluster.catalog
+        self.told_revision = catalog.revision
+        return agreed_models(catalog, self._cluster.name)
 
     async def current(self) -> None:
         await self._cluster.agreed()
 
     async def put(self, name: ModelName, version: str, blob: str, manifest: str, report: str) -> None:
-        await self._insist(
-            lambda catalog: PutVersion(
+        told = self.told_revision
+
+        def decide(catalog: Catalog) -> PutVersion:
+            if catalog.features_revision > told:
+                raise PeerRefused(f"{name} is not put yet: shared features have just changed; it is checked anew")
+            return PutVersion(
                 revision=catalog.revision,
                 tenant=name.tenant,
                 model=name.model,
@@ -64,6 +77,19 @@ class CatalogModels:
                 blob=blob,
                 manifest=manifest,
                 report=report,
+                who=self._cluster.name,
+                at_ms=self._clock.now_ms(),
+            )
+
+        await self._insist(decide)
+
+    async def features(self, tenant: str, text: str) -> None:
+        """Decided once only: what is newer than `told_revision` has to be looked at before it is proposed again."""
+        await self._cluster.propose(
+            PutFeatures(
+                revision=self.told_revision,
+                tenant=tenant,
+                text=text,
                 who=self._cluster.name,
                 at_ms=self._clock.now_ms(),
             )
@@ -162,7 +188,8 @@ def agreed_models(catalog: Catalog, node: str) -> AgreedModels:
         tenant: Quota(**msgspec.structs.asdict(quota.limits), who=quota.who, at_ms=quota.at_ms)
         for tenant, quota in catalog.quotas.items()
     }
-    return AgreedModels(catalog.revision, tuple(_versions(catalog, node)), tenants, quotas)
+    features = {name: tenant.features for name, tenant in catalog.tenants.items() if tenant.features}
+    return AgreedModels(catalog.revision, tuple(_versions(catalog, node)), tenants, quotas, features)
 
 
 def _limits(catalog: Catalog, tenant: str) -> QuotaLimits:

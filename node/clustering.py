@@ -11,7 +11,7 @@ from pathlib import Path
 
 import structlog
 
-from node.cluster_models import CatalogModels, agreed_models
+from node.cluster_models import CatalogModels
 from node.cluster_view import LocalClusterView
 from node.config_sections import ClusterSection, Config
 from node.ingest.topics import Topics, TopicSettings
@@ -182,7 +182,7 @@ class Clustering:
     def serve(self, agreed: Callable[[AgreedModels], None]) -> None:
         """`agreed` hears at once, and then of each change, what the catalog says of models."""
         self._agreed = agreed
-        agreed(agreed_models(self.cluster.catalog, self.cluster.name))
+        agreed(self.models.agreed())
 
     def own(self) -> None:
         """From now on what the catalog gives this node is owned, not only stood by for."""
@@ -216,7 +216,7 @@ class Clustering:
         return await self._snapshots.restore(partition, folder)
 
     def _changed(self) -> None:
-        self._agreed(agreed_models(self.cluster.catalog, self.cluster.name))
+        self._agreed(self.models.agreed())
         if self._replicas is not None:
             self._replicas.update()
 

@@ -298,6 +298,25 @@ def models_view(answer: Mapping[str, Any]) -> list[RenderableType]:
     return [models, *reasons]
 
 
+def features_view(answer: Mapping[str, Any]) -> list[RenderableType]:
+    table = _table("feature", "type", "definition", "for", "users", "from outputs", "values", "us/value", right=(6, 7))
+    for feature in answer.get("features", ()):
+        granted, cost = feature.get("shared_with"), feature.get("us_per_value")
+        _add(
+            table,
+            *(feature.get("name"), feature.get("type"), feature.get("definition")),
+            "all" if granted is None else ", ".join(map(_text, granted)),
+            *(", ".join(map(_text, feature.get(part, ()))) for part in ("users", "inputs")),
+            *(_count(feature.get("values")), "" if cost is None else f"{cost:.3f}"),
+        )
+    reasons = [
+        Text(f"{_text(tenant)}: {_text(line)}", style="yellow")
+        for tenant, lines in answer.get("refused", {}).items()
+        for line in lines
+    ]
+    return [table, *reasons]
+
+
 def _waits(one: Mapping[str, Any]) -> tuple[str, str, str]:
     """Of a model or tenant: rows in the sequence log, how long the oldest has waited, and what was shed and why."""
     waiting: Mapping[str, Any] = one.get("waiting", {})

@@ -25,18 +25,8 @@ from node.kernel.clock import Clock
 from node.kernel.errors import BoundExceeded
 from node.kernel.limits import IDLE_POLL_MS
 from node.kernel.ports import FeaturePlan, ModelRunner
-from node.kernel.types import (
-    Aggregate,
-    Bools,
-    EventColumns,
-    Floats,
-    Frame,
-    Ints,
-    ModelName,
-    ModelVersion,
-    StoredOutput,
-    Triggers,
-)
+from node.kernel.types import Aggregate, Bools, EventColumns, Floats, Frame, Ints, ModelName, StoredOutput
+from node.ordering import Ordering
 from node.outbox import Outgoing
 from node.outgoing import Origin, answered_records, counts, failed_letters, refused_letters
 from node.state.cache import RowCache
@@ -45,7 +35,7 @@ from node.state.fold import FoldResult, fold
 from node.state.layout import Layout
 from node.state.outputs import read_output, write_outputs
 from node.steps import StepTimes
-from node.triggers import Outcome, run_triggers, select, triggers_of
+from node.triggers import Outcome, run_triggers, select
 
 log = structlog.get_logger(__name__)
 
@@ -142,9 +132,11 @@ class Cycle:
         with steps.measure("features"):  # 6. Each distinct feature once, then each model's rows.
             triggering = where(decoded.events, wanted)
             reads = _Reads(plan, state.layout, rows, triggering.rows, triggering.times_ms, folded.values)
-            work = _work(plan, triggering, {name: mask[wanted] for name, mask in selections.items()}, reads)
+            ordering = Ordering(plan, triggering, {name: mask[wanted] for name, mask in selections.items()}, reads)
+            work = ordering.ready()
         with steps.measure("trigger"):  # 7. Models answer, or their triggers go to the sequence log.
-            outcome = await run_triggers(engine.runner, state.backlog, work, settled, engine.settings.deadline_seconds)
+            seconds = engine.settings.deadline_seconds
+            outcome = await run_triggers(engine.runner, state.backlog, work, settled, seconds, ordering)
         with steps.measure("encode"):
             _store_answers(state.layout, rows, outcome.answers, positions)
             outgoing = self._outgoing(polled, decoded, customers, rows, outcome, folded.late)
@@ -279,19 +271,6 @@ def _union(selections: Mapping[ModelName, Bools], count: int) -> Bools:
     for mask in selections.values():
         union |= mask
     return union
-
-
-def _work(
-    plan: FeaturePlan, triggering: EventColumns, selections: Mapping[ModelName, Bools], reads: _Reads
-) -> list[tuple[ModelVersion, Triggers]]:
-    if not selections:
-        return []
-    rows = plan.rows(triggering, reads, selections)
-    return [
-        (version, triggers_of(version, triggering, selections[version.name], rows[version.name]))
-        for version in plan.models
-        if version.name in selections
-    ]
 
 
 def _store_answers(layout: Layout, rows: Floats, answers: Sequence[Answer], positions: Mapping[str, int]) -> None:

@@ -2,7 +2,8 @@
 
 `{"id", "tenant", "model", "version", "customer", "outputs", "topic", "partition", "offset", "type", "time"}`;
 `id` is the same whenever the same trigger is run again, so a reader of a broker without transactions can
-drop duplicates. A missing output is null.
+drop duplicates. A missing output is null. Of a model that uses others' outputs there is also `"inputs"`: each of them
+-> `"fresh"`, of the same event, or `"stored"`, before it.
 
 Those of an interval run are of no event: `interval`, its end, stands in place of topic, offset and type, and the id is
 `<tenant>/<model>/interval/<end>/<customer>`.
@@ -53,16 +54,17 @@ def encode_inferences(
             key,
             b"".join(
                 (head, sources[topic], offset, model, customer, topics_json[topic], b',"offset":', offset,
-                 b',"type":', types_json[kind], b',"time":', time, b',"outputs":{', values, b"}}")
+                 b',"type":', types_json[kind], b',"time":', time, used, b',"outputs":{', values, b"}}")
             ),
         )
-        for key, customer, topic, offset, kind, time, values in zip(
+        for key, customer, topic, offset, kind, time, used, values in zip(
             [customer.encode() for customer in triggers.customers],
             customers,
             triggers.topics.tolist(),
             _json_numbers(triggers.offsets),
             triggers.types.tolist(),
             _json_numbers(triggers.times_ms),
+            _json_inputs(triggers),
             _json_outputs(version, outputs.values),
             strict=True,
         )
@@ -109,6 +111,18 @@ def _json_texts(texts: Sequence[str]) -> list[bytes]:
 
 def _json_numbers(column: np.ndarray) -> list[bytes]:
     return orjson.dumps(np.ascontiguousarray(column), option=orjson.OPT_SERIALIZE_NUMPY)[1:-1].split(b",")
+
+
+def _json_inputs(triggers: Triggers) -> list[bytes]:
+    """For each trigger its `inputs`, as a member that follows others; few combinations occur, so each is made once."""
+    if triggers.fresh is None:
+        return [b""] * len(triggers)
+    told = {
+        bits: b',"inputs":'
+        + orjson.dumps({name: "fresh" if bits >> place & 1 else "stored" for place, name in enumerate(triggers.inputs)})
+        for bits in np.unique(triggers.fresh).tolist()
+    }
+    return [told[bits] for bits in triggers.fresh.tolist()]
 
 
 def _json_outputs(version: ModelVersion, values: Floats) -> list[bytes]:

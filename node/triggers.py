@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import math
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -17,12 +18,13 @@ from node.kernel.types import (
     Bools,
     EventColumns,
     EventSchema,
-    FeatureRows,
     ModelName,
+    ModelOutputs,
     ModelVersion,
     SequenceChunk,
     Triggers,
 )
+from node.ordering import Ordering
 from node.waiting import Answering
 
 
@@ -47,55 +49,34 @@ def select(plan: FeaturePlan, events: EventColumns, schema: EventSchema) -> dict
     return masks
 
 
-def triggers_of(version: ModelVersion, events: EventColumns, mask: Bools, rows: FeatureRows) -> Triggers:
-    at = np.flatnonzero(mask)
-    customers = events.customers
-    return Triggers(
-        version.name,
-        version.version,
-        tuple([customers[row] for row in events.rows[at].tolist()]),
-        events.topics[at],
-        events.offsets[at],
-        events.types[at],
-        events.times_ms[at],
-        rows,
-    )
-
-
 async def run_triggers(
     runner: ModelRunner,
     backlog: Backlog,
     work: Sequence[tuple[ModelVersion, Triggers]],
     settled: Settled,
     deadline_seconds: float,
+    ordering: Ordering | None = None,
 ) -> Outcome:
-    """Submit each model's triggers and wait until the deadline.
+    """Submit each model's triggers, and what `ordering` has as soon as it may run, and wait until the deadline.
 
     Those answered are in `answers`. The rest, and all of a model that is behind already, are appended to
     the sequence log, most of them still being worked on: a model that was late once is back in step when it has
     answered before the next cycle begins. Order within a model is kept.
     """
     outcome = Outcome(settled.answers, settled.appended, settled.cursors, settled.shed)
-    pieces = [
-        (version, piece)
-        for version, triggers in work
-        for piece in split(triggers, min(SEQUENCE_CHUNK_ROWS_MAX, backlog.rows_max(triggers)))
-    ]
-    calls = [_submit(runner, backlog, version, triggers) for version, triggers in pieces]
-    running = [call for call in calls if call is not None]
-    # Of a model that is behind nothing can join this commit: waiting for it would only hold up the others.
-    awaited = [
-        call
-        for (_, triggers), call in zip(pieces, calls, strict=True)
-        if call is not None and not backlog.behind(str(triggers.name))
-    ]
+    started, loop = _Started(runner, backlog), asyncio.get_running_loop()
+    since = loop.time()
     try:
-        await finish_within(awaited, deadline_seconds)
+        started.submit(work)
+        if ordering is not None:
+            await _in_order(started, ordering, deadline_seconds)
+        left_seconds = deadline_seconds if ordering is None else max(0.0, since + deadline_seconds - loop.time())
+        await finish_within(started.joinable, left_seconds)
     except BaseException:  # the session ends: its rows must not fill the runner's queue for the next one
-        for abandoned in running:
+        for abandoned in started.running:
             abandoned.cancel()
         raise
-    for (version, triggers), call in zip(pieces, calls, strict=True):
+    for version, triggers, call in started.pieces:
         if call is not None and call.done() and not backlog.behind(str(triggers.name)):
             outcome.answers.append(Answer(version, triggers, call.result()))
         else:
@@ -103,6 +84,76 @@ async def run_triggers(
             if chunk is not None:
                 outcome.appended.append(chunk)
     return outcome
+
+
+class _Started:
+    """The pieces of work of one cycle, in the order in which they began, each with its call if it has one."""
+
+    def __init__(self, runner: ModelRunner, backlog: Backlog) -> None:
+        self._runner = runner
+        self._backlog = backlog
+        self.pieces: list[tuple[ModelVersion, Triggers, Answering | None]] = []
+
+    @property
+    def running(self) -> list[Answering]:
+        return [call for _, _, call in self.pieces if call is not None]
+
+    @property
+    def joinable(self) -> list[Answering]:
+        """Those whose answers can join this commit: not of a model that is behind, which would hold up the others."""
+        pieces = self.pieces
+        return [call for _, one, call in pieces if call is not None and not self._backlog.behind(str(one.name))]
+
+    def submit(self, work: Sequence[tuple[ModelVersion, Triggers]]) -> None:
+        for version, triggers in work:
+            rows_max = min(SEQUENCE_CHUNK_ROWS_MAX, self._backlog.rows_max(triggers))
+            for piece in split(triggers, rows_max):
+                self.pieces.append((version, piece, _submit(self._runner, self._backlog, version, piece)))
+
+    def tell(self, ordering: Ordering) -> list[Answering]:
+        """Say which of the awaited models have answered, and which will not in this cycle; calls of the others."""
+        coming: list[Answering] = []
+        for name in sorted(ordering.awaited):
+            calls = [call for version, _, call in self.pieces if version.name == name]
+            if not calls:
+                continue  # waits itself
+            if None in calls or self._backlog.behind(str(name)):
+                ordering.given_up(name)
+            elif all(call.done() for call in calls if call is not None):
+                ordering.answered(name, _joined([call.result() for call in calls if call is not None]))
+            else:
+                coming += [call for call in calls if call is not None and not call.done()]
+        return coming
+
+
+async def _in_order(started: _Started, ordering: Ordering, deadline_seconds: float) -> None:
+    """Start each model once those whose outputs it uses have answered, or it may wait no longer."""
+    loop = asyncio.get_running_loop()
+    since = loop.time()
+    while ordering.waiting:
+        coming, passed = started.tell(ordering), loop.time() - since
+        ordering.late(passed if passed < deadline_seconds else math.inf)
+        work = ordering.ready()
+        if work:
+            started.submit(work)
+            await asyncio.sleep(0)  # so that the pool has begun before anything is waited for
+        elif coming:
+            wait_seconds = max(0.0, min(deadline_seconds, ordering.next_late()) - passed)
+            await asyncio.wait(coming, timeout=wait_seconds, return_when=asyncio.FIRST_COMPLETED)
+        else:
+            ordering.late(math.inf)  # no answer can come any more
+
+
+def _joined(outputs: Sequence[ModelOutputs]) -> ModelOutputs:
+    """Of the pieces of one model, in order."""
+    if len(outputs) == 1:
+        return outputs[0]
+    errors: dict[int, str] = {}
+    before = 0
+    for piece in outputs:
+        errors |= {before + row: reason for row, reason in piece.errors.items()}
+        before += len(piece.values)
+    return ModelOutputs(np.concatenate([piece.values for piece in outputs]), errors)
 
 
 def _submit(runner: ModelRunner, backlog: Backlog, version: ModelVersion, triggers: Triggers) -> Answering | None:

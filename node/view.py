@@ -27,6 +27,7 @@ from node.serving.view import (
     PartitionStatus,
     QuotaChange,
     SandboxStatus,
+    SharedFeatures,
     TenantLog,
     TenantQuota,
     TenantShare,
@@ -71,6 +72,8 @@ class TenantView(Protocol):
     def plan(self) -> FeaturePlan: ...
 
     def models(self) -> Sequence[ModelInfo]: ...
+
+    def shared_features(self) -> SharedFeatures: ...
 
     def tenants(self) -> Sequence[TenantStatus]: ...
 
@@ -157,6 +160,9 @@ class LocalView:
             for session in sessions
             if session is not None
         )
+
+    def shared_features(self) -> SharedFeatures:
+        return self._tenants.shared_features()
 
     def printed(self, tenant: str, after: int) -> TenantLog:
         return self._tenants.printed(tenant, after)

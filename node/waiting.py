@@ -217,6 +217,7 @@ def taken(triggers: Triggers, at: Ints) -> Triggers:
         offsets=triggers.offsets[at],
         types=triggers.types[at],
         times_ms=triggers.times_ms[at],
+        fresh=None if triggers.fresh is None else triggers.fresh[at],
         rows=replace(
             rows,
             numbers=rows.numbers[at],

@@ -27,6 +27,7 @@ from replication.commands import (
     ForgetVersion,
     GoLive,
     HoldBlob,
+    PutFeatures,
     PutTenant,
     PutVersion,
     QuarantineVersion,
@@ -46,8 +47,25 @@ def _put_tenant(catalog: Catalog, command: PutTenant) -> Outcome:
         reason = reason or _addition_stale(catalog, command)
     else:
         reason = reason or _stale(f"tenant {command.name}", before.revision, command)
-    tenant = Tenant(command.name, command.settings, command.who, command.at_ms, catalog.revision + 1)
+    features = before.features if before else ""
+    tenant = Tenant(command.name, command.settings, command.who, command.at_ms, catalog.revision + 1, features)
     return reason or advanced(catalog, tenants=put(catalog.tenants, tenant.name, tenant), text_bytes=text_bytes)
+
+
+def _put_features(catalog: Catalog, command: PutFeatures) -> Outcome:
+    """Whoever proposes has looked whether any model or feature would lose what it uses: none may be newer than that."""
+    before = catalog.tenants.get(command.tenant)
+    if before is None:
+        return f"there is no tenant {command.tenant}; put the tenant first"
+    if before.features == command.text:
+        return catalog
+    newest_model = max((model.revision for model in catalog.models.values()), default=0)
+    text_bytes = catalog.text_bytes + _size(command.text) - _size(before.features)
+    reason = _stale("a model", newest_model, command) or _text_problem(text_bytes)
+    reason = reason or _stale("a tenant's shared features", catalog.features_revision, command)
+    tenant = replace(before, features=command.text, who=command.who, at_ms=command.at_ms)
+    tenants = put(catalog.tenants, tenant.name, tenant)
+    return reason or advanced(catalog, tenants=tenants, text_bytes=text_bytes, features_revision=catalog.revision + 1)
 
 
 def _size(text: str) -> int:
@@ -68,6 +86,7 @@ def _put_version(catalog: Catalog, command: PutVersion) -> Outcome:
     versions = before.versions if before else {}
     text_bytes = catalog.text_bytes + _size(command.manifest) + _size(command.report)
     reason = _addition_stale(catalog, command) or _version_problem(catalog, command, len(versions))
+    reason = reason or _stale("a tenant's shared features", catalog.features_revision, command)
     reason = reason or _text_problem(text_bytes)
     if reason:
         return reason
@@ -100,6 +119,7 @@ def _put_again(catalog: Catalog, model: Model, command: PutVersion) -> Outcome:
         return catalog
     text_bytes = catalog.text_bytes + _size(command.report) - _size(known.report)
     reason = _stale(f"model {key}", model.revision, command) or _text_problem(text_bytes)
+    reason = reason or _stale("a tenant's shared features", catalog.features_revision, command)
     if reason:
         return reason
     state: VersionState = "passed" if known.state in ENDED else known.state
@@ -245,6 +265,7 @@ def _hold(catalog: Catalog, command: HoldBlob) -> Outcome:
 
 HANDLERS: Final[Mapping[type, Callable[[Catalog, Any], Outcome]]] = {
     PutTenant: _put_tenant,
+    PutFeatures: _put_features,
     PutVersion: _put_version,
     GoLive: _go_live,
     QuarantineVersion: _quarantine,

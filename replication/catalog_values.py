@@ -42,6 +42,8 @@ class Tenant(Struct, frozen=True):
     who: str
     at_ms: int
     revision: int = 0
+    features: str = ""
+    """Its features.toml, '' without one."""
 
 
 class TenantQuota(Struct, frozen=True):
@@ -142,6 +144,8 @@ class Catalog(Struct, frozen=True, forbid_unknown_fields=True):
     """Of all manifests, reports and tenants' settings."""
     refusals: tuple[Refusal, ...] = ()
     """The last ones."""
+    features_revision: int = 0
+    """When any tenant's shared features last changed."""
 
     def version(self, tenant: str, model: str, version: str) -> Version | None:
         found = self.models.get(model_key(tenant, model))

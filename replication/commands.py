@@ -77,6 +77,15 @@ class PutTenant(_Command, frozen=True, kw_only=True, tag="tenant"):
     at_ms: Number = 0
 
 
+class PutFeatures(_Command, frozen=True, kw_only=True, tag="features"):
+    """A tenant's shared features, '' for none, checked beside all models and features as of `revision`."""
+
+    tenant: Name
+    text: Manifest
+    who: Text = ""
+    at_ms: Number = 0
+
+
 class PutVersion(_Command, frozen=True, kw_only=True, tag="version"):
     """A version that passed its trial: from now on the tenant's wish, in place of one that waits to go live.
 
@@ -217,6 +226,7 @@ Command: TypeAlias = (
     | RenewLease
     | DrainNode
     | PutTenant
+    | PutFeatures
     | PutVersion
     | GoLive
     | QuarantineVersion

@@ -14,6 +14,7 @@ import msgspec
 from node.kernel.errors import ManifestError
 from node.kernel.types import AgreedVersion, EventSchema, ModelName, ModelVersion
 from tenants.manifest import Manifest, parse_manifest
+from tenants.shared_names import Resolver
 
 
 class ModelPublisher(Protocol):
@@ -46,6 +47,10 @@ class ModelPublisher(Protocol):
 
         Nothing is done, and that is no error, when it is not live any more or none was live before.
         """
+        ...
+
+    async def features(self, tenant: str, text: str) -> None:
+        """Put a tenant's features.toml, '' for none; refused where models or others' features changed meanwhile."""
         ...
 
     async def tenant(self, name: str, settings: str) -> None:
@@ -85,10 +90,10 @@ def decode_report(text: str) -> TrialReport:
         raise ManifestError([f"the report of its trial can't be read here ({error}); upgrade this node"]) from None
 
 
-def read_version(agreed: AgreedVersion, schema: EventSchema) -> ReadVersion:
+def read_version(agreed: AgreedVersion, schema: EventSchema, shared: Resolver) -> ReadVersion:
     """The version as this node runs it. Raises ManifestError when it can't: its [events] may differ, or its release."""
     name = agreed.name
-    manifest = parse_manifest(f"{name.model}.toml", name.tenant, name.model, agreed.manifest.encode(), schema)
+    manifest = parse_manifest(f"{name.model}.toml", name.tenant, name.model, agreed.manifest.encode(), schema, shared)
     report = decode_report(agreed.report)
     version = manifest.version(agreed.blob, report.labels)
     if version.version != agreed.version:

@@ -8,6 +8,7 @@
     count(<type>, '1h', where=…); sum mean min max std last first distinct (<type>.<field>, '30d', where=…);
     without a window: for ever; the type `any` is every type; 'odd-type' in quotes is a type too
     seconds_since(<type>)    profile.<name>    models.<tenant>.<model>.<output>    features defined above
+    features.<tenant>.<name>, features.<tenant>.<name>.v2: what a tenant shares (tenants.shared_names)
 
 Types are number, text and boolean. A boolean serves as the number 0 or 1; a number is never a condition.
 Texts are compared with ==, != and `in` only. `where` sees the fields of the event, and literals.
@@ -29,7 +30,7 @@ from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Final, TypeAlias, cast
 
-from node.kernel.errors import ConfigError, HeadraceError
+from node.kernel.errors import ConfigError, HeadraceError, NotFound
 from node.kernel.limits import EXPRESSION_BYTES_MAX, EXPRESSION_DEPTH_MAX, WINDOW_MS_MAX
 from node.kernel.types import (
     ANY_EVENT,
@@ -41,6 +42,7 @@ from node.kernel.types import (
     ModelName,
     StoredOutput,
 )
+from tenants.shared_names import Resolver, SharedName, SharedValue, nothing_shared
 from tenants.wording import one_line, parse_duration, shown, suggestion
 
 EVENT_TYPE: Final = "type"
@@ -106,7 +108,9 @@ class Operation:
     type: FieldType
 
 
-Node: TypeAlias = Literal | EventField | AggregateValue | StoredValue | FeatureValue | Membership | Operation
+Node: TypeAlias = (
+    Literal | EventField | AggregateValue | StoredValue | FeatureValue | SharedValue | Membership | Operation
+)
 
 
 def children(node: Node) -> tuple[Node, ...]:
@@ -163,6 +167,7 @@ class Scope:
     profile: Mapping[str, Aggregate] = field(default_factory=dict)
     features: Mapping[str, FieldType | None] = field(default_factory=dict)
     later: Collection[str] = ()
+    shared: Resolver = nothing_shared
 
 
 def parse_expression(text: str, scope: Scope) -> Node:
@@ -226,7 +231,7 @@ _FUNCTIONS: Final[Mapping[str, tuple[int, int]]] = {
 }
 _FIELD_AGGREGATES: Final = frozenset({"sum", "mean", "min", "max", "std", "last", "first", "distinct"})
 _AGGREGATES: Final = _FIELD_AGGREGATES | {"count", "seconds_since"}
-_ROOTS: Final = ("event", "profile", "models", "tables")
+_ROOTS: Final = ("event", "profile", "models", "features", "tables")
 _CALLABLE: Final = _AGGREGATES | set(_FUNCTIONS)
 
 
@@ -437,13 +442,15 @@ class _Parser:
             return self._profile(node, parts)
         if name == "models":
             return self._stored(node, parts)
+        if name == "features":
+            return self._shared(node, parts)
         if name in self._scope.schema.types or name == "any":
             raise self._mistake(
                 node, f"a field of {shown(name)} stands in an aggregate, such as sum({name}.<field>, '1h')"
             )
         if not name:
-            raise self._mistake(node, "only event, profile and models have names in them")
-        raise self._mistake(node, f"unknown name {shown(name)}" + suggestion(name, _ROOTS[:3]))
+            raise self._mistake(node, "only event, profile, models and features have names in them")
+        raise self._mistake(node, f"unknown name {shown(name)}" + suggestion(name, _ROOTS[:4]))
 
     def _event_field(self, node: ast.expr, parts: list[str]) -> EventField:
         name = parts[0]
@@ -473,6 +480,12 @@ class _Parser:
             raise self._mistake(node, "another model's output is models.<tenant>.<model>.<output>")
         tenant, model, output = parts
         return StoredValue(StoredOutput(expression_name(ModelName(tenant, model)), output))
+
+    def _shared(self, node: ast.expr, parts: list[str]) -> SharedValue:
+        try:
+            return self._scope.shared(SharedName.of(parts))
+        except NotFound as error:
+            raise self._mistake(node, str(error)) from None
 
     def _unary(self, node: ast.UnaryOp) -> Node:
         if isinstance(node.op, ast.Not):

@@ -18,6 +18,7 @@ from node.kernel import limits
 from node.kernel.errors import ManifestError, printable
 from node.kernel.types import ModelName
 from tenants.manifest import is_name
+from tenants.shared_names import FEATURES_FILE
 
 MANIFEST = ".toml"
 MODEL = ".joblib"
@@ -41,6 +42,8 @@ class Scan:
     halves: frozenset[ModelName] = frozenset()
     tenants: Mapping[str, Signature | None] = field(default_factory=dict)
     """Tenant -> signature of its tenant.toml, None without one."""
+    features: Mapping[str, Signature | None] = field(default_factory=dict)
+    """Tenant -> signature of its features.toml, None without one."""
     places: tuple[tuple[str, int, int], ...] = ()
     ignored: tuple[str, ...] = ()
     """One printable line for each name that can't be taken, at most IGNORED_MAX."""
@@ -51,6 +54,7 @@ def scan(root: Path) -> Scan:
     pairs: dict[ModelName, tuple[Signature, Signature]] = {}
     halves: set[ModelName] = set()
     tenants: dict[str, Signature | None] = {}
+    features: dict[str, Signature | None] = {}
     found = os.stat(root)
     places = [("", found.st_dev, found.st_ino)]
     ignored: list[str] = []
@@ -70,6 +74,7 @@ def scan(root: Path) -> Scan:
             continue  # removed meanwhile
         places.append((folder.name, found.st_dev, found.st_ino))
         tenants[folder.name] = files.pop(TENANT_FILE, None)
+        features[folder.name] = files.pop(FEATURES_FILE, None)
         stems = {name.removesuffix(suffix) for name in files for suffix in (MANIFEST, MODEL) if name.endswith(suffix)}
         for stem in sorted(stems):
             if not is_name(stem):
@@ -81,7 +86,7 @@ def scan(root: Path) -> Scan:
                 pairs[ModelName(folder.name, stem)] = manifest, model
             else:
                 halves.add(ModelName(folder.name, stem))
-    return Scan(pairs, frozenset(halves), tenants, tuple(places), tuple(ignored[:IGNORED_MAX]))
+    return Scan(pairs, frozenset(halves), tenants, features, tuple(places), tuple(ignored[:IGNORED_MAX]))
 
 
 def _files(folder: str) -> dict[str, Signature]:
@@ -124,6 +129,12 @@ def opened(root: Path, tenant: str, name: str, bytes_max: int) -> Iterator[tuple
         yield held, _signature(found)
     finally:
         os.close(descriptor)
+
+
+def concerns_us(change: object, path: str) -> bool:
+    """Folders (no suffix), manifests and model files; not our own status files, nor hidden or temporary ones."""
+    name = Path(path).name
+    return not name.startswith(".") and (name.endswith((MANIFEST, MODEL)) or "." not in name)
 
 
 def write_status(root: Path, name: ModelName, content: bytes) -> None:

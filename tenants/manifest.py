@@ -53,6 +53,7 @@ from tenants.expression import (
     walk,
 )
 from tenants.interval_manifest import INTERVAL_KEYS, is_interval, read_schedule, refuse_event_fields
+from tenants.shared_names import Resolver, SharedValue, nothing_shared
 from tenants.wording import one_line, parse_duration, shown, suggestion
 
 METHODS: Final = ("predict_proba", "predict", "transform", "decision_function", "score_samples")
@@ -64,7 +65,7 @@ _FEATURE_BYTES_MAX: Final = 128
 _PROBLEMS_MAX: Final = 100
 _MODEL_KEYS: Final = (
     *("on", *INTERVAL_KEYS),
-    *("output", "method", "ttl", "deadline", "weight", "overload", "features"),
+    *("output", "method", "ttl", "deadline", "weight", "overload", "features", "shared_with"),
 )
 _KEY_PARTS_MAX: Final = 32
 _KEY_PART: Final = r"""(?:[A-Za-z0-9_-]++|"(?:[^"\\\n]|\\.){0,256}+"|'[^'\n]{0,256}+')"""
@@ -116,6 +117,8 @@ class Manifest:
     """None: its tenant's."""
     schedule: Schedule | None = None
     """Of an interval model, which has no `events`."""
+    shared_with: tuple[str, ...] | None = None
+    """The tenants that may use its outputs, beside its own; None: all."""
 
     @property
     def stored_bytes(self) -> int:
@@ -124,13 +127,19 @@ class Manifest:
 
     @property
     def aggregates(self) -> tuple[Aggregate, ...]:
-        """What the features need of the customer's row, sorted, each once."""
+        """What the features need of the customer's row, sorted, each once; shared features need more."""
         return tuple(sorted({node.aggregate for node in self._nodes() if isinstance(node, AggregateValue)}))
 
     @property
     def stored_outputs(self) -> tuple[StoredOutput, ...]:
         """Other models' outputs it uses, sorted; names as in expressions ('-' is '_')."""
         return tuple(sorted({node.output for node in self._nodes() if isinstance(node, StoredValue)}))
+
+    @property
+    def shared_values(self) -> tuple[SharedValue, ...]:
+        """The shared features it names, sorted."""
+        found = {node for node in self._nodes() if isinstance(node, SharedValue)}
+        return tuple(sorted(found, key=lambda value: value.feature))
 
     @property
     def feature_types(self) -> Mapping[str, FieldType]:
@@ -327,14 +336,35 @@ class _Reader:
             return ()
         return tuple(listed)
 
+    def tenants(self, key: str) -> tuple[str, ...] | None:
+        """A list of tenants' names, which may be empty; None without it."""
+        value = self.values.get(key)
+        if value is None:
+            return None
+        if not isinstance(value, list) or not all(isinstance(item, str) and is_name(item) for item in value):
+            self.problem(f"{key} must be a list of tenants, such as ['ads', 'fraud'], not {shown(value)}")
+            return ()
+        return tuple(sorted(set(value)))
+
 
 def _near(value: object, choices: tuple[str, ...]) -> str:
     hint = suggestion(value, choices) if isinstance(value, str) else ""
     return hint if hint.startswith(",") else ""
 
 
-def parse_manifest(file: str, tenant: str, model: str, text: bytes, schema: EventSchema) -> Manifest:
-    """The manifest of one model. `file` is its name in messages.
+Reader = _Reader
+"""For other files of a tenant's."""
+
+
+def is_output(text: str) -> bool:
+    """Whether an output or shared feature may be called so: [A-Za-z_][A-Za-z0-9_]{0,62}."""
+    return _OUTPUT.fullmatch(text) is not None
+
+
+def parse_manifest(
+    file: str, tenant: str, model: str, text: bytes, schema: EventSchema, shared: Resolver = nothing_shared
+) -> Manifest:
+    """The manifest of one model. `file` is its name in messages, `shared` knows the features that its tenant may use.
 
     Raises ManifestError with every mistake; ConfigError when the operator's own profile is wrong, which a
     node has found out at its start.
@@ -355,9 +385,10 @@ def parse_manifest(file: str, tenant: str, model: str, text: bytes, schema: Even
         ttl_ms=0 if reader.values.get("ttl") == "never" else reader.duration("ttl", "30d", WINDOW_MS_MAX),
         deadline_ms=reader.duration("deadline", "1s", CALL_DEADLINE_MS_MAX, milliseconds=True),
         weight=reader.number("weight", 1.0, WEIGHT_MIN, WEIGHT_MAX),
-        features=_features(reader, schema),
+        features=_features(reader, schema, shared),
         overload=_overload(reader) if "overload" in reader.values else None,
         schedule=read_schedule(reader) if interval else None,
+        shared_with=reader.tenants("shared_with"),
     )
     if interval:
         refuse_event_fields(reader, ((feature.name, feature.expression) for feature in manifest.features))
@@ -398,7 +429,7 @@ def _outputs(reader: _Reader) -> tuple[str, ...]:
     return outputs
 
 
-def _features(reader: _Reader, schema: EventSchema) -> tuple[Feature, ...]:
+def _features(reader: _Reader, schema: EventSchema, shared: Resolver) -> tuple[Feature, ...]:
     table = reader.values.get("features")
     if not isinstance(table, dict) or not table:
         reader.problem('[features] is missing or empty; give each column of the model a line: name = "expression"')
@@ -410,7 +441,7 @@ def _features(reader: _Reader, schema: EventSchema) -> tuple[Feature, ...]:
     types: dict[str, FieldType | None] = {}
     features: list[Feature] = []
     for name, text in table.items():
-        node = _expression(reader, name, text, Scope(schema, profile, types, table.keys() - types.keys()))
+        node = _expression(reader, name, text, Scope(schema, profile, types, table.keys() - types.keys(), shared))
         types[name] = node.type if node is not None else None
         if node is not None:
             features.append(Feature(name, node))

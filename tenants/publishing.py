@@ -17,6 +17,7 @@ from tenants.registry import (
     NotPublished,
     Publication,
     Published,
+    PutFeatures,
     PutTenant,
     PutVersion,
     Quarantine,
@@ -101,6 +102,8 @@ class Publishing:
         match what:
             case PutTenant(tenant, text):
                 await self._publish.tenant(tenant, text)
+            case PutFeatures(tenant, text):
+                await self._publish.features(tenant, text)
             case PutVersion(name, version, blob, manifest, report):
                 await self._publish.put(name, version, blob, manifest, encode_report(report))
             case Withdraw(name, version):
@@ -110,4 +113,4 @@ class Publishing:
 
 
 def _subject(what: Publication) -> str:
-    return what.tenant if isinstance(what, PutTenant) else str(what.name)
+    return what.tenant if isinstance(what, PutTenant | PutFeatures) else str(what.name)

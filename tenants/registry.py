@@ -18,7 +18,9 @@ from typing import Any, Literal, TypeAlias
 
 from node.kernel.types import AgreedModels, AgreedVersion, ModelName, ModelVersion, Quota
 from tenants.agreement import TrialReport
+from tenants.definitions import NOTHING_SHARED, Definitions
 from tenants.manifest import Manifest, TenantSettings
+from tenants.sharing import Neighbours
 
 NewestState: TypeAlias = Literal["candidate", "waiting", "refused", "quarantined", "passed", "rolling out", "retired"]
 """The last three in a cluster only: to be published; agreed, but not live yet; agreed, and replaced or withdrawn."""
@@ -87,7 +89,8 @@ class Shared:
 
     `taken` and `taken_settings` are kept over restarts: the version of each pair of this node's directory that the
     catalog has had, and the text of each tenant.toml. Only what is remembered is deleted: a lost disk deletes nothing.
-    `asked` are tenants' settings yet to be published, `gone` are models yet to be withdrawn.
+    `asked` are tenants' settings yet to be published, `gone` are models yet to be withdrawn. `taken_features` and
+    `asked_features` are the same of each features.toml.
     """
 
     versions: Catalogued = field(default_factory=dict)
@@ -96,6 +99,8 @@ class Shared:
     taken_settings: Mapping[str, str] = field(default_factory=dict)
     asked: Mapping[str, TenantSeen] = field(default_factory=dict)
     gone: frozenset[ModelName] = frozenset()
+    taken_features: Mapping[str, str] = field(default_factory=dict)
+    asked_features: Mapping[str, str] = field(default_factory=dict)
 
     def version(self, name: ModelName, version: str) -> AgreedVersion | None:
         return self.versions.get(name, {}).get(version)
@@ -117,7 +122,11 @@ class Shared:
 
 @dataclass(frozen=True, slots=True)
 class Snapshot:
-    """All models and tenants known; `number` rises with each change. `shared` is None without a cluster."""
+    """All models and tenants known; `number` rises with each change. `shared` is None without a cluster.
+
+    `definitions` are the shared features in force; `refused_features` says of a tenant why its newest features.toml
+    is not.
+    """
 
     number: int = 0
     models: Mapping[ModelName, Entry] = field(default_factory=dict)
@@ -125,6 +134,8 @@ class Snapshot:
     shared: Shared | None = None
     quotas: Mapping[str, Quota] = field(default_factory=dict)
     """Tenant, known or not -> what operators allow it."""
+    definitions: Definitions = NOTHING_SHARED
+    refused_features: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
 
     @property
     def live(self) -> tuple[tuple[ModelVersion, Manifest], ...]:
@@ -263,6 +274,23 @@ class QuotaSet:
 
 
 @dataclass(frozen=True, slots=True)
+class FeaturesSeen:
+    """What a tenant's features.toml says now, '' without one; `first` as of a pair."""
+
+    tenant: str
+    text: str
+    first: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class FeaturesUnreadable:
+    """A features.toml that can't even be read, with the lines for its tenant."""
+
+    tenant: str
+    problems: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True)
 class Agreed:
     """What the catalog says now. `unfit` are live models of it that customers' rows can't hold, with the reason."""
 
@@ -298,6 +326,8 @@ Event: TypeAlias = (
     | TenantSeen
     | TenantGone
     | QuotaSet
+    | FeaturesSeen
+    | FeaturesUnreadable
     | Agreed
     | Published
     | NotPublished
@@ -329,6 +359,11 @@ class WriteStatus:
 
 
 @dataclass(frozen=True, slots=True)
+class WriteFeaturesStatus:
+    tenant: str
+
+
+@dataclass(frozen=True, slots=True)
 class ConfigureTenant:
     settings: TenantSettings
 
@@ -340,6 +375,12 @@ class RemoveTenant:
 
 @dataclass(frozen=True, slots=True)
 class PutTenant:
+    tenant: str
+    text: str
+
+
+@dataclass(frozen=True, slots=True)
+class PutFeatures:
     tenant: str
     text: str
 
@@ -376,8 +417,10 @@ class CountRefusal:
     limit: str
 
 
-Publication: TypeAlias = PutTenant | PutVersion | Withdraw | Quarantine
-Action: TypeAlias = StartTrial | GoLive | Retire | WriteStatus | ConfigureTenant | RemoveTenant | CountRefusal
+Publication: TypeAlias = PutTenant | PutFeatures | PutVersion | Withdraw | Quarantine
+Action: TypeAlias = (
+    StartTrial | GoLive | Retire | WriteStatus | WriteFeaturesStatus | ConfigureTenant | RemoveTenant | CountRefusal
+)
 Step: TypeAlias = tuple[Snapshot, tuple[Action, ...]]
 
 
@@ -393,12 +436,22 @@ def prospect(snapshot: Snapshot) -> list[tuple[ModelVersion, Manifest]]:
     return models
 
 
+def neighbours(snapshot: Snapshot) -> Neighbours:
+    """The models as they run, and as they are to run once all that was found has passed."""
+    live = {manifest.name: manifest for _, manifest in snapshot.live}
+    found = [entry.newest for entry in snapshot.models.values() if entry.newest is not None]
+    coming = [one.manifest for one in found if one.state in ("candidate", "waiting", "passed", "rolling out")]
+    wished = {manifest.name: manifest for manifest in coming if manifest is not None}
+    return Neighbours(live, {**live, **wished}, snapshot.definitions)
+
+
 def publications(snapshot: Snapshot) -> tuple[Publication, ...]:
     """What this node has yet to tell the cluster, in the order in which it can be taken."""
     shared = snapshot.shared
     if shared is None:
         return ()
     tenants = [PutTenant(tenant, seen.text) for tenant, seen in sorted(shared.asked.items())]
+    features = [PutFeatures(tenant, text) for tenant, text in sorted(shared.asked_features.items())]
     versions = [
         PutVersion(name, newest.version, newest.blob, newest.manifest.text.decode(), newest.report)
         for name, entry in sorted(snapshot.models.items())
@@ -409,7 +462,13 @@ def publications(snapshot: Snapshot) -> tuple[Publication, ...]:
         for name, entry in sorted(snapshot.models.items())
         if entry.live is not None and entry.live.at_fault and shared.has_fallback(name)
     ]
-    return (*tenants, *versions, *(Withdraw(name, shared.taken.get(name, "")) for name in sorted(shared.gone)), *failed)
+    return (
+        *tenants,
+        *features,
+        *versions,
+        *(Withdraw(name, shared.taken.get(name, "")) for name in sorted(shared.gone)),
+        *failed,
+    )
 
 
 def quarantine_problem(name: ModelName, reason: str) -> str:
@@ -449,6 +508,22 @@ def status(snapshot: Snapshot, name: ModelName) -> dict[str, object]:
     if newest is not None and live is not None:
         told["running"] = _live_status(live)
     return told
+
+
+def features_status(snapshot: Snapshot, tenant: str) -> dict[str, object]:
+    """What `features.status.json` says of a tenant's shared features."""
+    shared, refused = snapshot.shared, snapshot.refused_features.get(tenant, ())
+    asked = shared is not None and tenant in shared.asked_features
+    problems = [*refused, *snapshot.definitions.problems.get(tenant, ())]
+    if asked:
+        problems.append("features.toml: is not agreed by the cluster yet; it is tried again until it is")
+    names = [str(name) for name, feature in snapshot.definitions.features.items() if feature.offer.owner == tenant]
+    return {
+        "tenant": tenant,
+        "state": "refused" if refused else "rolling out" if asked else "live",
+        "problems": problems,
+        "in_force": sorted(names),
+    }
 
 
 def _state(entry: Entry) -> str:

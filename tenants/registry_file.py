@@ -14,6 +14,7 @@ import msgspec
 from node.kernel.errors import ManifestError
 from node.kernel.types import EventSchema, ModelName, Quota
 from tenants.agreement import TrialReport
+from tenants.definitions import Definitions, compile_definitions
 from tenants.manifest import TenantSettings, parse_manifest
 from tenants.registry import Entry, Live, Shared, Snapshot
 
@@ -44,6 +45,8 @@ class _Saved(msgspec.Struct, frozen=True, omit_defaults=True):
     """What was live before each of `models`, where it may be again."""
     failed: tuple[_Failed, ...] = ()
     quotas: dict[str, Quota] = {}
+    features: dict[str, str] = {}
+    """Tenant -> its features.toml: what is in force; of a node of a cluster, what the catalog has had of this node."""
 
 
 def encode(snapshot: Snapshot) -> bytes:
@@ -53,7 +56,9 @@ def encode(snapshot: Snapshot) -> bytes:
     """
     if snapshot.shared is not None:
         taken = tuple((name.tenant, name.model, version) for name, version in sorted(snapshot.shared.taken.items()))
-        return msgspec.json.encode(_Saved(1, (), (), taken, dict(sorted(snapshot.shared.taken_settings.items()))))
+        settings, features = snapshot.shared.taken_settings, snapshot.shared.taken_features
+        saved = _Saved(1, (), (), taken, dict(sorted(settings.items())), features=dict(sorted(features.items())))
+        return msgspec.json.encode(saved)
     entries = sorted(snapshot.models.items())
     models = tuple(_saved(name, entry.live) for name, entry in entries if entry.live is not None)
     previous = tuple(_saved(name, entry.previous) for name, entry in entries if entry.previous is not None)
@@ -61,7 +66,9 @@ def encode(snapshot: Snapshot) -> bytes:
         _Failed(name.tenant, name.model, dict(entry.quarantined)) for name, entry in entries if entry.quarantined
     )
     tenants, quotas = tuple(snapshot.tenants.values()), dict(sorted(snapshot.quotas.items()))
-    return msgspec.json.encode(_Saved(1, models, tenants, previous=previous, failed=failed, quotas=quotas))
+    features = dict(snapshot.definitions.files)
+    saved = _Saved(1, models, tenants, previous=previous, failed=failed, quotas=quotas, features=features)
+    return msgspec.json.encode(saved)
 
 
 def _saved(name: ModelName, live: Live) -> _SavedModel:
@@ -84,25 +91,31 @@ def decode(content: bytes, schema: EventSchema, in_cluster: bool = False) -> tup
         ) from None
     if in_cluster:
         taken = {ModelName(tenant, model): version for tenant, model, version in saved.taken}
-        return Snapshot(1, shared=Shared(taken=taken, taken_settings=saved.taken_settings)), ()
-    problems: list[str] = []
-    live = _restored(saved.models, schema, problems)
-    previous = _restored(saved.previous, schema, [])
+        return Snapshot(
+            1, shared=Shared(taken=taken, taken_settings=saved.taken_settings, taken_features=saved.features)
+        ), ()
+    definitions = compile_definitions(saved.features, schema)
+    problems = [line for lines in definitions.problems.values() for line in lines]
+    live = _restored(saved.models, schema, definitions, problems)
+    previous = _restored(saved.previous, schema, definitions, [])
     failed = {ModelName(one.tenant, one.model): one.quarantined for one in saved.failed}
     models = {
         name: Entry(name, live[name], previous=previous.get(name), quarantined=failed.get(name, {}))
         for name in sorted(live)
     }
     tenants = {settings.tenant: settings for settings in saved.tenants}
-    return Snapshot(1, models, tenants, quotas=saved.quotas), tuple(problems)
+    return Snapshot(1, models, tenants, quotas=saved.quotas, definitions=definitions), tuple(problems)
 
 
-def _restored(saved: Iterable[_SavedModel], schema: EventSchema, problems: list[str]) -> dict[ModelName, Live]:
+def _restored(
+    saved: Iterable[_SavedModel], schema: EventSchema, definitions: Definitions, problems: list[str]
+) -> dict[ModelName, Live]:
     found: dict[ModelName, Live] = {}
     for model in saved:
         name = ModelName(model.tenant, model.model)
         try:
-            manifest = parse_manifest(f"{name}.toml", model.tenant, model.model, model.manifest.encode(), schema)
+            text, shared = model.manifest.encode(), definitions.resolver(model.tenant)
+            manifest = parse_manifest(f"{name}.toml", model.tenant, model.model, text, schema, shared)
         except ManifestError as error:
             problems.extend(error.problems)
             continue

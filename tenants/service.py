@@ -18,7 +18,9 @@ from node.kernel.supervise import Supervisor
 from node.kernel.types import AgreedModels, EventSchema, ModelName, ModelVersion, OverloadPolicy, Quota
 from tenants.agreement import ModelPublisher, read_version
 from tenants.cgroups import ControlGroups
+from tenants.definitions import NOTHING_SHARED
 from tenants.explanation import ShareExplained, TenantFacts, explain
+from tenants.feature_listing import FeatureCosts, SharedFeatureStatus, listing
 from tenants.features import compile_plan
 from tenants.manifest import Manifest, TenantSettings
 from tenants.pool import ModelPool
@@ -26,6 +28,7 @@ from tenants.pool_statistics import PoolStatistics
 from tenants.quotas import models_of
 from tenants.registry import Shared, Snapshot
 from tenants.sandbox import SandboxReport, SandboxSettings
+from tenants.shared_names import taken_as_number
 from tenants.tenant_log import LogLine
 from tenants.versions import VersionFolder, alike
 from tenants.watch import Blobs, ModelWatcher, WatchSettings, WatchStatistics
@@ -96,7 +99,10 @@ class TenantService:
         self._schema = schema
         self._blobs = blobs
         self._live: tuple[tuple[ModelVersion, Manifest], ...] = ()
-        self._plan: FeaturePlan = compile_plan((), schema)
+        self._definitions = NOTHING_SHARED
+        self._timer = clock.monotonic
+        self._plan = compile_plan((), schema)
+        self.feature_costs = FeatureCosts()
         self._versions = VersionFolder(settings.versions)
         self._supervisor = supervisor
         self._clock = clock
@@ -190,7 +196,7 @@ class TenantService:
         if known is not None or agreed is None:
             return known
         try:
-            read = read_version(agreed, self._schema)
+            read = read_version(agreed, self._schema, taken_as_number)
         except ManifestError as error:
             raise StoreUnavailable(f"version {version[:12]} of {name} can't be run on this node: {error}") from error
         self._versions.remember(read.version)
@@ -269,6 +275,11 @@ class TenantService:
         own = entry.live.manifest.overload if entry is not None and entry.live is not None else None
         return own or self.settings(name.tenant).overload
 
+    def shared_features(self) -> list[SharedFeatureStatus]:
+        """Every shared feature in force, by name and version."""
+        costs = self.feature_costs.with_more(self._plan.shared_costs())
+        return listing(self.watcher.snapshot, costs)
+
     def statistics(self) -> ServiceStatistics:
         return ServiceStatistics(self.watcher.statistics(), self.runner.statistics())
 
@@ -286,9 +297,10 @@ class TenantService:
                     await changed.wait()
 
     def _changed(self, snapshot: Snapshot) -> None:
-        if snapshot.live != self._live:
-            self._live = snapshot.live
-            self._plan = compile_plan(self._live, self._schema)
+        if snapshot.live != self._live or snapshot.definitions is not self._definitions:
+            self._live, self._definitions = snapshot.live, snapshot.definitions
+            self.feature_costs.add(self._plan.shared_costs())
+            self._plan = compile_plan(self._live, self._schema, self._definitions, self._timer)
         self._versions.keep(version for version, _ in snapshot.live)
         log.info("models changed", snapshot=snapshot.number, live=[str(version.name) for version, _ in snapshot.live])
 

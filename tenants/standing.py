@@ -13,7 +13,9 @@ from typing import TypeVar
 
 from node.kernel.errors import ManifestError
 from node.kernel.types import AgreedVersion, EventSchema, ModelName
+from tenants import sharing
 from tenants.agreement import decode_report, read_version
+from tenants.definitions import Definitions, compile_definitions
 from tenants.manifest import Manifest
 from tenants.registry import (
     NOT_HERE,
@@ -27,6 +29,7 @@ from tenants.registry import (
     NotPublished,
     PairSeen,
     Published,
+    PutFeatures,
     PutTenant,
     PutVersion,
     Quarantine,
@@ -38,7 +41,9 @@ from tenants.registry import (
     TenantSeen,
     Unserved,
     Withdraw,
+    WriteFeaturesStatus,
     WriteStatus,
+    neighbours,
     quarantine_problem,
     text_features,
 )
@@ -82,6 +87,8 @@ def pair_gone(snapshot: Snapshot, shared: Shared, entry: Entry) -> Snapshot:
     name = entry.name
     taken = shared.taken.get(name)
     if taken is not None and name in shared.versions and shared.newest(name) in (taken, ""):
+        if sharing.kept_for(name, neighbours(snapshot)):
+            return snapshot  # asked again at the next look
         snapshot = snapshot.sharing(gone=shared.gone | {name})
     else:
         snapshot = snapshot.sharing(taken=_less(shared.taken, name))
@@ -121,6 +128,12 @@ def published(snapshot: Snapshot, shared: Shared, event: Published) -> Step:
         case PutTenant(tenant, text):
             asked = {other: seen for other, seen in shared.asked.items() if (other, seen.text) != (tenant, text)}
             return snapshot.sharing(asked=asked, taken_settings={**shared.taken_settings, tenant: text}), ()
+        case PutFeatures(tenant, text):
+            asked_features = {
+                other: wish for other, wish in shared.asked_features.items() if (other, wish) != (tenant, text)
+            }
+            taken = {**shared.taken_features, tenant: text}
+            return snapshot.sharing(asked_features=asked_features, taken_features=taken), (WriteFeaturesStatus(tenant),)
         case Quarantine():
             return snapshot, ()  # the catalog has told what became of it
         case Withdraw(name, _):
@@ -159,6 +172,9 @@ def agreed(snapshot: Snapshot, before: Shared, event: Agreed, schema: EventSchem
         for tenant, settings in sorted(event.settings.items())
         if snapshot.tenants.get(tenant) != settings
     ]
+    texts = {tenant: text for tenant, text in sorted(event.models.features.items()) if text}
+    unchanged = texts == snapshot.definitions.files
+    definitions = snapshot.definitions if unchanged else compile_definitions(texts, schema)
     models: dict[ModelName, Entry] = {}
     taken = dict(shared.taken)
     for name in sorted(snapshot.models.keys() | shared.versions.keys()):
@@ -166,7 +182,7 @@ def agreed(snapshot: Snapshot, before: Shared, event: Agreed, schema: EventSchem
         newest = _followed(entry, before, shared, event.at_ms)
         if entry.newest is not None and newest is not entry.newest:
             taken[name] = entry.newest.version
-        live, unserved = _agreed_live(entry, before, shared, event, schema)
+        live, unserved = _agreed_live(entry, before, shared, event, schema, (definitions, unchanged))
         after = Entry(name, live, newest, unserved)
         actions.extend(_swapped(entry, after))
         if after != Entry(name):
@@ -176,7 +192,16 @@ def agreed(snapshot: Snapshot, before: Shared, event: Agreed, schema: EventSchem
         taken.pop(name, None)
     actions.extend(RemoveTenant(tenant) for tenant in sorted(snapshot.tenants.keys() - event.settings.keys()))
     shared = replace(shared, taken=taken)
-    return Snapshot(snapshot.number + 1, models, dict(event.settings), shared, event.models.quotas), tuple(actions)
+    agreed_snapshot = replace(
+        snapshot,
+        number=snapshot.number + 1,
+        models=models,
+        tenants=dict(event.settings),
+        shared=shared,
+        quotas=event.models.quotas,
+        definitions=definitions,
+    )
+    return agreed_snapshot, tuple(actions)
 
 
 def _heard(before: Shared, event: Agreed) -> Shared:
@@ -224,7 +249,7 @@ def _stands(shared: Shared, name: ModelName, newest: Newest) -> Newest | None:
 
 
 def _agreed_live(
-    entry: Entry, before: Shared, shared: Shared, event: Agreed, schema: EventSchema
+    entry: Entry, before: Shared, shared: Shared, event: Agreed, schema: EventSchema, defined: tuple[Definitions, bool]
 ) -> tuple[Live | None, Unserved | None]:
     """What runs of a model here by the catalog, whatever ran before; or why it can't."""
     name, live = entry.name, entry.live
@@ -234,8 +259,10 @@ def _agreed_live(
     try:
         if name in event.unfit:
             raise ManifestError([f"{name.model}.toml: with the live models, {event.unfit[name]}"])
-        if live is None or not _same_text(before.version(name, live.version.version), agreed):
-            read = read_version(agreed, schema)
+        definitions, unchanged = defined
+        same = live is not None and _same_text(before.version(name, live.version.version), agreed)
+        if live is None or not same or (live.manifest.shared_values and not unchanged):
+            read = read_version(agreed, schema, definitions.resolver(name.tenant))
             live = Live(read.manifest, read.version, read.report, event.at_ms)
     except ManifestError as error:
         return None, Unserved(agreed.version, agreed.blob, error.problems)

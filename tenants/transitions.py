@@ -11,7 +11,7 @@ from functools import singledispatch
 from node.kernel import limits
 from node.kernel.errors import ManifestError, QuotaRefused
 from node.kernel.types import EventSchema, ModelName, StoredOutput
-from tenants import standing
+from tenants import feature_files, sharing, standing
 from tenants.expression import expression_name
 from tenants.manifest import Manifest, parse_manifest
 from tenants.quotas import check_quota
@@ -22,6 +22,8 @@ from tenants.registry import (
     CountRefusal,
     Entry,
     Event,
+    FeaturesSeen,
+    FeaturesUnreadable,
     GoLive,
     Live,
     Newest,
@@ -43,6 +45,7 @@ from tenants.registry import (
     TrialPassed,
     VersionFailing,
     WriteStatus,
+    neighbours,
     quarantine_problem,
     text_features,
 )
@@ -118,11 +121,23 @@ def _(event: PairRefused, snapshot: Snapshot, schema: EventSchema) -> Step:
 @_apply.register
 def _(event: PairGone, snapshot: Snapshot, schema: EventSchema) -> Step:
     entry = snapshot.models.get(event.name)
+    users = sharing.kept_for(event.name, neighbours(snapshot))
+    if entry is not None and users:
+        return _kept(snapshot, entry, users)
     if snapshot.shared is not None:
         return standing.pair_gone(snapshot, snapshot.shared, entry or Entry(event.name)), ()
     if entry is None:
         return snapshot, ()
     return snapshot.without(event.name), (Retire(entry.live.version),) if entry.live is not None else ()
+
+
+def _kept(snapshot: Snapshot, entry: Entry, users: str) -> Step:
+    """A model whose files were deleted while others use its outputs."""
+    problem = f"{entry.name.model}: its files are gone, and it goes on: its outputs are used by {users}"
+    refused = Newest("refused", "", "", entry.live.live_since_ms if entry.live is not None else 0, (problem,))
+    if entry.newest is not None and entry.newest.says(refused):
+        return snapshot, ()
+    return snapshot.with_entry(replace(entry, newest=refused)), (WriteStatus(entry.name),)
 
 
 @_apply.register
@@ -131,6 +146,11 @@ def _(event: TrialPassed, snapshot: Snapshot, schema: EventSchema) -> Step:
     tried = entry.newest if entry is not None and snapshot.on_trial(event.name, event.version) else None
     if entry is None or tried is None or tried.manifest is None:
         return snapshot, ()
+    try:
+        _checked(snapshot, event.name, tried.manifest.text, schema)
+    except ManifestError as error:  # others changed meanwhile
+        refused = replace(tried, state="refused", version="", problems=error.problems)
+        return snapshot.with_entry(replace(entry, newest=refused)), (WriteStatus(event.name),)
     if snapshot.shared is not None:
         passed = replace(tried, state="passed", report=event.report)
         return snapshot.with_entry(replace(entry, newest=passed)), (WriteStatus(event.name),)
@@ -201,15 +221,35 @@ def _(event: TenantGone, snapshot: Snapshot, schema: EventSchema) -> Step:
     gone = [entry for name, entry in snapshot.models.items() if name.tenant == event.tenant]
     if not gone and event.tenant not in snapshot.tenants:
         return snapshot, ()
+    needed = _needed_by_others(snapshot, event.tenant)
+    if needed:
+        return snapshot, ()  # as a whole: the tenant's worker runs what others use
     return (
-        Snapshot(
-            snapshot.number + 1,
-            {name: entry for name, entry in snapshot.models.items() if name.tenant != event.tenant},
-            {tenant: settings for tenant, settings in snapshot.tenants.items() if tenant != event.tenant},
-            quotas=snapshot.quotas,
+        replace(
+            snapshot,
+            number=snapshot.number + 1,
+            models={name: entry for name, entry in snapshot.models.items() if name.tenant != event.tenant},
+            tenants={tenant: settings for tenant, settings in snapshot.tenants.items() if tenant != event.tenant},
         ),
         (*(Retire(entry.live.version) for entry in gone if entry.live is not None), RemoveTenant(event.tenant)),
     )
+
+
+def _needed_by_others(snapshot: Snapshot, tenant: str) -> bool:
+    among = neighbours(snapshot)
+    others = replace(among, live={name: one for name, one in among.live.items() if name.tenant != tenant})
+    mine = [manifest for name, manifest in among.live.items() if name.tenant == tenant]
+    return any(sharing.kept_for(one.name, replace(others, live={**others.live, one.name: one})) for one in mine)
+
+
+@_apply.register
+def _(event: FeaturesSeen, snapshot: Snapshot, schema: EventSchema) -> Step:
+    return feature_files.seen(snapshot, event, schema)
+
+
+@_apply.register
+def _(event: FeaturesUnreadable, snapshot: Snapshot, schema: EventSchema) -> Step:
+    return feature_files.refused(snapshot, event.tenant, event.problems)
 
 
 @_apply.register
@@ -233,8 +273,9 @@ def _(event: Agreed, snapshot: Snapshot, schema: EventSchema) -> Step:
     if snapshot.shared is None:
         return snapshot, ()
     snapshot, actions = standing.agreed(snapshot, snapshot.shared, event, schema)
+    snapshot, told = feature_files.agreed(snapshot, schema)
     snapshot, more = _without_wait(snapshot)
-    return snapshot, (*actions, *more)
+    return snapshot, (*actions, *told, *more)
 
 
 @_apply.register
@@ -260,8 +301,12 @@ def _without_wait(snapshot: Snapshot) -> Step:
 def _checked(snapshot: Snapshot, name: ModelName, manifest: bytes, schema: EventSchema) -> Manifest:
     """Raises ManifestError."""
     _check_place(snapshot, name)
-    parsed = parse_manifest(f"{name.model}.toml", name.tenant, name.model, manifest, schema)
+    shared = snapshot.definitions.resolver(name.tenant)
+    parsed = parse_manifest(f"{name.model}.toml", name.tenant, name.model, manifest, schema, shared)
     check_quota(snapshot, parsed)
+    problems = sharing.problems(parsed, neighbours(snapshot))
+    if problems:
+        raise ManifestError(problems)
     return parsed
 
 
@@ -291,7 +336,7 @@ def _missing(snapshot: Snapshot, manifest: Manifest) -> tuple[StoredOutput, ...]
         for output in version.outputs
     }
     given |= {StoredOutput(expression_name(manifest.name), output) for output in manifest.outputs}
-    return tuple(output for output in manifest.stored_outputs if output not in given)
+    return tuple(sorted(snapshot.definitions.stored_outputs(manifest) - given))
 
 
 def _tried(snapshot: Snapshot, name: ModelName) -> Step:

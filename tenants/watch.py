@@ -12,13 +12,12 @@ from __future__ import annotations
 import asyncio
 import contextlib
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-import msgspec
 import structlog
-from watchfiles import Change, awatch
+from watchfiles import awatch
 
 from node.kernel import limits
 from node.kernel.clock import Clock
@@ -34,10 +33,12 @@ from node.kernel.ports import FeaturePlan
 from node.kernel.supervise import Supervisor
 from node.kernel.types import AgreedModels, EventSchema, ModelName, ModelVersion, Quota
 from tenants import folder, registry, registry_file, transitions
-from tenants.agreement import ModelPublisher, TrialReport
+from tenants.agreement import ModelPublisher
+from tenants.feature_reading import read_features
 from tenants.features import compile_plan
 from tenants.folder import MANIFEST, MODEL, TENANT_FILE, Scan, Signature
 from tenants.manifest import Manifest, TenantCaps, TenantSettings, parse_tenant
+from tenants.model_graph import ring_problem
 from tenants.publishing import Publishing
 from tenants.registry import (
     Action,
@@ -53,6 +54,8 @@ from tenants.registry import (
     TrialPassed,
     WriteStatus,
 )
+from tenants.shared_names import FEATURES_FILE
+from tenants.status_content import status_content
 from tenants.trial_slots import TrialSlots
 from tenants.workers import LoadReport, WarmServer
 
@@ -161,6 +164,7 @@ class ModelWatcher:
         self._agreed: AgreedModels | None = None
         self._agreed_settings: dict[str, tuple[str, TenantSettings]] = {}
         self._untold: set[ModelName] = set()
+        self._untold_features: set[registry.WriteFeaturesStatus] = set()
         self._telling: asyncio.Task[None] | None = None
         self._heard = asyncio.Event()
         self._at_start: Scan | None = None
@@ -273,7 +277,7 @@ class ModelWatcher:
             self._rearm.clear()
             try:
                 async for _ in awatch(
-                    self._settings.root, watch_filter=_concerns_us, stop_event=self._rearm, debounce=200, step=100
+                    self._settings.root, watch_filter=folder.concerns_us, stop_event=self._rearm, debounce=200, step=100
                 ):
                     self._wake.set()
             except (OSError, RuntimeError) as error:  # the root is missing or can't be watched: rescans go on
@@ -300,6 +304,7 @@ class ModelWatcher:
             self._rearm.set()
         now = self._clock.monotonic()
         await self._take_tenants(found, now)
+        await self._take_features(found, now)
         for name, signatures in found.pairs.items():
             if self._settled(name, signatures, now):
                 await self._take_pair(name, signatures)
@@ -368,6 +373,23 @@ class ModelWatcher:
         self._answer(ModelName(tenant, "tenant"), {"state": "live" if seen else "refused", "problems": problems})
         return seen
 
+    async def _take_features(self, found: Scan, now: float) -> None:
+        """Each features.toml that changed, and those that are gone; before the pairs, which may use them."""
+        shared = self._snapshot.shared
+        known = self._snapshot.definitions.files if shared is None else shared.taken_features
+        if not found.tenants:
+            return  # more likely a directory that is not mounted
+        there = {tenant for tenant, signature in found.features.items() if signature is not None}
+        for tenant in sorted(there | known.keys() | self._snapshot.refused_features.keys()):
+            signature = found.features.get(tenant)
+            if self._settled(key := f"{tenant}/{FEATURES_FILE}", signature, now):
+                first = self._at_start is not None and self._at_start.features.get(tenant) == signature
+                seen = await asyncio.to_thread(read_features, self._settings.root, tenant, signature, first)
+                if seen is None:
+                    self._seen.pop(key, None)  # the next look takes it
+                else:
+                    await self._apply(seen)
+
     async def _take_pair(self, name: ModelName, signatures: tuple[Signature, Signature]) -> None:
         event = await asyncio.to_thread(self._read_pair, name, signatures)
         if event is None:
@@ -419,6 +441,9 @@ class ModelWatcher:
                 await self._apply(registry.PairGone(name))
                 self._seen.pop(name, None)
                 self._look_again(name.tenant)
+                entry = self._snapshot.models.get(name)
+                if entry is not None and entry.newest is not None:
+                    continue  # others use its outputs: it goes once they don't
                 with contextlib.suppress(OSError):
                     await asyncio.to_thread(folder.remove_status, self._settings.root, name)
         for tenant in [tenant for tenant in watched_tenants if tenant not in found.tenants]:
@@ -446,9 +471,12 @@ class ModelWatcher:
             self._follow(after, actions)
             # Told last: a tenant that reads "live" may count on it.
             await self._write_statuses(_told(actions))
+            await self._write_features_statuses(actions)
 
     def _follow(self, after: Snapshot, actions: Iterable[Action]) -> None:
-        self._snapshot = after
+        before, self._snapshot = self._snapshot, after
+        if after.live != before.live or after.definitions is not before.definitions:
+            self._reconsider()
         for action in actions:
             if isinstance(action, StartTrial):
                 self._start_trial(action)
@@ -457,17 +485,26 @@ class ModelWatcher:
             elif isinstance(action, ConfigureTenant):
                 self._acted(action)
                 self._look_again(action.settings.tenant)
-            elif not isinstance(action, WriteStatus):
+            elif not isinstance(action, WriteStatus | registry.WriteFeaturesStatus):
                 self._acted(action)
         self._changed(self._snapshot)
         if self._publishing is not None:
             self._publishing.changed.set()
 
+    def _reconsider(self) -> None:
+        """Look again at what was refused for what others had then: it may be right beside what they have now."""
+        for tenant in {name.tenant for name in self._snapshot.models}:
+            self._look_again(tenant)
+        for tenant in self._snapshot.refused_features:
+            self._seen.pop(f"{tenant}/{FEATURES_FILE}", None)
+        self._wake.set()
+
     def _next(self, event: Event) -> registry.Step:
         """What the registry decides; a candidate whose state does not fit beside the live models' is refused."""
         after, actions = transitions.apply(self._snapshot, event, self._schema)
         if isinstance(event, TrialPassed) and after is not self._snapshot:
-            reason = self._settings.check_state(compile_plan(registry.prospect(after), self._schema))
+            plan = compile_plan(registry.prospect(after), self._schema, after.definitions)
+            reason = self._settings.check_state(plan)
             if reason:
                 refused = TrialFailed(
                     event.name, event.version, f"with the live models, {reason}", event.at_ms, MANIFEST
@@ -488,6 +525,13 @@ class ModelWatcher:
             if name in self._snapshot.watched:
                 await asyncio.to_thread(self._answer, name, told)
 
+    async def _write_features_statuses(self, actions: Iterable[Action]) -> None:
+        for action in actions:
+            if isinstance(action, registry.WriteFeaturesStatus):
+                told = registry.features_status(self._snapshot, action.tenant)
+                log.info("shared features", **told)
+                await asyncio.to_thread(self._answer, ModelName(action.tenant, "features"), told)
+
     async def _save(self, snapshot: Snapshot) -> None:
         """Keep the snapshot, however long the disk refuses: what is not kept must not go live."""
         content = registry_file.encode(snapshot)
@@ -505,10 +549,7 @@ class ModelWatcher:
     def _answer(self, name: ModelName, told: dict[str, object]) -> None:
         told = {**told, "written_at_ms": self._clock.now_ms()}
         try:
-            content = msgspec.json.format(msgspec.json.encode(told), indent=2)
-            if len(content) > limits.STATUS_FILE_BYTES_MAX:
-                content = msgspec.json.encode(_shortened(told))
-            folder.write_status(self._settings.root, name, content)
+            folder.write_status(self._settings.root, name, status_content(told))
         except (OSError, UnicodeError) as error:  # the tenant's folder: full, read-only or just removed
             log.warning("status file not written", model=str(name), error=str(error))
 
@@ -534,6 +575,7 @@ class ModelWatcher:
                     self._tell_again(tenant)
             self._follow(after, actions)
             self._untold |= set(_told(actions))
+            self._untold_features |= {one for one in actions if isinstance(one, registry.WriteFeaturesStatus)}
             if self._telling is None or self._telling.done():
                 self._telling = self._supervisor.start("models agreed", self._tell_agreed())
         self._heard.set()
@@ -554,12 +596,12 @@ class ModelWatcher:
         """Two nodes may have put models at once that fit alone and not together: then all nodes leave out the same."""
         after, actions = transitions.apply(self._snapshot, event, self._schema)
         swapped = any(isinstance(action, GoLive) for action in actions)
-        if not swapped or not self._settings.check_state(compile_plan(after.live, self._schema)):
+        if not swapped or not self._misfit(after.live, after):
             return after, actions
         fitting: list[tuple[ModelVersion, Manifest]] = []
         unfit: dict[ModelName, str] = {}
         for version, manifest in after.live:
-            reason = self._settings.check_state(compile_plan([*fitting, (version, manifest)], self._schema))
+            reason = self._misfit([*fitting, (version, manifest)], after)
             if reason:
                 unfit[version.name] = reason
                 log.error("a live model is not served: its state does not fit", model=str(version.name), reason=reason)
@@ -567,12 +609,19 @@ class ModelWatcher:
                 fitting.append((version, manifest))
         return transitions.apply(self._snapshot, replace(event, unfit=unfit), self._schema)
 
+    def _misfit(self, live: Sequence[tuple[ModelVersion, Manifest]], snapshot: Snapshot) -> str:
+        """Why the models can't run together; '' when they can."""
+        state = self._settings.check_state(compile_plan(live, self._schema, snapshot.definitions))
+        return state or ring_problem([manifest for _, manifest in live], snapshot.definitions)
+
     async def _tell_agreed(self) -> None:
         async with self._applying:
-            while self._untold:
+            while self._untold or self._untold_features:
                 names, self._untold = sorted(self._untold), set()
+                files, self._untold_features = self._untold_features, set()
                 await self._save(self._snapshot)
                 await self._write_statuses(names)
+                await self._write_features_statuses(files)
 
     async def _published(self, event: registry.Published | registry.NotPublished) -> None:
         await self._apply(event)
@@ -619,7 +668,7 @@ class ModelWatcher:
             return
         if report is None:
             return
-        passed = TrialPassed(version.name, version.version, _trial_report(report), self._clock.now_ms())
+        passed = TrialPassed(version.name, version.version, report.told(), self._clock.now_ms())
         await self._apply(passed)
 
     def _tenant_settings(self, tenant: str) -> TenantSettings:
@@ -647,31 +696,5 @@ class ModelWatcher:
         raise ModelRefused(f"the worker died each of {TRIAL_ATTEMPTS_MAX} times it loaded the model: {lost}")
 
 
-def _shortened(told: dict[str, object]) -> dict[str, object]:
-    """A status that is too long for its file, without the columns and with the first problems only."""
-    problems = told.get("problems")
-    first = [str(problem)[:500] for problem in problems[:40]] if isinstance(problems, list | tuple) else []
-    keys = {"model", "state", "version", "sha256", "written_at_ms"} & told.keys()
-    kept = {key: told[key] for key in sorted(keys)}
-    return {**kept, "problems": first, "shortened": True}
-
-
-def _concerns_us(change: Change, path: str) -> bool:
-    """Folders (no suffix), manifests and model files; not our own status files, nor hidden or temporary ones."""
-    name = Path(path).name
-    return not name.startswith(".") and (name.endswith((MANIFEST, MODEL)) or "." not in name)
-
-
 def _told(actions: Iterable[Action]) -> list[ModelName]:
     return [action.name for action in actions if isinstance(action, WriteStatus)]
-
-
-def _trial_report(report: LoadReport) -> TrialReport:
-    return TrialReport(
-        seconds_per_call=report.seconds_per_call,
-        seconds_per_row=report.seconds_per_row,
-        memory_bytes=report.memory_bytes,
-        class_name=report.class_name,
-        labels=report.labels,
-        notes=report.notes,
-    )

@@ -33,6 +33,7 @@ from node.kernel.limits import (
 )
 from node.kernel.types import FeatureRows, ModelOutputs, ModelVersion
 from tenants import messages, warm_server
+from tenants.agreement import TrialReport
 from tenants.cgroup_files import WorkerLimits
 from tenants.cgroups import ControlGroups
 from tenants.cpu_time import Meter, Unasked, cpu_seconds
@@ -68,6 +69,17 @@ class LoadReport:
     memory_bytes: int
     class_name: str
     notes: tuple[str, ...] = ()
+
+    def told(self) -> TrialReport:
+        """What the cluster and the tenant hear of it."""
+        return TrialReport(
+            seconds_per_call=self.seconds_per_call,
+            seconds_per_row=self.seconds_per_row,
+            memory_bytes=self.memory_bytes,
+            class_name=self.class_name,
+            labels=self.labels,
+            notes=self.notes,
+        )
 
 
 @dataclass(frozen=True, slots=True)

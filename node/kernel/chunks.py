@@ -26,6 +26,8 @@ class _Chunk(msgspec.Struct, array_like=True, frozen=True):
     numbers: bytes
     texts: dict[str, list[str | None]]
     queued_ms: int = 0
+    inputs: tuple[str, ...] = ()
+    fresh: bytes = b""
 
 
 _encoder = msgspec.msgpack.Encoder()
@@ -49,6 +51,8 @@ def encode_chunk(chunk: SequenceChunk) -> bytes:
             triggers.rows.numbers.tobytes(),
             dict(triggers.rows.texts),
             chunk.queued_ms,
+            triggers.inputs,
+            b"" if triggers.fresh is None else triggers.fresh.tobytes(),
         )
     )
 
@@ -67,6 +71,8 @@ def decode_chunk(data: bytes) -> SequenceChunk:
             _integers(chunk.types),
             _integers(chunk.times_ms),
             rows,
+            inputs=chunk.inputs,
+            fresh=_integers(chunk.fresh) if chunk.inputs else None,
         )
     except (msgspec.MsgspecError, ValueError) as failure:
         raise StateCorrupt(f"a sequence chunk of {len(data)} bytes can't be read: {failure}") from failure

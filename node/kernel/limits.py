@@ -87,6 +87,11 @@ WEIGHT_MAX = 1e3
 """Of a tenant's or model's share; further apart, shares mean nothing."""
 FEATURES_PER_MODEL_MAX = 512
 OUTPUTS_PER_MODEL_MAX = 32
+SHARED_FEATURES_PER_TENANT_MAX = 256
+SHARED_FEATURE_VERSIONS_MAX = 16
+"""Of one shared feature: the newest, and earlier ones that are still used."""
+SHARED_FEATURE_CHAIN_MAX = 16
+"""Shared features that use each other, one through the next."""
 EXPRESSION_DEPTH_MAX = 32
 EXPRESSION_BYTES_MAX = 4 * KIB
 ROWS_QUEUED_PER_MODEL_MAX = 65_536

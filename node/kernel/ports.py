@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Mapping, Sequence
+from collections.abc import Awaitable, Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Protocol
 
@@ -93,6 +93,12 @@ class Reads(Protocol):
         ...
 
 
+class FeatureBatch(Protocol):
+    """The features of one micro-batch, model after model; what no model's output goes into is computed once."""
+
+    def rows(self, names: Collection[ModelName], reads: Reads) -> Mapping[ModelName, FeatureRows]: ...
+
+
 class FeaturePlan(Protocol):
     """Every live model's features, compiled together: immutable, swapped between cycles."""
 
@@ -107,6 +113,15 @@ class FeaturePlan(Protocol):
     @property
     def stored_models(self) -> tuple[ModelVersion, ...]:
         """Models whose outputs the row must hold; all live models."""
+        ...
+
+    @property
+    def inputs(self) -> Mapping[ModelName, tuple[StoredOutput, ...]]:
+        """The outputs of other models here that each model uses, sorted; those that use none are left out."""
+        ...
+
+    def batch(self, events: EventColumns, selections: Mapping[ModelName, Bools]) -> FeatureBatch:
+        """As `rows`, one model after another."""
         ...
 
     def masks(self, events: EventColumns) -> Mapping[str, Bools]:

@@ -234,6 +234,10 @@ class Triggers:
     times_ms: Ints
     rows: FeatureRows
     interval: bool = False
+    inputs: tuple[str, ...] = ()
+    """Other models' outputs that went into the rows, such as `models.ads.bid.score`."""
+    fresh: Ints | None = None
+    """Which of the inputs were of the same event, bit i of input i; the others were stored before. None: no inputs."""
 
     def __len__(self) -> int:
         return len(self.customers)
@@ -352,6 +356,8 @@ class AgreedModels:
     """Tenant -> its settings, as the node that read its tenant.toml wrote them."""
     quotas: Mapping[str, Quota] = field(default_factory=dict)
     """Tenant -> what operators allow it."""
+    features: Mapping[str, str] = field(default_factory=dict)
+    """Tenant -> its features.toml; those without one are left out."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -29,6 +29,7 @@ from node.serving.view import (
     NodeStatus,
     NodeView,
     QuotaChange,
+    SharedFeatures,
     TenantLog,
     TenantQuota,
     TenantShare,
@@ -78,6 +79,7 @@ class Endpoints:
             Route(
                 "/v1/models", "All versions of all models, with state and reasons", self._models, Models, ModelsQuery
             ),
+            Route("/v1/features", "The features that tenants share", self._shared_features, SharedFeatures),
             Route("/v1/tenants/{tenant}/log", "What a tenant's models printed", self._log, TenantLog, LogQuery, _READS),
             Route(
                 "/v1/tenants/{tenant}/share",
@@ -154,6 +156,9 @@ class Endpoints:
         page = wanted[:HTTP_MODELS_MAX]
         following = "/".join(page[-1][0]) if len(wanted) > len(page) else None
         return _reply(Models(models=[model for _, model in page], next=following))
+
+    async def _shared_features(self, call: Call) -> Reply:
+        return _reply(self._view.shared_features())
 
     async def _log(self, call: Call) -> Reply:
         return _reply(self._view.printed(call.variables["tenant"], int(call.query.after)))

@@ -177,6 +177,40 @@ class ModelInfo(Body, frozen=True):
         )
 
 
+class SharedFeatureInfo(Body, frozen=True):
+    """One version of a feature that a tenant shares, as this node has it in force."""
+
+    name: str
+    """As expressions say it."""
+    owner: str
+    version: int
+    newest: bool
+    """Whether expressions that name no version mean this one."""
+    type: str
+    definition: str
+    description: str
+    shared_with: list[str] | None
+    """Null: all tenants."""
+    users: list[str]
+    """Live models, and other shared features, that name it."""
+    inputs: list[str]
+    """Models' outputs that it depends on; the rest of it is as fresh as the event."""
+    aggregates: list[str]
+    """What it needs of a customer's row; folded once for all that need the same."""
+    values: int
+    """How many were computed since the node started, each once for all its users."""
+    us_per_value: float | None
+    """CPU time, with all it is computed from but the fold; null before the first."""
+
+
+class SharedFeatures(Body, frozen=True):
+    """All shared features, by name and version."""
+
+    features: list[SharedFeatureInfo]
+    refused: dict[str, list[str]]
+    """Tenant -> why the newest state of its features.toml is not in force."""
+
+
 class Models(Body, frozen=True):
     """Up to HTTP_MODELS_MAX versions, by tenant, model and version."""
 
@@ -448,6 +482,8 @@ class NodeView(Protocol):
         ...
 
     def models(self) -> Sequence[ModelInfo]: ...
+
+    def shared_features(self) -> SharedFeatures: ...
 
     def printed(self, tenant: str, after: int) -> TenantLog:
         """The tenant's lines with a larger number than `after`. Raises NotFound for an unknown tenant."""

@@ -28,6 +28,7 @@ from node.serving.view import (
     PartitionStatus,
     PrintedLine,
     QuotaChange,
+    SharedFeatures,
     TenantLog,
     TenantQuota,
     TenantShare,
@@ -65,6 +66,9 @@ class MemoryView:
 
     def unready(self) -> Sequence[str]:
         return self.reasons
+
+    def shared_features(self) -> SharedFeatures:
+        return SharedFeatures(features=[], refused={})
 
     def models(self) -> Sequence[ModelInfo]:
         return self.models_known

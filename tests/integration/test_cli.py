@@ -40,6 +40,7 @@ from node.serving.view import (
     Models,
     NodeStatus,
     PartitionStatus,
+    SharedFeatures,
     TenantShare,
     TenantStatus,
     Waiting,
@@ -94,6 +95,9 @@ class OneNode:
 
     def unready(self) -> Sequence[str]:
         return ["partition 1 waits: Kafka does not answer"]
+
+    def shared_features(self) -> SharedFeatures:
+        return SharedFeatures(features=[], refused={})
 
     def models(self) -> Sequence[ModelInfo]:
         cost = ModelCost(ms_per_row=0.0125, calls=5000, rows=160_000, rows_queued=2)

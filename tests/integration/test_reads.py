@@ -23,7 +23,7 @@ from node.kernel.ports import StateStore
 from node.kernel.types import Aggregate, Bools, EventColumns, EventSchema, Floats, Frame, ModelName, ModelVersion
 from node.serving.reads import CustomerReads, OpenPartition
 from node.serving.server import HttpServer
-from node.serving.view import ModelInfo, NodeStatus
+from node.serving.view import ModelInfo, NodeStatus, SharedFeatures
 from node.state.codec import images, unpack
 from node.state.fold import fold
 from node.state.layout import Layout
@@ -152,6 +152,9 @@ class Node:
 
     def unready(self) -> Sequence[str]:
         return [f"partition {number} is not open" for number, part in self.partitions.items() if part is None]
+
+    def shared_features(self) -> SharedFeatures:
+        return SharedFeatures(features=[], refused={})
 
     def models(self) -> Sequence[ModelInfo]:
         return [ModelInfo.of(version, "live") for version in self.plan.models]

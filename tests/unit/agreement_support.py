@@ -11,6 +11,7 @@ from replication.commands import (
     ForgetVersion,
     HoldBlob,
     JoinNode,
+    PutFeatures,
     PutTenant,
     PutVersion,
     QuarantineVersion,
@@ -23,6 +24,7 @@ from tenants.manifest import Manifest, TenantCaps, TenantSettings, parse_manifes
 from tenants.registry import (
     Action,
     Agreed,
+    FeaturesSeen,
     GoLive,
     NotPublished,
     PairGone,
@@ -93,6 +95,8 @@ class Cluster:
         match publication:
             case registry.PutTenant(tenant, text):
                 return self.propose(PutTenant(revision=self.revision, name=tenant, settings=text))
+            case registry.PutFeatures(tenant, text):
+                return self.propose(PutFeatures(revision=self.revision, tenant=tenant, text=text))
             case registry.PutVersion(name, version, digest, text, report):
                 return self.propose(
                     PutVersion(
@@ -144,6 +148,7 @@ class Node:
         self.name, self.cluster = name, cluster
         self.directory: dict[ModelName, Pair] = {}
         self.tenant_files: dict[str, str] = {}
+        self.feature_files: dict[str, str] = {}
         self.snapshot = Snapshot(shared=Shared())
         self.pool: dict[ModelName, str] = {}
         self.tenants: dict[str, TenantSettings] = {}
@@ -187,6 +192,9 @@ class Node:
         for tenant in sorted({name.tenant for name in self.directory} | self.tenant_files.keys()):
             text = self.tenant_files.get(tenant, "")
             self(TenantSeen(parse_tenant("t", tenant, text.encode(), TenantCaps()), text, at_start))
+        assert self.snapshot.shared is not None
+        for tenant in sorted(self.feature_files.keys() | self.snapshot.shared.taken_features.keys()):
+            self(FeaturesSeen(tenant, self.feature_files.get(tenant, ""), at_start))
         for name, (text_, number) in sorted(self.directory.items()):
             self(PairSeen(name, text_, blob(number), self.time_ms, at_start))
         assert self.snapshot.shared is not None

@@ -31,7 +31,7 @@ from hypothesis import strategies as st
 
 from node.kernel.errors import ManifestError
 from node.kernel.types import AgreedModels, AgreedVersion, ModelName, ModelVersion
-from replication.commands import RetireVersion
+from replication.commands import PutFeatures, PutVersion, RetireVersion
 from tenants import registry
 from tenants.agreement import decode_report, encode_report, read_version
 from tenants.features import compile_plan
@@ -53,9 +53,11 @@ from tenants.registry import (
     TrialPassed,
     VersionFailing,
     WriteStatus,
+    features_status,
     publications,
     status,
 )
+from tenants.shared_names import nothing_shared
 from tenants.transitions import apply
 
 # --- one after another ----------------------------------------------------------------------------------------------
@@ -282,10 +284,10 @@ def test_a_live_model_that_does_not_fit_is_left_out_and_comes_back() -> None:
 def test_a_report_travels_whole_and_a_version_is_what_its_name_says() -> None:
     assert decode_report(encode_report(REPORT)) == REPORT
     agreed = agreed_version(BID, (manifest(), 1))
-    read = read_version(agreed, SCHEMA)
+    read = read_version(agreed, SCHEMA, nothing_shared)
     assert (read.version.version, read.version.labels, read.report) == (agreed.version, REPORT.labels, REPORT)
     with pytest.raises(ManifestError, match="put it again"):
-        read_version(dataclasses.replace(agreed, blob=blob(2)), SCHEMA)
+        read_version(dataclasses.replace(agreed, blob=blob(2)), SCHEMA, nothing_shared)
 
 
 def test_settings_of_the_cluster_hold_until_a_tenant_toml_changes() -> None:
@@ -542,3 +544,51 @@ def test_equal_agreements_give_equal_plans_whatever_a_node_went_through(
     )
     live = {version.name: version.version for version in agreed.versions if version.state == "live"}
     assert {version.name: version.version for version, _ in node.live} == live
+
+
+SHARED = '[features.x]\nversion = 1\nexpression = "event.amount + 1"\ndescription = "x"\n'
+
+
+def test_shared_features_are_the_clusters_and_what_is_used_stays_whoever_uses_it() -> None:
+    cluster, nodes = started()
+    one, two, three = nodes
+    one.tenant_files["ads"] = ""
+    one.feature_files["ads"] = SHARED
+    settle(cluster, nodes)
+    for node in nodes:
+        assert [str(name) for name in node.snapshot.definitions.features] == ["features.ads.x.v1"]
+    two.tenant_files["grocery"] = ""
+    two.directory[FRAUD] = (manifest("features.ads.x"), 1)
+    settle(cluster, nodes)
+    assert two.state(FRAUD) == "live"
+    del one.feature_files["ads"]
+    settle(cluster, nodes)
+    told = features_status(one.snapshot, "ads")
+    assert told["state"] == "refused"
+    assert "used by grocery/fraud" in str(told["problems"])
+    assert features_status(three.snapshot, "ads")["in_force"] == ["features.ads.x.v1"]
+    del two.directory[FRAUD]
+    settle(cluster, nodes)
+    assert one.snapshot.definitions.features == two.snapshot.definitions.features == {}
+
+
+def test_features_decided_on_what_was_before_a_model_are_refused_by_the_catalog() -> None:
+    cluster, nodes = started()
+    one, two, _ = nodes
+    one.tenant_files["ads"] = ""
+    one.feature_files["ads"] = SHARED
+    settle(cluster, nodes)
+    before = cluster.revision
+    two.tenant_files["grocery"] = ""
+    two.directory[FRAUD] = (manifest("features.ads.x"), 1)
+    settle(cluster, nodes)
+    assert "a model changed" in cluster.propose(PutFeatures(revision=before, tenant="ads", text=""))
+    after = cluster.revision
+    assert cluster.propose(PutFeatures(revision=after, tenant="ads", text="")) == ""
+    late = PutVersion(
+        revision=after, tenant="ads", model="bid", version="ab" * 32, blob="cd" * 32, manifest="", report=""
+    )
+    assert "shared features changed" in cluster.propose(late)
+    two.hear()
+    assert "features.ads.x" in str(status(two.snapshot, FRAUD)["problems"]), "agreed by force: all nodes leave it out"
+    assert two.snapshot.live == ()

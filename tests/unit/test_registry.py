@@ -220,8 +220,13 @@ def test_a_model_waits_for_the_models_it_uses() -> None:
     assert any(isinstance(action, StartTrial) and action.version.name == FRAUD for action in actions)
     run.passed(FRAUD)
     assert set(run.live) == {BID, FRAUD}
-    run(PairGone(BID))
-    assert set(run.live) == {FRAUD}, "what uses a deleted model goes on; the feature is missing"
+    assert [type(action) for action in run(PairGone(BID))] == [WriteStatus]
+    assert set(run.live) == {BID, FRAUD}, "what others use is not deleted"
+    assert "used by grocery/fraud" in str(status(run.snapshot, BID)["problems"])
+    assert run(PairGone(BID)) == []
+    run(PairGone(FRAUD))
+    assert [type(action) for action in run(PairGone(BID))] == [Retire]
+    assert run.live == {}
 
 
 def test_a_model_may_use_its_own_last_output() -> None:

@@ -1,0 +1,173 @@
+"""(P) Models of one micro-batch that use each other's outputs: which can run now, and with what.
+
+A model waits for those whose outputs it uses, of the same event, within its own deadline and the cycle's; for what has
+not come by then, failed, or is of another event, it takes the output that was stored before the micro-batch. Which of
+the two it was is kept with the trigger. What waits follows from the plan, which has no rings.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Final
+
+import numpy as np
+
+from node.kernel.ports import FeatureBatch, FeaturePlan, Reads
+from node.kernel.types import (
+    Aggregate,
+    Bools,
+    EventColumns,
+    FeatureRows,
+    Floats,
+    Ints,
+    ModelName,
+    ModelOutputs,
+    ModelVersion,
+    StoredOutput,
+    Triggers,
+)
+
+INPUTS_TOLD_MAX: Final = 62
+"""Bits of an int64 that say which inputs were fresh."""
+
+Work = list[tuple[ModelVersion, Triggers]]
+
+
+class FreshReads:
+    """`Reads` with the outputs that models have given for these very events in place of stored ones."""
+
+    def __init__(self, reads: Reads, selections: Mapping[ModelName, Bools], places: Mapping[StoredOutput, int]) -> None:
+        self._reads = reads
+        self._selections = selections
+        self._places = places
+        self._answers: dict[ModelName, ModelOutputs] = {}
+
+    def take(self, name: ModelName, outputs: ModelOutputs) -> None:
+        """One row for each event that the model's selection names."""
+        self._answers[name] = outputs
+
+    def aggregate(self, aggregate: Aggregate) -> Floats:
+        return self._reads.aggregate(aggregate)
+
+    def stored(self, output: StoredOutput) -> Floats:
+        values, answer = self._reads.stored(output), self._answers.get(output.name)
+        if answer is None:
+            return values
+        fresh = self.fresh(output)
+        values = values.copy()
+        good = fresh[self._selections[output.name]]
+        values[fresh] = answer.values[good, self._places[output]]
+        return values
+
+    def fresh(self, output: StoredOutput) -> Bools:
+        """bool[events]: whether the output is of that very event."""
+        answer = self._answers.get(output.name)
+        if answer is None:
+            return np.zeros(len(next(iter(self._selections.values()))), np.bool_)
+        fresh = self._selections[output.name].copy()
+        at = np.flatnonzero(fresh)
+        fresh[at[list(answer.errors)]] = False
+        return fresh
+
+
+class Ordering:
+    """What of one micro-batch is to run, and what waits for what. `selections` are masks over `events`."""
+
+    def __init__(
+        self, plan: FeaturePlan, events: EventColumns, selections: Mapping[ModelName, Bools], reads: Reads
+    ) -> None:
+        self._events = events
+        self._selections = selections
+        self._inputs = plan.inputs
+        self._versions = {version.name: version for version in plan.models if version.name in selections}
+        places = {
+            StoredOutput(version.name, output): place
+            for version in plan.models
+            for place, output in enumerate(version.outputs)
+        }
+        self._reads = FreshReads(reads, selections, places)
+        self._batch: FeatureBatch | None = plan.batch(events, selections) if selections else None
+        self._open = {
+            name: {output.name for output in self._inputs.get(name, ()) if output.name in selections}
+            for name in self._versions
+        }
+        """Models that have not begun -> those they wait for."""
+
+    @property
+    def waiting(self) -> bool:
+        return bool(self._open)
+
+    @property
+    def awaited(self) -> frozenset[ModelName]:
+        """Models that others wait for."""
+        return frozenset[ModelName]().union(*self._open.values())
+
+    def answered(self, name: ModelName, outputs: ModelOutputs) -> None:
+        self._reads.take(name, outputs)
+        self.given_up(name)
+
+    def given_up(self, name: ModelName) -> None:
+        """Its stored outputs will do."""
+        for waits in self._open.values():
+            waits.discard(name)
+
+    def late(self, seconds: float) -> None:
+        """So much of the cycle's time has passed: who may wait no longer takes what there is."""
+        for name, waits in self._open.items():
+            if seconds * 1000 >= self._versions[name].deadline_ms:
+                waits.clear()
+
+    def next_late(self) -> float:
+        """When the first of those that wait may wait no longer, in seconds of the cycle's time; inf for none."""
+        due = [self._versions[name].deadline_ms / 1000 for name, waits in self._open.items() if waits]
+        return min(due, default=float("inf"))
+
+    def ready(self) -> Work:
+        """What waits for nothing, in the plan's order; it counts as begun."""
+        names = [name for name, waits in self._open.items() if not waits]
+        if not names or self._batch is None:
+            return []
+        for name in names:
+            del self._open[name]
+        rows = self._batch.rows(names, self._reads)
+        return [
+            (
+                self._versions[name],
+                triggers_of(self._versions[name], self._events, self._selections[name], rows[name], *self._told(name)),
+            )
+            for name in names
+        ]
+
+    def _told(self, name: ModelName) -> tuple[tuple[str, ...], Ints | None]:
+        """The inputs of a model, and for each of its triggers which of them were fresh, a bit each."""
+        inputs = self._inputs.get(name, ())[:INPUTS_TOLD_MAX]
+        if not inputs:
+            return (), None
+        bits = np.zeros(len(self._events), np.int64)
+        for place, output in enumerate(inputs):
+            bits |= self._reads.fresh(output).astype(np.int64) << place
+        return tuple(map(str, inputs)), bits[self._selections[name]]
+
+
+def triggers_of(
+    version: ModelVersion,
+    events: EventColumns,
+    mask: Bools,
+    rows: FeatureRows,
+    inputs: tuple[str, ...] = (),
+    fresh: Ints | None = None,
+) -> Triggers:
+    at = np.flatnonzero(mask)
+    customers = events.customers
+    return Triggers(
+        version.name,
+        version.version,
+        tuple([customers[row] for row in events.rows[at].tolist()]),
+        events.topics[at],
+        events.offsets[at],
+        events.types[at],
+        events.times_ms[at],
+        rows,
+        inputs=inputs,
+        fresh=fresh,
+    )
