@@ -79,11 +79,11 @@ async def running(
     async def fetch(blob: str) -> bytes:
         return files[blob]
 
-    before, pools.Scheduler = pools.Scheduler, scheduler  # type: ignore[misc]
+    vars(pools)["Scheduler"] = scheduler
     try:
         pool = pools.ModelPool(server, fetch, clock, supervisor, parallel)
     finally:
-        pools.Scheduler = before  # type: ignore[misc]
+        vars(pools)["Scheduler"] = Scheduler
     try:
         for tenant in tenants:
             pool.configure(TenantSettings(tenant.name, weight=tenant.weight, rows_queued_max=65_536))
@@ -223,7 +223,7 @@ async def goodput(
     total = sum(work.values())
     found: dict[str, list[dict[str, float]]] = {name: [] for name in arms}
     for number in range(rounds):
-        for name in list(arms) if number % 2 == 0 else reversed(arms):
+        for name in list(arms) if number % 2 == 0 else list(arms)[::-1]:
             found[name].append(await makespan_s(arms[name], tenants, work))
             print(f"goodput, {name}: {found[name][-1]}", file=sys.stderr)
     rates = {name: [total / run["seconds"] for run in runs] for name, runs in found.items()}

@@ -7,6 +7,9 @@ a caught-up standby. Kafka Streams is measured at its default time-outs (its mem
 several ways to tune it the fastest median counts. `tuned_with_broker` gives a member up after a second, as Headrace's
 default lease does; `headrace_tuned`, with a shorter lease, is shown beside the aims and not counted in them. Ten kills
 each take 30 minutes, ten of them for the default time-outs of Kafka Streams.
+
+Planned moves, at the end of each round of Headrace: a node is drained under the same load, and the longest time in
+which one of its partitions gave no output is the pause; without a move it is about a commit interval.
 """
 
 from __future__ import annotations
@@ -39,6 +42,9 @@ KILLS = dict.fromkeys(
 )
 KILLS_QUICK = {"headrace": 1, "tuned_with_broker": 1, "default": 1}
 ROUNDS = 2
+DRAINS = 3
+"""Of each round of Headrace: one node after another."""
+AFTER_MOVE_S = 1.0
 WARM_S, WARM_S_QUICK = 10.0, 2.0
 PAUSE_S = 2.0
 """Between settled and the next kill, so that kills do not come at the same moment of every period."""
@@ -175,6 +181,33 @@ class HeadraceSide:
         list(self.nodes.nodes.values())[instance].start()
 
 
+def drained_once(side: HeadraceSide, driven: traffic.Traffic, name: str) -> float:
+    """The longest pause, in seconds, of a partition that a drained node gave to others; the node owns again after."""
+    moving = frozenset(number for number, owner in cluster.owners(side.nodes.status()).items() if owner == name)
+    driven.watch(time.time_ns() // 1_000_000)
+    side.nodes.operate("drain", name)
+    side.nodes.wait(lambda: name not in cluster.owners(side.nodes.status()).values(), f"{name} drained", SETTLE_S_MAX)
+    side.settle()
+    time.sleep(AFTER_MOVE_S)
+    gaps = driven.gaps()
+    side.nodes.operate("undrain", name)
+    side.nodes.wait(
+        lambda: list(cluster.owners(side.nodes.status()).values()).count(name) >= len(moving),
+        f"{name} owns again",
+        SETTLE_S_MAX,
+    )
+    side.settle()
+    return max(gaps[number] for number in moving)
+
+
+def drained(side: HeadraceSide, driven: traffic.Traffic, name: str) -> list[float]:
+    side.settle()
+    names = [node for node in side.nodes.nodes if node in cluster.owners(side.nodes.status()).values()][:DRAINS]
+    pauses = [drained_once(side, driven, node) for node in names]
+    print(f"{name}: planned moves pause {pauses} s", file=sys.stderr)
+    return pauses
+
+
 @contextmanager
 def headrace_side(folder: Path, address: str, application: str, lease_ms: int) -> Iterator[HeadraceSide]:
     output = f"{application}.inferences"
@@ -199,6 +232,7 @@ class Contender:
     """In all rounds together."""
     times_s: list[float] = field(default_factory=list)
     rates_per_s: list[float] = field(default_factory=list)
+    moves_s: list[float] = field(default_factory=list)
 
 
 def kill_once(side: Side, driven: traffic.Traffic, partition: int) -> tuple[int, float]:
@@ -229,6 +263,9 @@ def run_round(contender: Contender, name: str, number: int, kills: range, addres
             print(f"{name}: {seconds:.2f} s", file=sys.stderr)
             if kill != kills[-1]:
                 side.revive(victim)
+        if isinstance(side, HeadraceSide):
+            side.revive(victim)
+            contender.moves_s.extend(drained(side, driven, name))
         contender.rates_per_s.append((driven.sent - sent) / (time.monotonic() - started))
 
 
@@ -239,6 +276,11 @@ def figures(times_s: Sequence[float]) -> dict[str, object]:
         "worst_s": round(max(times_s), 3),
         "times_s": [round(value, 3) for value in times_s],
     }
+
+
+def pauses(moves_s: Sequence[float]) -> dict[str, object]:
+    median, worst = statistics.median(moves_s), max(moves_s)
+    return {"moves": len(moves_s), "median_s": round(median, 3), "worst_s": round(worst, 3)}
 
 
 def compared(times_s: Mapping[str, Sequence[float]]) -> dict[str, float]:
@@ -295,6 +337,7 @@ def main(quick: bool) -> harness.Result:
             **figures(contender.times_s),
             "settings": {"lease_ms": LEASES_MS[name]} if name in LEASES_MS else STREAMS_SETTINGS[name],
             "events_per_s": round(statistics.fmean(contender.rates_per_s)),
+            **({"planned_moves": pauses(contender.moves_s)} if contender.moves_s else {}),
         }
         for name, contender in found.items()
     }

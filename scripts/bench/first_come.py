@@ -80,7 +80,7 @@ class FirstCome(Scheduler):
 def main() -> None:
     from node.__main__ import app
 
-    pool.Scheduler = FirstCome  # type: ignore[misc]
+    vars(pool)["Scheduler"] = FirstCome
     app()
 
 

@@ -33,6 +33,8 @@ class Traffic:
         self._failure: BaseException | None = None
         self._after_ms = 0
         self._seen: dict[int, float] = {}
+        self._last: dict[int, float] = {}
+        self._gaps: dict[int, float] = {}
         self._changed = threading.Condition()
         self._thread = threading.Thread(target=self._run, name="traffic", daemon=True)
         self.sent = 0
@@ -56,9 +58,15 @@ class Traffic:
             raise RuntimeError(f"the traffic ended early: {self._failure!r}") from self._failure
 
     def watch(self, after_ms: int) -> None:
-        """From now on, note for each partition when its first output came that was appended after this Unix time."""
+        """From now on, note for each partition when its first output came that was appended after this Unix time, and
+        the longest gap between outputs."""
         with self._changed:
-            self._after_ms, self._seen = after_ms, {}
+            self._after_ms, self._seen, self._gaps = after_ms, {}, {}
+
+    def gaps(self) -> dict[int, float]:
+        """Of each partition, the longest time since `watch` in which the reader saw no output, in seconds."""
+        with self._changed:
+            return dict(self._gaps)
 
     def wait(self, partitions: frozenset[int], wait_s_max: float) -> dict[int, float]:
         """Monotonic seconds at which each partition's first watched output was read.
@@ -145,6 +153,9 @@ class Traffic:
                 with self._changed:
                     for place, records in polled.items():
                         self.read += len(records)
+                        number, last = place.partition, self._last.get(place.partition, now)
+                        self._gaps[number] = max(self._gaps.get(number, 0.0), now - last)
+                        self._last[number] = now
                         # Append times only grow within a partition: the last record tells.
                         if records[-1].timestamp > self._after_ms:
                             self._seen.setdefault(place.partition, now)
