@@ -178,7 +178,7 @@ def check_step(before: Catalog, after: Catalog) -> None:
         assert not live or not waiting or waiting[0] > model.versions[model.live].revision
         put = [version.revision for version in model.versions.values()]
         assert len(set(put)) == len(put)
-    texts = [t.settings for t in after.tenants.values()]
+    texts = [t.settings + t.features for t in after.tenants.values()]
     texts += [v.manifest + v.report for m in after.models.values() for v in m.versions.values()]
     assert after.text_bytes == sum(map(len, texts))
     assert {v.blob for m in after.models.values() for v in m.versions.values()} == set(after.holders)
