@@ -13,8 +13,9 @@ ROOT = Path(__file__).resolve().parent.parent.parent
 if str(ROOT) not in sys.path:
     sys.path.insert(0, str(ROOT))
 
+from node.kernel.types import URGENT  # noqa: E402
 from tenants import pool  # noqa: E402
-from tenants.scheduler import URGENT, Dispatch, Part, Scheduler, _Flow  # noqa: E402
+from tenants.scheduler import Dispatch, Part, Scheduler, _Flow  # noqa: E402
 
 QUANTUM_SECONDS = 3600.0
 """A batch is as long as its ticket."""

@@ -12,8 +12,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from node.kernel.errors import BoundExceeded, NotFound
+from node.kernel.types import BACKGROUND, URGENT
 from tenants.cost import CostEstimate
-from tenants.scheduler import BACKGROUND, CREDIT_BATCHES_MAX, URGENT, Dispatch, Scheduler
+from tenants.scheduler import CREDIT_BATCHES_MAX, Dispatch, Scheduler
 
 QUANTUM = 0.010
 ROUNDING = 1e-6
