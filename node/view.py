@@ -138,7 +138,7 @@ class LocalView:
             ],
             sandbox=self._tenants.sandbox(),
             tasks=list(self._supervisor.statistics()["tasks"]),  # type: ignore[call-overload]
-            cluster=msgspec.to_builtins(dict(self._cluster()), str_keys=True),
+            cluster_parts=msgspec.to_builtins(dict(self._cluster()), str_keys=True),
         )
 
     def unready(self) -> Sequence[str]:

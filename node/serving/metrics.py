@@ -49,9 +49,9 @@ class _StatusCollector(Collector):
         yield from _tenant_metrics(status)
         if status.http is not None:
             yield from _http_metrics(status.http)
-        parts = status.cluster.items()
+        parts = status.cluster_parts.items()
         figures: Series = {(part, name): value for part, found in parts for name, value in _flat(found)}
-        yield _gauge("cluster", "What /v1/status says under cluster.", ("part", "figure"), figures)
+        yield _gauge("cluster", "What /v1/status says under cluster_parts.", ("part", "figure"), figures)
 
 
 def _partition_metrics(partitions: list[PartitionStatus]) -> Iterator[Metric]:

@@ -462,7 +462,7 @@ class NodeStatus(Body, frozen=True):
     tasks: list[str] = []
     """Background tasks that run."""
     http: HttpStatus | None = None
-    cluster: dict[str, Any] = {}
+    cluster_parts: dict[str, Any] = {}
     """What each part of this node's side of the cluster has done: agreement, standbys, snapshots, changelog cuts, model
     files and calls between peers. Empty for a node that is alone."""
 

@@ -61,7 +61,7 @@ class MemoryView:
     def status(self) -> NodeStatus:
         tenants = [TenantStatus(tenant="ads", weight=2.0, cpu_seconds=1.5, restarts=1, rows_queued=7)]
         return NodeStatus(
-            node="one", started_ms=1, now_ms=2, partitions=self.partitions, tenants=tenants, cluster=CLUSTER
+            node="one", started_ms=1, now_ms=2, partitions=self.partitions, tenants=tenants, cluster_parts=CLUSTER
         )
 
     def unready(self) -> Sequence[str]:

@@ -47,7 +47,7 @@ def test_owners_that_die_or_are_paused_are_taken_over_from(cluster: Cluster) -> 
         assert all(now[number] > epoch for number, epoch in epochs.items())
     load.check()
     verify(cluster)
-    told = cluster.nodes[paused].get("/v1/status")["cluster"]
+    told = cluster.nodes[paused].get("/v1/status")["cluster_parts"]
     assert told["agreement"]["leases_lost"] >= 1, "it was paused for longer than its lease"
     assert told.keys() >= {"standbys", "snapshots", "changelog_cuts", "model_files", "peers_asked", "peers_answered"}
 
