@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import asyncio
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Final
 
 import numpy as np
 
@@ -24,6 +25,8 @@ from node.kernel.types import (
     Triggers,
 )
 from node.waiting import Answering
+
+NO_VERSIONS: Final[Mapping[str, str]] = {}
 
 
 @dataclass(slots=True)
@@ -47,7 +50,10 @@ def select(plan: FeaturePlan, events: EventColumns, schema: EventSchema) -> dict
     return masks
 
 
-def triggers_of(version: ModelVersion, events: EventColumns, mask: Bools, rows: FeatureRows) -> Triggers:
+def triggers_of(
+    version: ModelVersion, events: EventColumns, mask: Bools, rows: FeatureRows, tables: Mapping[str, str] = NO_VERSIONS
+) -> Triggers:
+    """`tables` are the versions that `rows` were computed with."""
     at = np.flatnonzero(mask)
     customers = events.customers
     return Triggers(
@@ -59,6 +65,7 @@ def triggers_of(version: ModelVersion, events: EventColumns, mask: Bools, rows: 
         events.types[at],
         events.times_ms[at],
         rows,
+        tables=tables,
     )
 
 

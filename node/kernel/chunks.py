@@ -26,6 +26,7 @@ class _Chunk(msgspec.Struct, array_like=True, frozen=True):
     numbers: bytes
     texts: dict[str, list[str | None]]
     queued_ms: int = 0
+    tables: dict[str, str] = {}
 
 
 _encoder = msgspec.msgpack.Encoder()
@@ -49,6 +50,7 @@ def encode_chunk(chunk: SequenceChunk) -> bytes:
             triggers.rows.numbers.tobytes(),
             dict(triggers.rows.texts),
             chunk.queued_ms,
+            dict(triggers.tables),
         )
     )
 
@@ -67,6 +69,7 @@ def decode_chunk(data: bytes) -> SequenceChunk:
             _integers(chunk.types),
             _integers(chunk.times_ms),
             rows,
+            tables=chunk.tables,
         )
     except (msgspec.MsgspecError, ValueError) as failure:
         raise StateCorrupt(f"a sequence chunk of {len(data)} bytes can't be read: {failure}") from failure

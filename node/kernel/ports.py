@@ -6,6 +6,7 @@ from collections.abc import Awaitable, Mapping, Sequence
 from pathlib import Path
 from typing import Protocol
 
+from node.kernel.tables import TableSet
 from node.kernel.types import (
     URGENT,
     Aggregate,
@@ -92,6 +93,11 @@ class Reads(Protocol):
         """The stored output as of each event; NaN where there is none or its TTL has passed."""
         ...
 
+    @property
+    def tables(self) -> TableSet:
+        """The versions that all look-ups for these events see."""
+        ...
+
 
 class FeaturePlan(Protocol):
     """Every live model's features, compiled together: immutable, swapped between cycles."""
@@ -107,6 +113,10 @@ class FeaturePlan(Protocol):
     @property
     def stored_models(self) -> tuple[ModelVersion, ...]:
         """Models whose outputs the row must hold; all live models."""
+        ...
+
+    def tables(self, name: ModelName) -> tuple[str, ...]:
+        """The tables that the model's features read, sorted."""
         ...
 
     def masks(self, events: EventColumns) -> Mapping[str, Bools]:
