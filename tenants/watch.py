@@ -221,6 +221,13 @@ class ModelWatcher:
                 self._seen.pop(name, None)
                 self._wake.set()
 
+    def look_again(self) -> None:
+        """Read refused pairs anew: what a manifest may name has changed."""
+        for name, entry in self._snapshot.models.items():
+            if entry.newest is not None and entry.newest.state == "refused":
+                self._seen.pop(name, None)
+        self._wake.set()
+
     def statistics(self) -> WatchStatistics:
         return WatchStatistics(
             root=str(self._settings.root),
