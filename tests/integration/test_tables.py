@@ -113,7 +113,7 @@ def ask(node: Node, method: str, path: str, body: bytes = b"", token: str | None
 
 def test_only_whoever_has_the_token_changes_tables(node: Node, tmp_path: Path) -> None:
     node.start()
-    place = tmp_path / "data" / "admin.token"
+    place = tmp_path / "data" / "operator-token"
     assert place.stat().st_mode & 0o777 == 0o600
     token, content = place.read_text(), b"id,price\n1,2\n"
     path = "/v1/tables/shops?format=csv&key=id"
