@@ -11,9 +11,10 @@ from pathlib import Path
 from typing import Annotated, BinaryIO, Literal
 
 import msgspec
+import structlog
 from msgspec import Meta
 
-from node.kernel.errors import BoundExceeded, ClusterUnavailable, PeerRefused, TableRefused
+from node.kernel.errors import BoundExceeded, ClusterUnavailable, PeerRefused, StoreUnavailable, TableRefused
 from node.kernel.limits import TABLE_STALL_MS_MAX
 from node.kernel.table_versions import Table, TableVersion
 from node.kernel.types import FieldType
@@ -21,6 +22,8 @@ from node.serving.problems import Refusal, bad_request, unavailable
 from node.serving.routes import Call, Reply, Route
 from node.serving.view import Body
 from node.tables.service import FileWish, TableService
+
+log = structlog.get_logger(__name__)
 
 _NAME = re.compile("[a-z][a-z0-9_]{0,62}")
 _KINDS: Mapping[str, FieldType] = {"number": "number", "text": "text", "boolean": "boolean"}
@@ -129,6 +132,9 @@ class TableEndpoints:
                 version = await self._service.put(name, folder / "file", wish)
         except BoundExceeded as full:
             raise unavailable("busy", str(full), close=True) from None
+        except StoreUnavailable as failure:
+            log.warning("table not put", table=name, reason=str(failure))
+            raise unavailable("disk", "the node's disk refuses; its log has the reason", close=True) from None
         except (TableRefused, PeerRefused, ClusterUnavailable) as failure:
             raise _refusal(failure) from None
         return self._told(name, version)
