@@ -39,7 +39,7 @@ def answers(draw: st.DrawFn) -> tuple[ModelVersion, Triggers, ModelOutputs, list
         integers(len(types) - 1),
         integers(2**53),
         FeatureRows(("x",), np.zeros((count, 1))),
-        draw(st.dictionaries(texts, texts, max_size=2)),
+        tables=draw(st.dictionaries(texts, texts, max_size=2)),
     )
     errors = dict.fromkeys(draw(st.sets(st.integers(0, 5), max_size=2)) & set(range(count)), "failed")
     outputs_found = ModelOutputs(values.reshape(count, len(outputs)), errors)
