@@ -70,10 +70,11 @@ def test_a_table_is_put_flipped_rolled_back_and_dropped(node: Node, tmp_path: Pa
 
     node.kafka.produce(node.topics[0], [event("ann", 1, channel="c3"), event("ann", 2, channel="zz"), event("bob", 3)])
     assert outputs(node, 3) == [(1001.0, first), (7007.0, first), (7007.0, first)]
-    assert node.get("/v1/customers/ann/features?model=shop/price")["needs_event"] == ["price", "check"]
 
     headrace(node, "put", "products", str(products(tmp_path, 2)))
     second = live(node)
+    wait_until(lambda: node.counter("inferences shop/price") == 3, "the store has what was committed")
+    assert node.get("/v1/customers/ann/features?model=shop/price")["needs_event"] == ["price", "check"]
     node.kafka.produce(node.topics[0], [event("ann", 4, channel="c3")])
     assert outputs(node, 4)[3] == (2002.0, second)
 
