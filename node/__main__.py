@@ -410,6 +410,80 @@ def restore(
     _operate(cluster_console.restore(_loaded(config, secrets=False), partition, source, typer.echo))
 
 
+tables = typer.Typer(no_args_is_help=True, help="Tables: global data that features look up, in versions.")
+app.add_typer(tables, name="table")
+TableName = Annotated[str, typer.Argument(metavar="TABLE", help="Its name, as in tables.<name>.")]
+
+
+@tables.command("put")
+def table_put(
+    name: TableName,
+    file: Annotated[Path, typer.Argument(metavar="FILE", help="Parquet, CSV with a header, or NDJSON.")],
+    config: ConfigPath,
+    key: Annotated[str, typer.Option(help="The key column; needed of a new table.")] = "",
+    file_format: Annotated[str, typer.Option("--format", help="parquet, csv or ndjson; else by the name.")] = "",
+    column: Annotated[list[str] | None, typer.Option(help="Take only such columns.")] = None,
+    kind: Annotated[
+        list[str] | None, typer.Option("--type", help="NAME=number, text or boolean; else inferred.")
+    ] = None,
+    default: Annotated[list[str] | None, typer.Option(help="NAME=VALUE: what a missing value gives.")] = None,
+    url: NodeUrl = "",
+    wait_s: WaitSeconds = WAIT_S,
+) -> None:
+    """Put a file as a table's next version, and wait until it is live on all nodes.
+
+    It is checked whole: a file with a mistake is refused with its rows, and the table stays as it is.
+    """
+    from node import table_console
+
+    settings = _loaded(config)
+    query = {"key": key, "columns": ",".join(column or ()), "types": ",".join(kind or ())}
+    query["defaults"] = ",".join(default or ())
+    try:
+        query["format"] = table_console.format_of(file, file_format)
+        typer.echo(table_console.put(settings, url or table_console.url_of(settings), name, file, query, wait_s))
+    except HeadraceError as error:
+        _fail(str(error))
+
+
+@tables.command("rollback")
+def table_rollback(name: TableName, config: ConfigPath, url: NodeUrl = "", wait_s: WaitSeconds = WAIT_S) -> None:
+    """Go back to the version that was live before; again, and it is the newer one once more."""
+    from node import table_console
+
+    settings = _loaded(config)
+    try:
+        typer.echo(table_console.rollback(settings, url or table_console.url_of(settings), name, wait_s))
+    except HeadraceError as error:
+        _fail(str(error))
+
+
+@tables.command("drop")
+def table_drop(name: TableName, config: ConfigPath, url: NodeUrl = "") -> None:
+    """Drop a table that no live model reads, with all its versions."""
+    from node import table_console
+
+    settings = _loaded(config)
+    try:
+        typer.echo(table_console.drop(settings, url or table_console.url_of(settings), name))
+    except HeadraceError as error:
+        _fail(str(error))
+
+
+@tables.command("list")
+def table_list(url: Url = NODE_URL, as_json: AsJson = False) -> None:
+    """Show the tables of a running node, with their versions."""
+    from node import console, table_console
+
+    try:
+        if as_json:
+            typer.echo(console.fetch(url, "/v1/tables"))
+        else:
+            console.show(*table_console.tables_view(console.fetch_object(url, "/v1/tables")))
+    except HeadraceError as error:
+        _fail(str(error))
+
+
 def _operate(command: Coroutine[Any, Any, Outcome]) -> Outcome:
     import asyncio
 

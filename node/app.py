@@ -5,9 +5,11 @@ from __future__ import annotations
 import asyncio
 import gc
 import os
+import shutil
 import signal
 import ssl
 from collections.abc import Awaitable, Callable, Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
 
 import msgspec
@@ -24,10 +26,11 @@ from node.ingest.topics import Topics, TopicSettings
 from node.kernel.broker import ClientOptions
 from node.kernel.clock import Clock, SystemClock
 from node.kernel.errors import BoundExceeded
-from node.kernel.limits import MIB
+from node.kernel.limits import MIB, TABLE_FILE_BYTES_MAX
 from node.kernel.ports import FeaturePlan
 from node.kernel.supervise import Supervisor
-from node.kernel.types import QUOTAS, ModelName
+from node.kernel.table_versions import Table
+from node.kernel.types import QUOTAS, EventSchema, ModelName
 from node.outbox import BrokerTraits, Outbox, OutputTopics
 from node.outgoing import Origin
 from node.partition import Partition, unguarded
@@ -35,6 +38,7 @@ from node.partitions import Partitions
 from node.replicas import Replicas
 from node.serving.operator_token import make_token
 from node.serving.server import HttpServer
+from node.serving.tables import TableEndpoints
 from node.serving.view import (
     MemoryStatus,
     ModelCost,
@@ -53,6 +57,9 @@ from node.state.folder import StateFolder, StateFolders
 from node.state.layout import Layout
 from node.state.rocksdb import RocksEnvironment, RocksStore
 from node.steps import StepTimes
+from node.tables.library import TableLibrary
+from node.tables.local import LocalTables
+from node.tables.service import Files, TableLedger, TableService
 from node.view import LocalView
 from node.waiting import Bound
 from replication.blobs import BlobStore
@@ -97,17 +104,21 @@ class Node:
             config.kafka.inferences_topic, config.kafka.changelog_topic, config.kafka.dead_letters_topic
         )
         blobs = BlobStore(self._data / "blobs")
-        self._clustering = self._cluster(blobs)
+        table_files = BlobStore(self._data / "tables" / "files", TABLE_FILE_BYTES_MAX)
+        self._clustering = self._cluster(blobs, table_files)
         publish = None if self._clustering is None else self._clustering.models
-        self._tenants = _tenant_service(config, self._data, blobs, clock, self._supervisor, publish)
+        self._library = TableLibrary(table_files.path, self._supervisor)
+        schema = replace(config.schema(), tables=self._library.schemas)
+        self._tenants = _tenant_service(config, schema, self._data, blobs, clock, self._supervisor, publish)
+        self._tables = self._table_service(table_files)
         self._engine = Engine(
             EventDecoder(config.events),
             self._tenants.plan,
             self._tenants.runner,
             CycleSettings(config.cycle.events_max, config.cycle.wait_ms, config.cycle.inference_deadline_ms / 1000),
+            self._library.current,
         )
         self._partitions = self._all_partitions()
-        schema = config.schema()
         view = LocalView(
             config.node.name,
             schema,
@@ -118,10 +129,11 @@ class Node:
             self._supervisor,
             clock,
             dict if self._clustering is None else self._clustering.statistics,
+            self._library.current,
         )
         cluster_view = None if self._clustering is None else self._clustering.view
-        token = make_token(self._data)
-        self._http = HttpServer(view, config.http, clock, cluster=cluster_view, token=token)
+        token, tables = make_token(self._data), TableEndpoints(self._tables)
+        self._http = HttpServer(view, config.http, clock, cluster=cluster_view, token=token, more=tables.routes())
 
     async def run(self, stopping: asyncio.Event) -> int:
         """Run until `stopping` is set or a background task dies; gives the exit code.
@@ -157,12 +169,56 @@ class Node:
         log.info("node stopped")
         return 0
 
-    def _cluster(self, blobs: BlobStore) -> Clustering | None:
+    def _table_service(self, files: BlobStore) -> TableService:
+        config, folder = self._config, self._data / "tables"
+        for left in folder.glob(".upload-*"):
+            shutil.rmtree(left, ignore_errors=True)
+        ledger: TableLedger
+        if self._clustering is None:
+            local = ledger = LocalTables(folder / "tables.json", self._library)
+            local.start()
+        else:
+            ledger = self._clustering.tables
+        service = TableService(
+            config.node.name,
+            folder,
+            Files(files.put, files.names, files.delete),
+            self._library,
+            ledger,
+            self._table_users,
+            config.tables.upload_mb_max * MIB,
+            config.tables.build_memory_mb,
+            self._clock,
+        )
+        if self._clustering is not None:
+            self._clustering.follow_tables = lambda tables: self._follow_tables(service, tables)
+        self._library.changed = self._tenants.watcher.look_again
+        return service
+
+    def _follow_tables(self, service: TableService, tables: Mapping[str, Table]) -> None:
+        """What the catalog says; the files of versions that it has forgotten go."""
+        dropped = _versions(self._library.tables) - _versions(tables)
+        self._library.agreed(tables)
+        if dropped:
+            self._supervisor.start("table files collected", service.collect())
+
+    def _table_users(self, table: str) -> list[str]:
+        plan = self._tenants.plan()
+        return [str(version.name) for version in plan.models if table in plan.tables(version.name)]
+
+    def _cluster(self, blobs: BlobStore, table_files: BlobStore) -> Clustering | None:
         config = self._config
         if config.cluster is None:
             return None
         return Clustering(
-            config, config.cluster, self._options, self._outputs.changelog, blobs, self._clock, self._supervisor
+            config,
+            config.cluster,
+            self._options,
+            self._outputs.changelog,
+            blobs,
+            table_files,
+            self._clock,
+            self._supervisor,
         )
 
     def _all_partitions(self) -> Partitions | Replicas:
@@ -379,8 +435,18 @@ def _infos(entry: Entry, costs: Mapping[str, ModelCost]) -> Iterator[ModelInfo]:
         )
 
 
+def _versions(tables: Mapping[str, Table]) -> set[str]:
+    return {version for table in tables.values() for version in table.versions}
+
+
 def _tenant_service(
-    config: Config, data: Path, blobs: BlobStore, clock: Clock, supervisor: Supervisor, publish: ModelPublisher | None
+    config: Config,
+    schema: EventSchema,
+    data: Path,
+    blobs: BlobStore,
+    clock: Clock,
+    supervisor: Supervisor,
+    publish: ModelPublisher | None,
 ) -> TenantService:
     tenants = config.tenants
     caps = TenantCaps(
@@ -413,7 +479,7 @@ def _tenant_service(
         quantum_seconds=tenants.quantum_ms / 1000,
     )
     kept = Blobs(blobs.put, blobs.get, blobs.names, blobs.delete)
-    return TenantService(settings, config.schema(), kept, clock, supervisor, publish)
+    return TenantService(settings, schema, kept, clock, supervisor, publish)
 
 
 def allowed_global(dotted: str) -> str:

@@ -12,6 +12,7 @@ from pathlib import Path
 import structlog
 
 from node.cluster_models import CatalogModels
+from node.cluster_tables import CatalogTables
 from node.cluster_view import LocalClusterView
 from node.config_sections import ClusterSection, Config
 from node.ingest.topics import Topics, TopicSettings
@@ -20,6 +21,7 @@ from node.kernel.clock import Clock
 from node.kernel.limits import CLUSTER_REPORT_MS_MAX
 from node.kernel.ports import StateStore
 from node.kernel.supervise import Supervisor
+from node.kernel.table_versions import Table
 from node.kernel.types import AgreedModels
 from node.replicas import Held, OpenSession, Replicas, Surroundings
 from node.state.folder import StateFolders
@@ -27,6 +29,7 @@ from node.state.inspection import bucket_of, changelog_offset_of, digest_of
 from replication.blob_exchange import BlobExchange
 from replication.blobs import BlobStore
 from replication.catalog import Assignment
+from replication.catalog_tables import table_blobs
 from replication.cluster import Cluster, ClusterSettings
 from replication.commands import CompleteMove, GrowPartitions, Settings
 from replication.cutter import Changelogs, Cutter
@@ -104,6 +107,7 @@ class Clustering:
         options: ClientOptions,
         changelog: str,
         blobs: BlobStore,
+        table_files: BlobStore,
         clock: Clock,
         supervisor: Supervisor,
     ) -> None:
@@ -115,6 +119,10 @@ class Clustering:
         self.models = CatalogModels(self.cluster, clock)
         self.view = LocalClusterView(self.cluster, self._client, clock, settings.plan)
         self._blobs = BlobExchange(blobs, self._client, self.cluster, clock)
+        self._table_files = BlobExchange(table_files, self._client, self.cluster, clock, table_blobs, "/peer/tables")
+        self.tables = CatalogTables(self.cluster)
+        self.follow_tables: Callable[[Mapping[str, Table]], None] = lambda tables: None
+        """Hears of each change, before the models do."""
         self._standbys = StandbyFolder(options, changelog, clock)
         changelogs = Changelogs(options, changelog)
         sources = Sources(self._stores, changelog_offset_of, changelogs.bounds)
@@ -136,6 +144,7 @@ class Clustering:
         routes = [
             PeerRoute("POST", _REPORT_PATH, self._take_report),
             *self._blobs.routes(),
+            *self._table_files.routes(),
             *self._snapshots.routes(),
             *self._verification.routes(),
             *self._operators.routes(),
@@ -171,6 +180,7 @@ class Clustering:
         await self.cluster.start()
         work = {
             "model files": self._blobs.run(),
+            "table files": self._table_files.run(),
             "snapshots": self._snapshots.run(),
             "changelog cuts": self._cutter.run(),
         }
@@ -182,6 +192,7 @@ class Clustering:
     def serve(self, agreed: Callable[[AgreedModels], None]) -> None:
         """`agreed` hears at once, and then of each change, what the catalog says of models."""
         self._agreed = agreed
+        self.follow_tables(self.cluster.catalog.tables)
         agreed(self.models.agreed())
 
     def own(self) -> None:
@@ -216,6 +227,7 @@ class Clustering:
         return await self._snapshots.restore(partition, folder)
 
     def _changed(self) -> None:
+        self.follow_tables(self.cluster.catalog.tables)
         self._agreed(self.models.agreed())
         if self._replicas is not None:
             self._replicas.update()

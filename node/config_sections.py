@@ -407,6 +407,21 @@ class HttpSection(Section, frozen=True):
     port: Annotated[int, Meta(ge=0, le=65_535, description="0 takes a free one, said in the log.")] = 8080
 
 
+class TablesSection(Section, frozen=True):
+    upload_mb_max: Annotated[
+        int, Meta(ge=1, le=65_536, description="Of one table's file that is uploaded; it is on disk twice meanwhile.")
+    ] = 4096
+    build_memory_mb: Annotated[
+        int,
+        Meta(
+            ge=128,
+            le=1_048_576,
+            description="Memory of the process that checks and builds an uploaded file: a few times the file's "
+            "largest column. A version in use takes none but the page cache.",
+        ),
+    ] = 4096
+
+
 class ClusterSection(Section, frozen=True):
     """How this node and others are one cluster. `headrace check` says what the fields must be together."""
 
@@ -536,6 +551,7 @@ class Config(Section, frozen=True):
     profile: dict[str, Expression] = {}
     state: StateSection = StateSection()
     tenants: TenantsSection = TenantsSection()
+    tables: TablesSection = TablesSection()
     http: HttpSection = HttpSection()
     cluster: ClusterSection | None = None
     """None: a node on its own."""
@@ -560,6 +576,7 @@ SECTIONS: dict[str, type[Section]] = {
     "events": EventsSection,
     "state": StateSection,
     "tenants": TenantsSection,
+    "tables": TablesSection,
     "http": HttpSection,
     "cluster": ClusterSection,
 }

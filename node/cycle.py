@@ -22,9 +22,10 @@ from node.ingest.source import Polled, Source
 from node.interval_rows import write_marks
 from node.intervals import Intervals
 from node.kernel.clock import Clock
-from node.kernel.errors import BoundExceeded
+from node.kernel.errors import BoundExceeded, TableUnavailable
 from node.kernel.limits import IDLE_POLL_MS
 from node.kernel.ports import FeaturePlan, ModelRunner
+from node.kernel.tables import NO_TABLES, TableSet
 from node.kernel.types import Aggregate, Bools, EventColumns, Floats, Frame, Ints, ModelName, StoredOutput
 from node.ordering import Ordering
 from node.outbox import Outgoing
@@ -81,6 +82,8 @@ class Engine:
     plans: Callable[[], FeaturePlan]
     runner: ModelRunner
     settings: CycleSettings
+    tables: Callable[[], TableSet] = lambda: NO_TABLES
+    """The versions that are live now; a cycle asks once."""
 
 
 class Cycle:
@@ -131,7 +134,8 @@ class Cycle:
             folded = self._fold(plan, decoded.events, rows, wanted)
         with steps.measure("features"):  # 6. Each distinct feature once, then each model's rows.
             triggering = where(decoded.events, wanted)
-            reads = _Reads(plan, state.layout, rows, triggering.rows, triggering.times_ms, folded.values)
+            tables = _pinned(engine.tables(), plan)
+            reads = _Reads(plan, state.layout, rows, triggering.rows, triggering.times_ms, folded.values, tables)
             ordering = Ordering(plan, triggering, {name: mask[wanted] for name, mask in selections.items()}, reads)
             work = ordering.ready()
         with steps.measure("trigger"):  # 7. Models answer, or their triggers go to the sequence log.
@@ -156,7 +160,8 @@ class Cycle:
     def _run_intervals(self) -> None:
         """Read on for interval models, from the store, which has what is committed."""
         if self._state.intervals.running or any(version.schedule for version in self._engine.plans().models):
-            self._state.intervals.pump(self._plan(), self._state.layout)
+            plan = self._plan()
+            self._state.intervals.pump(plan, self._state.layout, _pinned(self._engine.tables(), plan))
 
     def _applied(self, outgoing: Outgoing) -> None:
         self._state.layout_committed = max(self._state.layout_committed, outgoing.frame.layout_id)
@@ -238,7 +243,9 @@ class _Reads:
         at: Ints,
         times_ms: Ints,
         aggregates: Mapping[Aggregate, Floats],
+        tables: TableSet,
     ) -> None:
+        self.tables = tables
         self._ttls = {version.name: version.ttl_ms for version in plan.stored_models}
         self._layout = layout
         self._rows = rows
@@ -251,6 +258,16 @@ class _Reads:
 
     def stored(self, output: StoredOutput) -> Floats:
         return read_output(self._layout, self._rows, output, self._ttls[output.name], self._at, self._times_ms)
+
+
+def _pinned(tables: TableSet, plan: FeaturePlan) -> TableSet:
+    """Raises TableUnavailable when a model needs a version that is not here: it must not be fed from another one."""
+    if tables.absent:
+        for version in plan.models:
+            for name in plan.tables(version.name):
+                if name in tables.absent:
+                    raise TableUnavailable(f"model {version.name} waits for table {name}: {tables.absent[name]}")
+    return tables
 
 
 def _customers(events: EventColumns, answers: Sequence[Answer]) -> tuple[list[str], dict[str, int], int]:

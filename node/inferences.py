@@ -1,9 +1,10 @@
 """(P) Inferences as records of the inferences topic: JSON, keyed by customer.
 
-`{"id", "tenant", "model", "version", "customer", "outputs", "topic", "partition", "offset", "type", "time"}`;
+`{"id", "tenant", "model", "version", "customer", "topic", "partition", "offset", "type", "time", "outputs"}`;
 `id` is the same whenever the same trigger is run again, so a reader of a broker without transactions can
 drop duplicates. A missing output is null. Of a model that uses others' outputs there is also `"inputs"`: each of them
--> `"fresh"`, of the same event, or `"stored"`, before it.
+-> `"fresh"`, of the same event, or `"stored"`, before it; of one that reads tables `"tables"`: name -> version it was
+fed from.
 
 Those of an interval run are of no event: `interval`, its end, stands in place of topic, offset and type, and the id is
 `<tenant>/<model>/interval/<end>/<customer>`.
@@ -49,12 +50,13 @@ def encode_inferences(
     )
     customers = _json_texts(triggers.customers)
     head = b'{"id":"' + name + b"/"
+    outputs_key = _tables(triggers) + b',"outputs":{'
     records = [
         (
             key,
             b"".join(
                 (head, sources[topic], offset, model, customer, topics_json[topic], b',"offset":', offset,
-                 b',"type":', types_json[kind], b',"time":', time, used, b',"outputs":{', values, b"}}")
+                 b',"type":', types_json[kind], b',"time":', time, used, outputs_key, values, b"}}")
             ),
         )
         for key, customer, topic, offset, kind, time, used, values in zip(
@@ -74,6 +76,11 @@ def encode_inferences(
     return records
 
 
+def _tables(triggers: Triggers) -> bytes:
+    """The versions as a further field; nothing for a model that reads no table."""
+    return b',"tables":' + orjson.dumps(dict(triggers.tables)) if triggers.tables else b""
+
+
 def _interval_records(version: ModelVersion, triggers: Triggers, outputs: ModelOutputs, partition: int) -> list[Record]:
     name = orjson.dumps(str(triggers.name))[1:-1]
     model = b'","tenant":%s,"model":%s,"version":"%s","customer":"' % (
@@ -81,12 +88,13 @@ def _interval_records(version: ModelVersion, triggers: Triggers, outputs: ModelO
         orjson.dumps(triggers.name.model),
         triggers.version.encode(),
     )
+    tables = _tables(triggers)
     records = [
         (
             key,
             b"".join(
                 (b'{"id":"', name, b"/interval/", time, b"/", customer, model, customer, b'","interval":', time,
-                 b',"partition":%d' % partition, b',"time":', time, b',"outputs":{', values, b"}}")
+                 b',"partition":%d' % partition, b',"time":', time, tables, b',"outputs":{', values, b"}}")
             ),
         )
         for key, customer, time, values in zip(

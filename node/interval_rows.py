@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from node.kernel.ports import FeaturePlan
+from node.kernel.tables import NO_TABLES, TableSet
 from node.kernel.types import (
     ANY_EVENT,
     Aggregate,
@@ -54,6 +55,7 @@ def chunk_rows(
     scanned: Sequence[tuple[bytes, bytes]],
     whole_scan: bool,
     rows_max: int,
+    tables: TableSet = NO_TABLES,
 ) -> ChunkRows:
     """The next at most `rows_max` customers of the run among those `scanned` after its cursor, (customer, row) in key
     order; `whole_scan`: there are no more. Features are as of the interval's end.
@@ -68,7 +70,7 @@ def chunk_rows(
     came_to = int(wanted[-1]) if cut else len(scanned) - 1
     customers = [scanned[row][0].decode() for row in wanted.tolist()]
     return ChunkRows(
-        _triggers(plan, layout, version, run, customers, np.ascontiguousarray(images[wanted].T)),
+        _triggers(plan, layout, version, run, customers, np.ascontiguousarray(images[wanted].T), tables),
         events[wanted],
         scanned[came_to][0] if scanned else run.cursor,
         whole_scan and not cut,
@@ -98,24 +100,40 @@ def _wanted(layout: Layout, name: ModelName, run: IntervalRun, images: Floats, e
 
 
 def _triggers(
-    plan: FeaturePlan, layout: Layout, version: ModelVersion, run: IntervalRun, customers: list[str], rows: Floats
+    plan: FeaturePlan,
+    layout: Layout,
+    version: ModelVersion,
+    run: IntervalRun,
+    customers: list[str],
+    rows: Floats,
+    tables: TableSet,
 ) -> Triggers:
     count = len(customers)
     zeros = np.zeros(count, np.int64)
     times_ms = zeros + run.due_ms
     # The fields of events are not there: a manifest whose features use them is refused.
     nobody = EventColumns(zeros, times_ms, np.arange(count), customers, zeros, zeros, {})
-    reads = _Reads(plan, layout, rows, nobody)
+    reads = _Reads(plan, layout, rows, nobody, tables)
     features = plan.rows(nobody, reads, {version.name: np.ones(count, np.bool_)})[version.name]
     return Triggers(
-        version.name, version.version, tuple(customers), zeros, zeros, zeros, times_ms, features, interval=True
+        version.name,
+        version.version,
+        tuple(customers),
+        zeros,
+        zeros,
+        zeros,
+        times_ms,
+        features,
+        interval=True,
+        tables=tables.versions(plan.tables(version.name)),
     )
 
 
 class _Reads:
     """`Reads` of rows [slots, customers] as of the end of the interval: no event is at hand."""
 
-    def __init__(self, plan: FeaturePlan, layout: Layout, rows: Floats, nobody: EventColumns) -> None:
+    def __init__(self, plan: FeaturePlan, layout: Layout, rows: Floats, nobody: EventColumns, tables: TableSet) -> None:
+        self.tables = tables
         self._ttls = {version.name: version.ttl_ms for version in plan.stored_models}
         self._layout = layout
         self._rows = rows

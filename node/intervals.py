@@ -32,6 +32,7 @@ from node.kernel.limits import (
     INTERVAL_SCAN_ROWS_MAX,
 )
 from node.kernel.ports import FeaturePlan, ModelRunner, StateStore
+from node.kernel.tables import NO_TABLES, TableSet
 from node.kernel.types import BACKGROUND, EventColumns, IntervalRun, ModelVersion, Statistics
 from node.kernel.zones import time_zone
 from node.schedule import decide, newest_interval, went_on
@@ -123,7 +124,7 @@ class Intervals:
         self._counted.clear()
         return changed, self._event_time_ms
 
-    def pump(self, plan: FeaturePlan, layout: Layout) -> None:
+    def pump(self, plan: FeaturePlan, layout: Layout, tables: TableSet = NO_TABLES) -> None:
         """Begin the runs that are due, and read and hand out a chunk of one of those that have none on its way."""
         versions = {str(version.name): version for version in plan.models if version.schedule is not None}
         if not versions and not self._chunks:
@@ -143,7 +144,7 @@ class Intervals:
             self._turns.rotate(-1)
             run = self._runs.get(name)
             if name not in self._chunks and run is not None and not run.finished:
-                self._read(versions[name], plan, layout)
+                self._read(versions[name], plan, layout, tables)
                 ended = self._clock.monotonic()
                 self._rested = ended + INTERVAL_REST_FACTOR * (ended - now)
                 return
@@ -187,14 +188,14 @@ class Intervals:
             self._counted[f"intervals_skipped {name}"] += decision.skipped
         self._record(name, decision.run, due=True)
 
-    def _read(self, version: ModelVersion, plan: FeaturePlan, layout: Layout) -> None:
+    def _read(self, version: ModelVersion, plan: FeaturePlan, layout: Layout, tables: TableSet) -> None:
         name = str(version.name)
         run = self._runs[name]
         rows_max = max(1, min(INTERVAL_CHUNK_ROWS_MAX, self._runner.rows_queued_max(version.name)))
         limit = rows_max if run.whole else INTERVAL_SCAN_ROWS_MAX
         scanned = self._store.scan(run.cursor or None, limit)
         last = len(scanned) < limit
-        chunk = _Chunk(version, chunk_rows(plan, layout, version, run, scanned, last, rows_max))
+        chunk = _Chunk(version, chunk_rows(plan, layout, version, run, scanned, last, rows_max, tables))
         self._chunks[name] = chunk
         if len(chunk.rows):
             self._submit(chunk)

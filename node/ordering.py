@@ -13,6 +13,7 @@ from typing import Final
 import numpy as np
 
 from node.kernel.ports import FeatureBatch, FeaturePlan, Reads
+from node.kernel.tables import TableSet
 from node.kernel.types import (
     Aggregate,
     Bools,
@@ -27,6 +28,7 @@ from node.kernel.types import (
     Triggers,
 )
 
+NO_VERSIONS: Final[Mapping[str, str]] = {}
 INPUTS_TOLD_MAX: Final = 62
 """Bits of an int64 that say which inputs were fresh."""
 
@@ -45,6 +47,10 @@ class FreshReads:
     def take(self, name: ModelName, outputs: ModelOutputs) -> None:
         """One row for each event that the model's selection names."""
         self._answers[name] = outputs
+
+    @property
+    def tables(self) -> TableSet:
+        return self._reads.tables
 
     def aggregate(self, aggregate: Aggregate) -> Floats:
         return self._reads.aggregate(aggregate)
@@ -76,6 +82,7 @@ class Ordering:
     def __init__(
         self, plan: FeaturePlan, events: EventColumns, selections: Mapping[ModelName, Bools], reads: Reads
     ) -> None:
+        self._plan = plan
         self._events = events
         self._selections = selections
         self._inputs = plan.inputs
@@ -133,7 +140,14 @@ class Ordering:
         return [
             (
                 self._versions[name],
-                triggers_of(self._versions[name], self._events, self._selections[name], rows[name], *self._told(name)),
+                triggers_of(
+                    self._versions[name],
+                    self._events,
+                    self._selections[name],
+                    rows[name],
+                    *self._told(name),
+                    tables=self._reads.tables.versions(self._plan.tables(name)),
+                ),
             )
             for name in names
         ]
@@ -156,7 +170,9 @@ def triggers_of(
     rows: FeatureRows,
     inputs: tuple[str, ...] = (),
     fresh: Ints | None = None,
+    tables: Mapping[str, str] = NO_VERSIONS,
 ) -> Triggers:
+    """`tables` are the versions that `rows` were computed with."""
     at = np.flatnonzero(mask)
     customers = events.customers
     return Triggers(
@@ -170,4 +186,5 @@ def triggers_of(
         rows,
         inputs=inputs,
         fresh=fresh,
+        tables=tables,
     )

@@ -27,6 +27,7 @@ from node.kernel.errors import (
     ProgressLost,
     StateCorrupt,
     StoreUnavailable,
+    TableUnavailable,
     TopicMissing,
 )
 from node.kernel.limits import BROKER_RETRY_MS_MAX, BROKER_RETRY_MS_MIN, FENCED_RETRY_MS
@@ -52,9 +53,10 @@ RECOVERABLE = (
     ProgressLost,
     StateCorrupt,
     StoreUnavailable,
+    TableUnavailable,
     TopicMissing,
 )
-_STORE_IS_SOUND = (BrokerUnavailable, Fenced, LeaseLost, TopicMissing)
+_STORE_IS_SOUND = (BrokerUnavailable, Fenced, LeaseLost, TableUnavailable, TopicMissing)
 """Failures after which a store that was kept open holds committed frames only, and goes on being used."""
 
 

@@ -10,6 +10,7 @@ import msgspec
 from node.kernel.clock import Clock
 from node.kernel.ports import FeaturePlan, StateStore
 from node.kernel.supervise import Supervisor
+from node.kernel.tables import NO_TABLES, TableSet
 from node.kernel.types import Aggregate, EventSchema, ModelName, ReplicaProgress
 from node.lag import Lags
 from node.partition import Condition, Role
@@ -106,6 +107,7 @@ class LocalView:
         supervisor: Supervisor,
         clock: Clock,
         cluster: Callable[[], Mapping[str, object]] = dict,
+        tables: Callable[[], TableSet] = lambda: NO_TABLES,
     ) -> None:
         """`cluster` gives the figures of its parts, by their names."""
         self._cluster = cluster
@@ -116,7 +118,7 @@ class LocalView:
         self._supervisor = supervisor
         self._clock = clock
         self._started_ms = clock.now_ms()
-        self._reads = CustomerReads(self._open, tenants.plan, schema, profile, tenants.event_features)
+        self._reads = CustomerReads(self._open, tenants.plan, schema, profile, tenants.event_features, tables)
 
     def _open(self) -> Mapping[int, OpenPartition | None]:
         return {number: _open(partition) for number, partition in self._partitions.running.items()}

@@ -30,6 +30,7 @@ from node.kernel.errors import (
 )
 from replication.blobs import BlobStore
 from replication.catalog import Catalog
+from replication.catalog_tables import table_blobs
 from replication.commands import Command, HoldBlob
 from replication.peers import PeerCall, PeerClient, PeerReply, PeerRoute
 
@@ -87,10 +88,27 @@ class _Retry:
         self.at_s = now_s + wait_ms / 1000
 
 
-class BlobExchange:
-    """`run` is to be supervised; `fetch` and `routes` work beside it."""
+def model_blobs(catalog: Catalog) -> frozenset[str]:
+    """The sha256 of every model file that a version in the catalog needs."""
+    return frozenset(catalog.holders) - table_blobs(catalog)
 
-    def __init__(self, blobs: BlobStore, client: PeerClient, cluster: BlobCluster, clock: Clock) -> None:
+
+class BlobExchange:
+    """Of the files that `wanted` says the catalog needs, served to peers at `path`.
+
+    `run` is to be supervised; `fetch` and `routes` work beside it."""
+
+    def __init__(
+        self,
+        blobs: BlobStore,
+        client: PeerClient,
+        cluster: BlobCluster,
+        clock: Clock,
+        wanted: Callable[[Catalog], frozenset[str]] = model_blobs,
+        path: str = "/peer/blobs",
+    ) -> None:
+        self._wanted = wanted
+        self._path = path
         self._blobs = blobs
         self._client = client
         self._cluster = cluster
@@ -108,14 +126,14 @@ class BlobExchange:
         cluster.subscribe(self._changed.set)
 
     def routes(self) -> list[PeerRoute]:
-        return [PeerRoute("GET", "/peer/blobs/{sha256}", self._serve)]
+        return [PeerRoute("GET", f"{self._path}/{{sha256}}", self._serve)]
 
     async def _serve(self, call: PeerCall) -> PeerReply:
         return PeerReply(file=self._blobs.path(call.variables["sha256"]))
 
     def wanted(self) -> frozenset[str]:
         """The sha256 of every file that a version in the catalog needs."""
-        return frozenset(self._cluster.catalog.holders)
+        return self._wanted(self._cluster.catalog)
 
     def statistics(self) -> BlobExchangeStatistics:
         wanted = self.wanted()
@@ -139,7 +157,7 @@ class BlobExchange:
             return await asyncio.to_thread(self._blobs.get, sha256)
         if sha256 in self._held:
             self._lose(sha256)
-        if sha256 not in self._cluster.catalog.holders:
+        if sha256 not in self.wanted():
             raise NotFound(f"no file with sha256 {sha256} is kept here, nor does a model need it; put it in again")
         await asyncio.shield(self._fetches.get(sha256) or self._start_fetch(sha256))
         return await asyncio.to_thread(self._blobs.get, sha256)
@@ -243,7 +261,7 @@ class BlobExchange:
             try:
                 await self._client.fetch(
                     address,
-                    f"/peer/blobs/{sha256}",
+                    f"{self._path}/{sha256}",
                     self._blobs.path(sha256),
                     None,
                     sha256,

@@ -20,7 +20,7 @@ from msgspec.structs import replace
 
 from node.kernel import limits
 from node.kernel.errors import CatalogCorrupt
-from replication import catalog_models, catalog_quotas
+from replication import catalog_models, catalog_quotas, catalog_tables
 from replication.catalog_values import (
     ENDED,
     FORMAT,
@@ -341,6 +341,7 @@ def _complete_move(catalog: Catalog, command: CompleteMove) -> Outcome:
 _HANDLERS: Final[Mapping[type, Callable[[Catalog, Any], Outcome]]] = {
     **catalog_models.HANDLERS,
     **catalog_quotas.HANDLERS,
+    **catalog_tables.HANDLERS,
     JoinNode: _join,
     LeaveNode: _leave,
     RenewLease: _renew,

@@ -11,6 +11,7 @@ from typing import Any, Final, Literal, TypeAlias, TypeVar
 from msgspec import Struct
 from msgspec.structs import replace
 
+from node.kernel.table_versions import Table
 from replication.commands import Command, QuotaLimits, Settings
 
 VersionState: TypeAlias = Literal["passed", "live", "retired", "quarantined"]
@@ -137,6 +138,7 @@ class Catalog(Struct, frozen=True, forbid_unknown_fields=True):
     """By tenant, known or not."""
     models: dict[str, Model] = {}
     """By `model_key`."""
+    tables: dict[str, Table] = {}
     holders: dict[str, dict[str, int]] = {}
     """Blob sha256 -> node that has and has verified it -> revision since when."""
     partitions: tuple[Assignment, ...] = ()

@@ -31,6 +31,7 @@ from node.kernel.supervise import Supervisor
 from replication.catalog import Catalog, Node, problem
 from replication.catalog_machine import CatalogMachine
 from replication.catalog_raft import CatalogRaft
+from replication.catalog_tables import table_rollout
 from replication.commands import (
     Command,
     JoinNode,
@@ -449,7 +450,8 @@ class Cluster:
         if state == self._planned and not any(held.move for held in catalog.partitions):
             return []
         self._plans += 1
-        commands = [*rollout(catalog, alive), *plan(catalog, reports, now_ms, settings)]
+        tables = table_rollout(catalog, tuple(sorted(alive & catalog.nodes.keys())))
+        commands = [*rollout(catalog, alive), *tables, *plan(catalog, reports, now_ms, settings)]
         self._planned = () if commands else state
         return commands[: limits.CLUSTER_PLAN_COMMANDS_MAX]
 

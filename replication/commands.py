@@ -149,6 +149,40 @@ class ForgetVersion(_Command, frozen=True, kw_only=True, tag="forget"):
     version: Sha256
 
 
+class PutTable(_Command, frozen=True, kw_only=True, tag="put_table"):
+    """A table's version, named by the sha256 of its file, that is to go live once every node has it. Also one that was
+    live before: that is a rollback."""
+
+    name: Name
+    version: Sha256
+    schema: Annotated[str, Meta(max_length=limits.TABLE_SCHEMA_BYTES_MAX)]
+    rows: Number
+    bytes: Number
+    who: Text = ""
+    at_ms: Number = 0
+
+
+class FlipTable(_Command, frozen=True, kw_only=True, tag="flip_table"):
+    """Make a table's version live on all nodes; `holders` must have its file already."""
+
+    name: Name
+    version: Sha256
+    holders: Holders
+
+
+class ForgetTable(_Command, frozen=True, kw_only=True, tag="forget_table"):
+    """Drop a retired version of a table."""
+
+    name: Name
+    version: Sha256
+
+
+class DropTable(_Command, frozen=True, kw_only=True, tag="drop_table"):
+    """Drop a table with all its versions."""
+
+    name: Name
+
+
 class HoldBlob(_Command, frozen=True, kw_only=True, tag="hold"):
     """A node has a blob and has verified it, or (`held` false) has it no longer."""
 
@@ -232,6 +266,10 @@ Command: TypeAlias = (
     | QuarantineVersion
     | RetireVersion
     | ForgetVersion
+    | PutTable
+    | FlipTable
+    | ForgetTable
+    | DropTable
     | HoldBlob
     | SetSettings
     | SetQuota

@@ -9,6 +9,7 @@
     without a window: for ever; the type `any` is every type; 'odd-type' in quotes is a type too
     seconds_since(<type>)    profile.<name>    models.<tenant>.<model>.<output>    features defined above
     features.<tenant>.<name>, features.<tenant>.<name>.v2: what a tenant shares (tenants.shared_names)
+    tables.<table>[key].<column>: of the row with that key; the column's default, else missing, where there is none
 
 Types are number, text and boolean. A boolean serves as the number 0 or 1; a number is never a condition.
 Texts are compared with ==, != and `in` only. `where` sees the fields of the event, and literals.
@@ -43,6 +44,7 @@ from node.kernel.types import (
     StoredOutput,
 )
 from tenants.shared_names import Resolver, SharedName, SharedValue, nothing_shared
+from tenants.table_lookup import LookupMistake, lookup_of, names_table
 from tenants.wording import one_line, parse_duration, shown, suggestion
 
 EVENT_TYPE: Final = "type"
@@ -82,6 +84,16 @@ class StoredValue:
 
 
 @dataclass(frozen=True, slots=True)
+class TableValue:
+    """`column` of the row of `table` whose key is `key`'s value."""
+
+    table: str
+    column: str
+    key: Node
+    type: FieldType
+
+
+@dataclass(frozen=True, slots=True)
 class FeatureValue:
     """A feature defined above in the same manifest. A name, so that a chain of doublings stays small."""
 
@@ -109,13 +121,23 @@ class Operation:
 
 
 Node: TypeAlias = (
-    Literal | EventField | AggregateValue | StoredValue | FeatureValue | SharedValue | Membership | Operation
+    Literal
+    | EventField
+    | AggregateValue
+    | StoredValue
+    | TableValue
+    | FeatureValue
+    | SharedValue
+    | Membership
+    | Operation
 )
 
 
 def children(node: Node) -> tuple[Node, ...]:
     if isinstance(node, Operation):
         return node.arguments
+    if isinstance(node, TableValue):
+        return (node.key,)
     return (node.item,) if isinstance(node, Membership) else ()
 
 
@@ -418,22 +440,27 @@ class _Parser:
             elif isinstance(node.slice, ast.Constant) and isinstance(node.slice.value, str):
                 parts.append(node.slice.value)
             else:
-                parts.append("")
-                if not self._is_table(node):
-                    raise self._mistake(node.slice, "[…] takes a name in quotes")
+                raise self._mistake(node.slice, "[…] takes a name in quotes")
             node = node.value
         return node, parts[::-1]
 
-    def _is_table(self, node: ast.expr) -> bool:
-        while isinstance(node, ast.Attribute | ast.Subscript):
-            node = node.value
-        return isinstance(node, ast.Name) and node.id == "tables"
+    def _table_value(self, node: ast.expr) -> TableValue:
+        if self._filtering:
+            raise self._mistake(node, "where= may use only event.<field> and literals")
+        try:
+            found = lookup_of(node, self._scope.schema.tables)
+        except LookupMistake as mistake:
+            raise self._mistake(mistake.node, str(mistake)) from None
+        key, wanted = self._node(found.key), found.schema.key_type
+        if (key.type == "text") != (wanted == "text"):
+            raise self._mistake(found.key, f"the key of table {found.table} is a {wanted}, this is a {key.type}")
+        return TableValue(found.table, found.column, key, found.schema.columns[found.column].type)
 
     def _attribute(self, node: ast.expr) -> Node:
+        if names_table(node):
+            return self._table_value(node)
         root, parts = self._path(node)
         name = root.id if isinstance(root, ast.Name) else ""
-        if name == "tables":
-            raise self._mistake(node, "tables are not available in this release; use event, profile or models")
         if self._filtering and name != "event":
             raise self._mistake(node, "where= may use only event.<field> and literals")
         if name == "event":
@@ -449,8 +476,8 @@ class _Parser:
                 node, f"a field of {shown(name)} stands in an aggregate, such as sum({name}.<field>, '1h')"
             )
         if not name:
-            raise self._mistake(node, "only event, profile, models and features have names in them")
-        raise self._mistake(node, f"unknown name {shown(name)}" + suggestion(name, _ROOTS[:4]))
+            raise self._mistake(node, "only event, profile, models, features and tables have names in them")
+        raise self._mistake(node, f"unknown name {shown(name)}" + suggestion(name, _ROOTS))
 
     def _event_field(self, node: ast.expr, parts: list[str]) -> EventField:
         name = parts[0]

@@ -18,6 +18,7 @@ import numpy as np
 
 from node.kernel.errors import NotFound
 from node.kernel.ports import Reads
+from node.kernel.tables import NO_TABLES, TableSet, no_values
 from node.kernel.types import (
     EVENT_TIME,
     Aggregate,
@@ -44,6 +45,7 @@ from tenants.expression import (
     Node,
     Operation,
     StoredValue,
+    TableValue,
     children,
     evaluate_profile,
     expression_name,
@@ -160,8 +162,10 @@ def _member(item: Column, values: frozenset[float] | frozenset[str], negated: bo
     return ~(found | _missing(item)) if negated else found
 
 
-_Head: TypeAlias = Literal | EventField | AggregateValue | StoredValue | Membership | str
-"""What a step does apart from its arguments: a leaf, a membership with its item taken out, or an operation."""
+_Leaf: TypeAlias = Literal | EventField | AggregateValue | StoredValue
+_Head: TypeAlias = _Leaf | TableValue | Membership | str
+"""What a step does apart from its arguments: a leaf, a membership or table value with its item or key taken out, or an
+operation."""
 
 _ITEM: Final = Literal(0.0, "number")
 _NO_NUMBER: Final = Literal(np.nan, "number")
@@ -194,6 +198,8 @@ class _Numbering:
         head: _Head = node if not isinstance(node, Operation) else node.name
         if isinstance(node, Membership):
             head = Membership(_ITEM, node.values, node.negated)
+        elif isinstance(node, TableValue):
+            head = TableValue(node.table, node.column, _ITEM, node.type)
         return self._intern(_Step(head, arguments))
 
     def _number_shared(self, value: SharedValue) -> int:
@@ -232,6 +238,10 @@ class _NoReads:
     def stored(self, output: StoredOutput) -> Floats:
         raise NotFound(f"a filter can't read {output}")
 
+    @property
+    def tables(self) -> TableSet:
+        return NO_TABLES
+
 
 @dataclass(frozen=True, slots=True)
 class _Batch:
@@ -252,17 +262,36 @@ class _Batch:
         What is `known` is not computed again.
         """
         values = dict(known)
+        found: dict[tuple[str, int], Ints] = {}
         with np.errstate(all="ignore"):
             for number in sorted(numbers):
                 if number in values:
                     continue
                 step = steps[number]
-                values[number] = self._compute(step.head, [values[argument] for argument in step.arguments])
+                if isinstance(step.head, TableValue):
+                    values[number] = self._table_value(step.head, step.arguments[0], values, found)
+                else:
+                    values[number] = self._compute(step.head, [values[argument] for argument in step.arguments])
                 if meter is not None:
                     meter.note(number, self.size)
         return values
 
-    def _compute(self, head: _Head, arguments: list[Column]) -> Column:
+    def _table_value(
+        self, head: TableValue, key: int, values: Mapping[int, Column], found: dict[tuple[str, int], Ints]
+    ) -> Column:
+        """`found` remembers the rows of each table and key: several columns of them are one look-up."""
+        reader = self.reads.tables.table(head.table)
+        if reader is None:
+            return no_values(self.size, head.type, None)
+        rows = found.get((head.table, key))
+        if rows is None:
+            rows = found[head.table, key] = reader.rows(values[key])
+        column = reader.column(head.column, rows)
+        if column is None or (column.dtype == object) != (head.type == "text"):
+            return no_values(self.size, head.type, None)
+        return column
+
+    def _compute(self, head: _Leaf | Membership | str, arguments: list[Column]) -> Column:
         if isinstance(head, str):
             result = _OPERATIONS[head](*arguments)
         elif isinstance(head, Membership):
@@ -326,6 +355,8 @@ class _Columns:
     numbers: tuple[int, ...]
     texts: frozenset[str]
     needed: frozenset[int]
+    tables: tuple[str, ...]
+    """Those it reads, sorted."""
 
     def empty(self) -> FeatureRows:
         return FeatureRows(self.names, np.empty((0, len(self.names))), {name: [] for name in sorted(self.texts)})
@@ -442,6 +473,10 @@ class CompiledFeatures:
         """The outputs of other models here that each model uses, sorted; models that use none are not there."""
         return self._inputs
 
+    def tables(self, name: ModelName) -> tuple[str, ...]:
+        """The tables that the model's features read, sorted."""
+        return self._columns[name].tables
+
     def shared_costs(self) -> Mapping[SharedName, SharedCost]:
         """Of each shared feature that a model here uses; nothing where there is no timer."""
         meter = self._meter
@@ -533,11 +568,14 @@ def _columns(manifest: Manifest, numbering: _Numbering) -> _Columns:
     features: dict[str, int] = {}
     for feature in manifest.features:
         features[feature.name] = numbering.number(feature.expression, features)
+    needed = numbering.below(features.values())
+    heads = (numbering.steps[number].head for number in needed)
     return _Columns(
         names=tuple(features),
         numbers=tuple(features.values()),
         texts=frozenset(feature.name for feature in manifest.features if feature.expression.type == "text"),
-        needed=numbering.below(features.values()),
+        needed=needed,
+        tables=tuple(sorted({head.table for head in heads if isinstance(head, TableValue)})),
     )
 
 

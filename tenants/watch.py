@@ -217,11 +217,11 @@ class ModelWatcher:
         self._seen.pop(f"{tenant}/{TENANT_FILE}", None)
         self._wake.set()
 
-    def _look_again(self, tenant: str) -> None:
-        """At what was refused by its manifest alone: other limits may hold now."""
+    def look_again(self, tenant: str = "") -> None:
+        """At what was refused by its manifest alone, of all tenants by default: other limits or tables may hold now."""
         for name, entry in self._snapshot.models.items():
             newest = entry.newest
-            if name.tenant == tenant and newest is not None and newest.state == "refused" and not newest.version:
+            if newest is not None and newest.state == "refused" and not newest.version and tenant in ("", name.tenant):
                 self._seen.pop(name, None)
                 self._wake.set()
 
@@ -440,7 +440,7 @@ class ModelWatcher:
             if self._settled(name, "gone", now):
                 await self._apply(registry.PairGone(name))
                 self._seen.pop(name, None)
-                self._look_again(name.tenant)
+                self.look_again(name.tenant)
                 entry = self._snapshot.models.get(name)
                 if entry is not None and entry.newest is not None:
                     continue  # others use its outputs: it goes once they don't
@@ -484,7 +484,7 @@ class ModelWatcher:
                 self._counters.refusals[action.tenant, action.limit] += 1
             elif isinstance(action, ConfigureTenant):
                 self._acted(action)
-                self._look_again(action.settings.tenant)
+                self.look_again(action.settings.tenant)
             elif not isinstance(action, WriteStatus | registry.WriteFeaturesStatus):
                 self._acted(action)
         self._changed(self._snapshot)
@@ -494,7 +494,7 @@ class ModelWatcher:
     def _reconsider(self) -> None:
         """Look again at what was refused for what others had then: it may be right beside what they have now."""
         for tenant in {name.tenant for name in self._snapshot.models}:
-            self._look_again(tenant)
+            self.look_again(tenant)
         for tenant in self._snapshot.refused_features:
             self._seen.pop(f"{tenant}/{FEATURES_FILE}", None)
         self._wake.set()

@@ -22,7 +22,14 @@ from packaging.utils import canonicalize_name
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGES = ("node", "replication", "tenants")
 KERNEL = "node.kernel"
-WIRING = ("node.app", "node.clustering", "node.cluster_models", "node.cluster_view", "node.cluster_console")
+WIRING = (
+    "node.app",
+    "node.clustering",
+    "node.cluster_models",
+    "node.cluster_tables",
+    "node.cluster_view",
+    "node.cluster_console",
+)
 """May import from all three packages: the `cluster*` modules are the part of a node that is one of several. The command
 line may import the wiring, inside a function only."""
 COMMAND_LINE = "node.__main__"

@@ -28,6 +28,7 @@ class _Chunk(msgspec.Struct, array_like=True, frozen=True):
     queued_ms: int = 0
     inputs: tuple[str, ...] = ()
     fresh: bytes = b""
+    tables: dict[str, str] = {}
 
 
 _encoder = msgspec.msgpack.Encoder()
@@ -53,6 +54,7 @@ def encode_chunk(chunk: SequenceChunk) -> bytes:
             chunk.queued_ms,
             triggers.inputs,
             b"" if triggers.fresh is None else triggers.fresh.tobytes(),
+            dict(triggers.tables),
         )
     )
 
@@ -73,6 +75,7 @@ def decode_chunk(data: bytes) -> SequenceChunk:
             rows,
             inputs=chunk.inputs,
             fresh=_integers(chunk.fresh) if chunk.inputs else None,
+            tables=chunk.tables,
         )
     except (msgspec.MsgspecError, ValueError) as failure:
         raise StateCorrupt(f"a sequence chunk of {len(data)} bytes can't be read: {failure}") from failure

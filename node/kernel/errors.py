@@ -6,6 +6,8 @@ complete by itself, so that a log line or a problem document needs nothing besid
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 
 def printable(text: str) -> str:
     """The text with line breaks, control and other invisible characters escaped: one line that is safe to show."""
@@ -70,6 +72,19 @@ class CatalogCorrupt(HeadraceError):
 
 class StoreUnavailable(HeadraceError):
     """The local disk refused a read or write (full, damaged); free space, the partition retries by itself."""
+
+
+class TableUnavailable(HeadraceError):
+    """The live version of a table that a live model reads is not on this node yet; events wait until it is."""
+
+
+class TableRefused(HeadraceError):
+    """A table's file or change can't be taken, and nothing was changed; `problems` holds a line for each mistake, with
+    its row."""
+
+    def __init__(self, problems: Sequence[str]) -> None:
+        super().__init__("\n".join(problems))
+        self.problems = tuple(problems)
 
 
 class BrokerUnavailable(HeadraceError):

@@ -139,6 +139,28 @@ PUBLISH_RETRY_MS_MAX = 10_000
 STATUS_FILE_BYTES_MAX = 64 * KIB
 WORKER_MESSAGE_BYTES_MAX = MODEL_BYTES_MAX + MIB
 
+TABLES_MAX = 256
+TABLE_COLUMNS_MAX = 256
+TABLE_ROWS_MAX = 200_000_000
+TABLE_KEY_BYTES_MAX = 128
+"""Of a text key; every key of a table takes as much room as its longest."""
+TABLE_FILE_BYTES_MAX = 64 * 1024 * MIB
+"""Of a built version; operators allow uploads of less."""
+TABLE_SCHEMA_BYTES_MAX = 64 * KIB
+TABLE_PROBLEMS_MAX = 20
+"""Of a refused file; nobody reads more at once."""
+TABLE_SAMPLE_ROWS = 10_000
+"""Of a CSV or NDJSON file, from which types are inferred that nobody has declared."""
+TABLE_BUILD_MS_MAX = 3600 * 1000
+TABLE_UPLOAD_MS_MAX = 2 * 3600 * 1000
+"""Of one upload, its check and its build together."""
+TABLE_STALL_MS_MAX = 30_000
+"""An upload that brings nothing for so long is given up."""
+TABLE_UPLOADS_MAX = 2
+"""At once on one node; one more is refused."""
+TABLE_VERSIONS_RETIRED_MAX = 1
+"""Of one table, kept for a rollback; older ones are dropped."""
+
 BROKER_CALL_MS_MAX = 30_000
 """Around every call of the Kafka client: some of them hang when the broker is gone."""
 BROKER_RETRY_MS_MIN = 100

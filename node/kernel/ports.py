@@ -6,6 +6,7 @@ from collections.abc import Awaitable, Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Protocol
 
+from node.kernel.tables import TableSet
 from node.kernel.types import (
     URGENT,
     Aggregate,
@@ -92,6 +93,11 @@ class Reads(Protocol):
         """The stored output as of each event; NaN where there is none or its TTL has passed."""
         ...
 
+    @property
+    def tables(self) -> TableSet:
+        """The versions that all look-ups for these events see."""
+        ...
+
 
 class FeatureBatch(Protocol):
     """The features of one micro-batch, model after model; what no model's output goes into is computed once."""
@@ -118,6 +124,10 @@ class FeaturePlan(Protocol):
     @property
     def inputs(self) -> Mapping[ModelName, tuple[StoredOutput, ...]]:
         """The outputs of other models here that each model uses, sorted; those that use none are left out."""
+        ...
+
+    def tables(self, name: ModelName) -> tuple[str, ...]:
+        """The tables that the model's features read, sorted."""
         ...
 
     def batch(self, events: EventColumns, selections: Mapping[ModelName, Bools]) -> FeatureBatch:

@@ -7,10 +7,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, Final, Literal, TypeAlias
+from typing import TYPE_CHECKING, Any, Final, Literal, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
+
+if TYPE_CHECKING:
+    from node.kernel.tables import TableSchema
 
 Floats: TypeAlias = NDArray[np.float64]
 Ints: TypeAlias = NDArray[np.int64]
@@ -85,6 +88,8 @@ class EventSchema:
     """Field name -> type; a field that an event lacks is missing (NaN or None), not an error."""
     profile: Mapping[str, str] = field(default_factory=dict)
     """Shared profile values: name -> aggregate expression, used in manifests as `profile.<name>`."""
+    tables: Mapping[str, TableSchema] = field(default_factory=dict)
+    """The tables there are now: on a running node this follows what is agreed."""
 
 
 @dataclass(slots=True)
@@ -238,6 +243,8 @@ class Triggers:
     """Other models' outputs that went into the rows, such as `models.ads.bid.score`."""
     fresh: Ints | None = None
     """Which of the inputs were of the same event, bit i of input i; the others were stored before. None: no inputs."""
+    tables: Mapping[str, str] = field(default_factory=dict)
+    """The version of each table that the rows were computed with."""
 
     def __len__(self) -> int:
         return len(self.customers)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from http import HTTPStatus
 from operator import itemgetter
 
@@ -51,11 +51,17 @@ class Readiness(Body, frozen=True):
 
 
 class Endpoints:
-    """`http` gives the server's own figures; `cluster` is None on a node that is on its own."""
+    """`http` gives the server's own figures; `cluster` is None on a node on its own; `more` are other routes."""
 
     def __init__(
-        self, view: NodeView, clock: Clock, http: Callable[[], HttpStatus], cluster: ClusterView | None = None
+        self,
+        view: NodeView,
+        clock: Clock,
+        http: Callable[[], HttpStatus],
+        cluster: ClusterView | None = None,
+        more: Sequence[Route] = (),
     ) -> None:
+        self._more = more
         self._view = view
         self._cluster = cluster
         self._clock = clock
@@ -112,6 +118,7 @@ class Endpoints:
                 AtQuery,
                 _READS,
             ),
+            *self._more,
             Route("/v1/openapi.json", "This description", self._openapi_json, None),
         )
         self._openapi = msgspec.json.encode(openapi_document(routes, "Headrace", API_VERSION))

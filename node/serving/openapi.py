@@ -34,12 +34,23 @@ def openapi_document(routes: Sequence[Route], title: str, version: str) -> dict[
     return {
         "openapi": OPENAPI_VERSION,
         "info": {"title": title, "version": version},
-        "paths": {route.template: _operations(route) for route in routes},
+        "paths": _paths(routes),
         "components": {"schemas": schemas, "securitySchemes": {"operator": {"type": "http", "scheme": "bearer"}}},
     }
 
 
+def _paths(routes: Sequence[Route]) -> dict[str, dict[str, Any]]:
+    paths: dict[str, dict[str, Any]] = {}
+    for route in routes:
+        paths.setdefault(route.template, {}).update(_operations(route))
+    return paths
+
+
 def _operations(route: Route) -> dict[str, Any]:
+    if route.method != "GET":
+        method, changes = route.method.lower(), _operation(route)
+        named = {"operationId": f"{method}_{changes['operationId']}", "security": [{"operator": []}]}
+        return {method: {**changes, **named}}
     if route.change is None:
         return {"get": _operation(route)}
     change, reads = route.change, _operation(route)
@@ -82,7 +93,7 @@ def _path_parameters(route: Route) -> list[dict[str, Any]]:
 def _query_parameters(route: Route) -> list[dict[str, Any]]:
     schema = next(iter(msgspec.json.schema_components([route.query])[1].values()))
     return [
-        {"name": name, "in": "query", "required": name in schema["required"], "schema": _without_default(part)}
+        {"name": name, "in": "query", "required": name in schema.get("required", ()), "schema": _without_default(part)}
         for name, part in schema["properties"].items()
     ]
 

@@ -15,6 +15,7 @@ import numpy as np
 from node.columns import number_column, text_column
 from node.kernel.errors import NotFound, StoreUnavailable
 from node.kernel.ports import FeaturePlan, StateStore
+from node.kernel.tables import NO_TABLES, TableSet
 from node.kernel.types import (
     ANY_EVENT,
     EVENT_TIME,
@@ -61,7 +62,8 @@ class _Found:
 class _RowReads:
     """`Reads` of one row as of one time. An aggregate that the layout lacks can't occur: it was grown to the plan."""
 
-    def __init__(self, found: _Found, at_ms: int, versions: Mapping[ModelName, ModelVersion]) -> None:
+    def __init__(self, found: _Found, at_ms: int, versions: Mapping[ModelName, ModelVersion], tables: TableSet) -> None:
+        self.tables = tables
         self._found = found
         self._times_ms = np.array([at_ms], np.int64)
         self._versions = versions
@@ -81,7 +83,7 @@ class CustomerReads:
 
     `partitions` gives each partition the node owns, None for one that is not open now. `plan` gives the present plan.
     `profile` is the aggregate behind each profile value. `event_features` names the features of a model that have no
-    value without an event.
+    value without an event. `tables` gives the versions that are live.
     """
 
     def __init__(
@@ -91,7 +93,9 @@ class CustomerReads:
         schema: EventSchema,
         profile: Mapping[str, Aggregate],
         event_features: Callable[[ModelName], frozenset[str]],
+        tables: Callable[[], TableSet] = lambda: NO_TABLES,
     ) -> None:
+        self._tables = tables
         self._partitions = partitions
         self._plan = plan
         self._schema = schema
@@ -122,7 +126,7 @@ class CustomerReads:
         found = (await self._find(customer, plan))[0]
         at_ms = _resolved(at, found)
         event = self._no_event(customer, versions[model], at_ms)
-        rows = plan.rows(event, _RowReads(found, at_ms, versions), {model: np.ones(1, np.bool_)})[model]
+        rows = plan.rows(event, _RowReads(found, at_ms, versions, self._tables()), {model: np.ones(1, np.bool_)})[model]
         values: dict[str, float | str | None] = dict(zip(rows.names, rows.numbers[0].tolist(), strict=True))
         values |= {name: column[0] for name, column in rows.texts.items()}
         needing = self._event_features(model)

@@ -65,7 +65,7 @@ class Call:
     variables: Mapping[str, str]
     query: Any
     body: Any = None
-    """Of a change: the route's struct."""
+    """Of a change: the route's struct. Of a route with another method than GET: an async iterator of bytes."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,9 +96,13 @@ class Route:
     statuses: tuple[HTTPStatus, ...] = ()
     """Of problems that only this route gives."""
     change: Change | None = None
+    method: str = "GET"
+    """Another needs the node's token, and has the body as it comes."""
 
     @property
     def methods(self) -> tuple[str, ...]:
+        if self.method != "GET":
+            return (self.method,)
         return ("GET", "HEAD") if self.change is None else ("GET", "HEAD", CHANGE_METHOD)
 
     @property
@@ -112,8 +116,9 @@ class Router:
     def __init__(self, routes: Sequence[Route]) -> None:
         self.routes = tuple(routes)
 
-    def find(self, raw_path: str) -> tuple[Route, dict[str, str]]:
-        """The route and its variables, of a path as it was sent (percent-encoded)."""
+    def find(self, raw_path: str, method: str = "GET") -> tuple[Route, dict[str, str]]:
+        """The route and its variables, of a path as it was sent (percent-encoded). Where the path has none for the
+        method: the one it has."""
         if len(raw_path.encode("utf-8", "surrogateescape")) > HTTP_PATH_BYTES_MAX:
             raise Refusal(
                 HTTPStatus.REQUEST_URI_TOO_LONG,
@@ -121,11 +126,15 @@ class Router:
                 f"the path is over {HTTP_PATH_BYTES_MAX} bytes (HTTP_PATH_BYTES_MAX)",
             )
         segments = raw_path.split("/")[1:]
-        for route in self.routes:
+        for route in sorted(self.routes, key=lambda one: method not in one.methods):
             variables = _match(route.segments, segments)
             if variables is not None:
                 return route, {name: _decode(text, f"the {name}") for name, text in variables.items()}
         raise not_found("unknown-path", "there is nothing at this path; /v1/openapi.json lists what there is")
+
+    def methods(self, template: str) -> tuple[str, ...]:
+        """All that a path takes."""
+        return tuple(method for route in self.routes if route.template == template for method in route.methods)
 
     def change(self, change: Change, variables: dict[str, str], body: bytes) -> Call:
         try:

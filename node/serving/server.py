@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import asyncio
 from collections import Counter
+from collections.abc import Sequence
+from dataclasses import replace
 from http import HTTPStatus
 from typing import cast
 
@@ -24,18 +26,21 @@ from node.kernel.limits import (
     HTTP_LINE_BYTES_MAX,
     HTTP_REQUEST_MS_MAX,
     HTTP_REQUESTS_MAX,
+    MIB,
+    TABLE_UPLOAD_MS_MAX,
 )
 from node.serving.cluster import ClusterView
 from node.serving.endpoints import Endpoints
 from node.serving.operator_token import check_operator
 from node.serving.problems import PROBLEM_TYPE, Refusal, refusal_of, unavailable
-from node.serving.routes import CHANGE_METHOD, Reply, Router
+from node.serving.routes import CHANGE_METHOD, Reply, Route, Router
 from node.serving.view import HttpStatus, NodeView
 
 log = structlog.get_logger(__name__)
 
 _ALWAYS_ANSWERED = "/healthz"
 """Costs nothing, and a busy node is not a dead one."""
+_LONG_METHODS = ("PUT", "POST", "DELETE")
 _ROUTE = web.RequestKey("route", str)
 """Where a request remembers the template of its route, once that is known."""
 _UNMATCHED = "(none)"
@@ -59,12 +64,13 @@ class HttpServer:
         request_ms_max: int = HTTP_REQUEST_MS_MAX,
         cluster: ClusterView | None = None,
         token: str = "",
+        more: Sequence[Route] = (),
     ) -> None:
         self._settings = settings
         self._token = token
         self._clock = clock
         self._request_seconds_max = request_ms_max / 1000
-        self._router = Router(Endpoints(view, clock, self.statistics, cluster).routes())
+        self._router = Router(Endpoints(view, clock, self.statistics, cluster, more).routes())
         self._answered: Counter[str] = Counter()
         self._refused: Counter[str] = Counter()
         self._in_progress = 0
@@ -133,7 +139,7 @@ class HttpServer:
         self._in_progress += 1
         response: web.StreamResponse | None = None
         try:
-            async with asyncio.timeout(self._request_seconds_max):
+            async with asyncio.timeout(self._seconds_max(request)):
                 response = await self._respond(request, path)
                 await response.prepare(request)
                 await response.write_eof()
@@ -144,6 +150,10 @@ class HttpServer:
             self._in_progress -= 1
             self._count(request, response, self._clock.monotonic() - started)
         return response
+
+    def _seconds_max(self, request: web.BaseRequest) -> float:
+        """A file may be put for longer; whoever may not put one is refused before it is read."""
+        return TABLE_UPLOAD_MS_MAX / 1000 if request.method in _LONG_METHODS else self._request_seconds_max
 
     def _count(self, request: web.BaseRequest, response: web.StreamResponse | None, seconds: float) -> None:
         route, status = request.get(_ROUTE, _UNMATCHED), response.status if response is not None else 0
@@ -176,16 +186,21 @@ class HttpServer:
         return web.Response(body=reply.body, headers={"Content-Type": reply.content_type, **_HEADERS})
 
     async def _reply(self, request: web.BaseRequest, path: str) -> Reply:
-        route, variables = self._router.find(path)
+        route, variables = self._router.find(path, request.method)
         request[_ROUTE] = route.template
         if request.method not in route.methods:
+            methods = self._router.methods(route.template)
             raise Refusal(
                 HTTPStatus.METHOD_NOT_ALLOWED,
                 "method-not-allowed",
-                f"this path takes {' and '.join(route.methods)} only",
-                headers={"Allow": ", ".join(route.methods)},
+                f"this path takes {' and '.join(methods)} only",
+                headers={"Allow": ", ".join(methods)},
                 close=request.can_read_body,
             )
+        if route.method != "GET":
+            check_operator(request.headers.get("Authorization", ""), self._token, close=request.can_read_body)
+            call = self._router.call(route, variables, request.rel_url.raw_query_string)
+            return await route.handler(replace(call, body=request.content.iter_chunked(MIB)))
         if route.change is not None and request.method == CHANGE_METHOD:
             check_operator(request.headers.get("Authorization", ""), self._token, close=request.can_read_body)
             body = await _read_body(request)

@@ -124,7 +124,7 @@ def test_lines_may_be_broken_in_a_multi_line_text():
         ("sum(transaction.amont)", ["column 5: unknown event field 'amont', did you mean 'amount'?"]),
         (
             "tables.products[event.channel].price",
-            ["column 1: tables are not available in this release; use event, profile or models"],
+            ["column 1: there is no table 'products'; put it first; there are none"],
         ),
         ("broken + 1", []),
     ],

@@ -39,6 +39,7 @@ def answers(draw: st.DrawFn) -> tuple[ModelVersion, Triggers, ModelOutputs, list
         integers(len(types) - 1),
         integers(2**53),
         FeatureRows(("x",), np.zeros((count, 1))),
+        tables=draw(st.dictionaries(texts, texts, max_size=2)),
     )
     errors = dict.fromkeys(draw(st.sets(st.integers(0, 5), max_size=2)) & set(range(count)), "failed")
     outputs_found = ModelOutputs(values.reshape(count, len(outputs)), errors)
@@ -56,7 +57,8 @@ def test_every_record_is_the_json_of_its_trigger(
     for (key, value), row in zip(records, rows, strict=True):
         topic, offset = topics[triggers.topics[row]], int(triggers.offsets[row])
         assert key == triggers.customers[row].encode()
-        assert json.loads(value) == {
+        tables = {"tables": triggers.tables} if triggers.tables else {}
+        assert json.loads(value) == tables | {
             "id": f"{triggers.name}/{topic}/3/{offset}",
             "tenant": triggers.name.tenant,
             "model": triggers.name.model,

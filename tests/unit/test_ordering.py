@@ -14,6 +14,7 @@ from node.backlog import Backlog, Settled
 from node.inferences import encode_inferences
 from node.kernel.chunks import decode_chunk, encode_chunk
 from node.kernel.clock import ManualClock
+from node.kernel.tables import NO_TABLES
 from node.kernel.types import (
     Aggregate,
     EventColumns,
@@ -57,6 +58,8 @@ class Runner:
 
 
 class Reads:
+    tables = NO_TABLES
+
     def aggregate(self, aggregate: Aggregate) -> np.ndarray:
         raise AssertionError(aggregate)
 

@@ -1,0 +1,1 @@
+"""Tables: global data with a key, whole on every node, in versions."""
