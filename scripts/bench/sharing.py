@@ -24,6 +24,7 @@ from numpy.typing import NDArray
 from node.columns import where
 from node.config import parse_config
 from node.ingest.decode import EventDecoder
+from node.kernel.tables import NO_TABLES, TableSet
 from node.kernel.types import Aggregate, EventColumns, EventSchema, StoredOutput
 from node.state.fold import fold
 from node.state.layout import Layout
@@ -50,6 +51,10 @@ FEATURES = {
 @dataclass(frozen=True, slots=True)
 class Reads:
     values: dict[Aggregate, NDArray[np.float64]]
+
+    @property
+    def tables(self) -> TableSet:
+        return NO_TABLES
 
     def aggregate(self, aggregate: Aggregate) -> NDArray[np.float64]:
         return self.values[aggregate]

@@ -137,7 +137,8 @@ async def read_back(address: str, topic: str) -> tuple[list[dict[str, Any]], dic
     consumer = AIOKafkaConsumer(bootstrap_servers=address, isolation_level="read_committed")
     await consumer.start()
     places = [TopicPartition(topic, number) for number in range(workload.PARTITIONS)]
-    found, appends = [], {place.partition: [] for place in places}
+    found: list[dict[str, Any]] = []
+    appends: dict[int, list[int]] = {place.partition: [] for place in places}
     try:
         ends = await consumer.end_offsets(places)
         consumer.assign(places)
@@ -163,8 +164,8 @@ def costs(folder: Path, rows: int) -> dict[str, object]:
     columns = {"sku": [f"SKU{number:09d}" for number in numbers], "brand": [f"b{number % 5000}" for number in numbers]}
     random = np.random.default_rng(workload.SEED)
     pyarrow.parquet.write_table(pa.table({**columns, "price": random.random(rows)}), source)
-    order = {"source": str(source), "format": "parquet", "target": str(target), "scratch": str(folder)}
-    order |= {"memory_mb": 4096, "key": "sku"}
+    order: dict[str, object] = {"source": str(source), "format": "parquet", "target": str(target)}
+    order |= {"scratch": str(folder), "memory_mb": 4096, "key": "sku"}
     started = time.monotonic()
     program = [sys.executable, "-c", _MEASURED]
     done = subprocess.run(program, input=json.dumps(order).encode(), capture_output=True, cwd=harness.ROOT, check=True)

@@ -14,6 +14,7 @@ import numpy as np
 
 from demonstration.data import FIELDS, TEXT_FIELDS, TYPES, Array, Events
 from node.columns import customer_rows
+from node.kernel.tables import NO_TABLES, TableSet
 from node.kernel.types import Aggregate, EventColumns, EventSchema, FeatureRows, ModelName, StoredOutput
 from node.state.fold import fold
 from node.state.layout import Layout
@@ -58,6 +59,10 @@ class Observed:
     events: EventColumns
     aggregates: Mapping[Aggregate, Array]
     outputs: Mapping[StoredOutput, Array]
+
+    @property
+    def tables(self) -> TableSet:
+        return NO_TABLES
 
     def aggregate(self, aggregate: Aggregate) -> Array:
         return self.aggregates[aggregate]
