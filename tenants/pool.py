@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import asyncio
 import math
-import time
 from collections import deque
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
@@ -27,6 +26,7 @@ from node.kernel.types import FeatureRows, Ints, ModelName, ModelOutputs, ModelV
 from tenants.batch import Batch, Piece, Submission, fail
 from tenants.cost import CostEstimate
 from tenants.isolation import Isolation, first_pieces, halves
+from tenants.lending import SlotLook, cpu_seconds
 from tenants.manifest import TenantSettings
 from tenants.memory import keep_measured
 from tenants.pool_statistics import PoolStatistics, VersionState, tenant_statistics
@@ -120,7 +120,7 @@ class ModelPool:
         self._clock = clock
         self._supervisor = supervisor
         self._on_failing = on_failing
-        self._unaware = Scheduler(parallel, quantum_seconds)
+        self._unaware = Scheduler(parallel, quantum_seconds, short_beside=True)
         """Of the time: all use it by `_scheduler`."""
         self._alarm: asyncio.TimerHandle | None = None
         self._tenants: dict[str, _Tenant] = {}
@@ -374,7 +374,7 @@ class ModelPool:
         await tenant.idle.wait()
         if tenant.lost or worker.lost.is_set():
             return
-        before = _cpu_seconds(worker.pid)
+        before = cpu_seconds(worker.pid)
         try:
             report = await worker.load(known.version, known.model, known.text_features)
         except ModelRefused as error:
@@ -387,7 +387,7 @@ class ModelPool:
                 self._failing(tenant, known, reason)
         else:
             self._loaded(tenant, known, report)
-        self._scheduler.charge(tenant.name, _cpu_seconds(worker.pid) - before)
+        self._scheduler.charge(tenant.name, cpu_seconds(worker.pid) - before)
         self._resume(tenant)
 
     def _loaded(self, tenant: _Tenant, known: _Version, report: LoadReport) -> None:
@@ -502,7 +502,7 @@ class ModelPool:
 
     async def _run(self, tenant: _Tenant, worker: WorkerProcess, known: _Version, dispatch: Dispatch) -> None:
         batch = Batch.of(dispatch.parts)
-        started, before = self._clock.monotonic(), _cpu_seconds(worker.pid)
+        look = SlotLook(worker.pid, self._clock, partial(self._overrun, dispatch))
         learn, used = False, 0.0
         pieces: list[Piece] = []
         try:
@@ -510,18 +510,18 @@ class ModelPool:
             if left is not None:
                 batch = left
                 outputs = await worker.call(known.key, batch.rows, known.version.deadline_ms / 1000)
-                used = _cpu_seconds(worker.pid) - before
+                used = look.used()
                 learn, tenant.backoff_ms = len(batch.rows) == dispatch.rows, 0
                 known.rows_failed += len(outputs.errors)
                 batch.answer(outputs, used)
         except CallFailed as error:
-            used, tenant.backoff_ms = _cpu_seconds(worker.pid) - before, 0
+            used, tenant.backoff_ms = look.used(), 0
             pieces = self._raised(known, batch.piece(), str(error))
         except BoundExceeded as error:
             pieces = self._too_large(known, batch.piece(), str(error))
         except WorkerLost as error:
             # Its CPU time went with it: charge the time it held the slot, and learn that such batches take long.
-            used = self._clock.monotonic() - started
+            used = look.end()
             learn = used >= known.version.deadline_ms / 1000
             self._dying(tenant, worker, str(error))
             removed = self._tenants.get(tenant.name) is not tenant
@@ -533,7 +533,12 @@ class ModelPool:
                 )
                 self._failing(tenant, known, reason)
         finally:
+            look.end()
             self._ended(tenant, known, dispatch, max(used, 0.0), learn, pieces)
+
+    def _overrun(self, dispatch: Dispatch, cpu_seconds: float, computing: bool) -> None:
+        self._scheduler.overrun(dispatch, cpu_seconds, computing)
+        self._wake()
 
     def _abandon(self, ticket: object, reason: str) -> None:
         """Rows of a tenant that is removed get an error; those of a pool that stops are the caller's again."""
@@ -648,14 +653,3 @@ def _half(piece: Piece, at: Ints) -> Piece:
 
 def _in_state(tenant: _Tenant, state: VersionState) -> _Version | None:
     return next((known for known in tenant.versions.values() if known.state == state), None)
-
-
-def _cpu_seconds(pid: int) -> float:
-    """CPU time of a process with all its threads, from the kernel: a worker can't lie about it. 0 once it is gone.
-
-    The clock's id is made as glibc's clock_getcpuclockid(3) makes it.
-    """
-    try:
-        return time.clock_gettime((~pid << 3) | 2)
-    except OSError:
-        return 0.0

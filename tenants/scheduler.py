@@ -6,8 +6,8 @@ virtual time that rises by (CPU seconds used / weight); the waiting tenant whose
 A tenant's flows, one for each model and priority, share its time in the same way.
 
 Costs are unknown before a batch has run (the problem of 2DFQ, Mace et al., SIGCOMM 2016). A tenant has one worker,
-hence at most one running batch, so its virtual time moves once a batch, by what was measured: estimates decide only how
-many rows make a batch, never who goes next, and a wrong one can't shift shares.
+hence at most one running batch, so its virtual time moves once a batch, by what was measured: estimates decide how
+many rows make a batch and whether it is short, and a wrong one can't shift shares.
 
 Time is an argument too (`advance`). Shares don't depend on it: it is for quotas of rows a second, and for telling what
 held a tenant back (`tenants.shares`).
@@ -31,6 +31,8 @@ from tenants.shares import Hold, ShareLedger, ShareWindow
 CHARGE_SECONDS_MIN = 20e-6
 """A batch is charged at least this, so that nothing runs for nothing, whatever was measured."""
 CREDIT_BATCHES_MAX = 2
+SHORT_QUANTUM_SHARE = 0.25
+"""A batch that is estimated to cost at most this part of a quantum is short."""
 COSTLIEST_DECAY = 0.995
 """Of the costliest recent batch, with each later one."""
 URGENT = 0
@@ -60,6 +62,8 @@ class Dispatch:
     rows: int
     seconds_estimated: float
     whole: bool = False
+    short: bool = False
+    """It was started beside what runs in the slots."""
 
 
 @dataclass(slots=True)
@@ -124,6 +128,11 @@ class _Running:
     tenant: _Tenant
     model: _Model
     flow: _Flow
+    beside: bool = False
+    """It is the short batch that runs beside the slots."""
+    lent: bool = False
+    overrun_seconds: float = 0.0
+    """What it had used when it was last looked at."""
 
 
 _virtual = attrgetter("virtual")
@@ -141,6 +150,16 @@ class Scheduler:
     a quantum) and forgiven beyond, so that it can't lock others out later; counting what was forgiven as served, the
     bound then holds with that credit, divided by its weight, added for each of the two.
 
+    **Short batches.** With `short_beside`, one short batch at a time may start while all slots are taken, if its tenant
+    is then, by estimate, less than a quantum ahead of the batch that was started last: a light tenant doesn't wait for
+    the end of a heavy one's batch. While the batches in the slots overrun (see `overrun`), what they have used, divided
+    by the weights of all that wait or run, counts as well: a fluid system would have served everybody so far by then,
+    so a light tenant goes on beside a batch that never ends. For whichever of f and g is ahead, the bound then has
+    (quantum / weight) added, and (what the longest overrun used / those weights).
+
+    **Lending.** A batch that holds its slot without computing (it sleeps) lends it to others. Then as many batches
+    compute at once as there are slots; a tenant that lends falls behind as with more.
+
     **Work-conserving.** `next` returns a batch whenever a slot is free and some tenant that isn't blocked or
     running, and whose quota isn't used up, has rows of a model that isn't blocked.
 
@@ -152,18 +171,28 @@ class Scheduler:
     """
 
     def __init__(
-        self, parallel: int, quantum_seconds: float = 0.010, batch_rows_max: int = limits.SEQUENCE_CHUNK_ROWS_MAX
+        self,
+        parallel: int,
+        quantum_seconds: float = 0.010,
+        batch_rows_max: int = limits.SEQUENCE_CHUNK_ROWS_MAX,
+        *,
+        short_beside: bool = False,
     ) -> None:
         if parallel < 1 or not quantum_seconds > 0 or batch_rows_max < 1:
             raise ValueError("a scheduler needs at least one slot, a quantum above 0 and batches of at least one row")
         self.parallel = parallel
         self.quantum_seconds = quantum_seconds
         self.batch_rows_max = batch_rows_max
+        self._short_seconds_max = quantum_seconds * SHORT_QUANTUM_SHARE if short_beside else 0.0
+        self._slots_taken = 0
+        self._short_runs = False
         self._tenants: dict[str, _Tenant] = {}
         self._ready: dict[str, _Tenant] = {}
         self._running: dict[int, _Running] = {}
         self._virtual = 0.0
-        """The highest virtual time at which a batch was started."""
+        """The highest virtual time at which a batch was started in a slot."""
+        self._fluid = 0.0
+        """The virtual time that batches which overran have taken a fluid system to."""
         self._costliest_seconds = quantum_seconds
         self._number = 0
         self._ledger = ShareLedger()
@@ -334,11 +363,34 @@ class Scheduler:
 
     def next(self) -> Dispatch | None:
         """The next batch to start, or None when no slot is free or nothing may run."""
-        if len(self._running) >= self.parallel or not self._ready:
+        if not self._ready:
             return None
-        tenant = min(self._ready.values(), key=_virtual)
+        if self._slots_taken < self.parallel:
+            tenant = min(self._ready.values(), key=_virtual)
+            self._virtual = max(self._virtual, tenant.virtual)
+            self._slots_taken += 1
+            return self._start(tenant, short=False)
+        if not self._short_seconds_max or self._short_runs:
+            return None
+        beside = min(filter(self._may_run_beside, self._ready.values()), key=_virtual, default=None)
+        if beside is None:
+            return None
+        self._short_runs = True
+        return self._start(beside, short=True)
+
+    def _may_run_beside(self, tenant: _Tenant) -> bool:
         flow = min(tenant.ready.values(), key=_virtual)
-        self._virtual = max(self._virtual, tenant.virtual)
+        cost, head = flow.model.cost, flow.entries[0]
+        if flow.priority != URGENT or cost.calls == 0:
+            return False
+        seconds = cost.seconds(
+            head.stop - head.start if head.whole else min(flow.model.rows_queued, self._wanted(flow))
+        )
+        ahead = tenant.virtual - max(self._virtual, self._fluid)
+        return seconds <= self._short_seconds_max and ahead * tenant.weight + seconds <= self.quantum_seconds
+
+    def _start(self, tenant: _Tenant, *, short: bool) -> Dispatch:
+        flow = min(tenant.ready.values(), key=_virtual)
         tenant.flows_virtual = max(tenant.flows_virtual, flow.virtual)
         model = flow.model
         whole = flow.entries[0].whole
@@ -351,13 +403,31 @@ class Scheduler:
             del tenant.ready[model.name, flow.priority]
         self._number += 1
         dispatch = Dispatch(
-            self._number, tenant.name, model.name, flow.priority, parts, rows, model.cost.seconds(rows), whole
+            self._number, tenant.name, model.name, flow.priority, parts, rows, model.cost.seconds(rows), whole, short
         )
-        self._running[dispatch.number] = _Running(dispatch, tenant, model, flow)
+        self._running[dispatch.number] = _Running(dispatch, tenant, model, flow, short)
         tenant.running += 1
         del self._ready[tenant.name]
         self._ledger.hold(tenant.name, self._hold(tenant))
         return dispatch
+
+    def overrun(self, dispatch: Dispatch, cpu_seconds: float, computing: bool) -> None:
+        """The batch takes longer than usual and has used so much. While it isn't computing it lends its slot to others;
+        once it is again, that is one slot too many until another batch ends. If it was a short one, the next short one
+        may start."""
+        running = self._running.get(dispatch.number)
+        if running is None:
+            return
+        if running.beside:
+            running.beside, running.lent, self._short_runs = False, True, False
+        if running.lent == computing:
+            running.lent = not computing
+            self._slots_taken += 1 if computing else -1
+        running.overrun_seconds = max(cpu_seconds, 0.0)  # of a process that is gone nothing is known
+        active = {**self._ready, **{other.tenant.name: other.tenant for other in self._running.values()}}
+        seconds = sum(other.overrun_seconds for other in self._running.values())
+        weight = sum(tenant.weight for tenant in active.values())
+        self._fluid = max(self._fluid, self._virtual + seconds / weight)
 
     def complete(
         self, dispatch: Dispatch, cpu_seconds: float, rows_done: int | None = None, *, learn: bool = True
@@ -368,6 +438,10 @@ class Scheduler:
         """
         running = self._running.pop(dispatch.number)
         tenant, model, flow = running.tenant, running.model, running.flow
+        if running.beside:
+            self._short_runs = False
+        elif not running.lent:
+            self._slots_taken -= 1
         done = dispatch.rows if rows_done is None else rows_done
         charge = max(cpu_seconds, CHARGE_SECONDS_MIN) if math.isfinite(cpu_seconds) else CHARGE_SECONDS_MIN
         if learn and done == dispatch.rows:
@@ -473,14 +547,17 @@ class Scheduler:
             return "turn"
         return "blocked" if any(model.rows_queued for model in tenant.models.values()) else "idle"
 
+    def _wanted(self, flow: _Flow) -> int:
+        model = flow.model
+        return model.cost.rows_within(self.quantum_seconds, model.call_seconds_max, self.batch_rows_max)
+
     def _take(self, flow: _Flow, rows_max: int) -> tuple[tuple[Part, ...], int]:
         """Parts for one batch of about a quantum: small tickets together, a large one split."""
-        model, entries = flow.model, flow.entries
+        entries = flow.entries
         if entries[0].whole:
             entry = entries.popleft()
             return (Part(entry.ticket, entry.start, entry.stop),), entry.stop - entry.start
-        wanted = model.cost.rows_within(self.quantum_seconds, model.call_seconds_max, self.batch_rows_max)
-        wanted = min(wanted, max(1, rows_max))
+        wanted = min(self._wanted(flow), max(1, rows_max))
         parts: list[Part] = []
         rows = 0
         while rows < wanted and entries and not entries[0].whole:
