@@ -147,3 +147,18 @@ async def test_triggers_of_a_deleted_model_are_shed_and_counted() -> None:
     assert settled.shed == {f"deleted {name}": 3}
     commit(store, settled, 2, [])
     assert store.chunks(9) == []
+
+
+async def test_a_commit_waits_for_no_model_that_is_behind() -> None:
+    runner, (slow, quick) = ManualRunner(), NAMES
+    backlog = Backlog(
+        runner, MemoryStore(), lambda name, sha: version(name, sha), lambda _: Bound(10_000), ManualClock()
+    )
+    await run_triggers(runner, backlog, [(version(slow), triggers(slow, 0, 1))], Settled(), 0.0)
+    work = [(version(name), triggers(name, 1, 1)) for name in NAMES]
+    cycle = asyncio.ensure_future(run_triggers(runner, backlog, work, backlog.settle(), 3600.0))
+    await asyncio.sleep(0)  # all are handed in before it waits for any
+    runner.answer(2)
+    outcome = await asyncio.wait_for(cycle, 10)
+    assert [answer.triggers.name for answer in outcome.answers] == [quick]
+    assert [chunk.triggers.name for chunk in outcome.appended] == [slow]
