@@ -213,12 +213,21 @@ def broker(
 class Node:
     """`python -m node run --config F` as a subprocess; its output goes to `node.log` beside the config."""
 
-    def __init__(self, config: Path, port: int, host: str = "127.0.0.1", prefix: Sequence[str] = ()) -> None:
-        """`prefix` is put before the command: one that becomes the node, such as `ip netns exec NAME`."""
+    def __init__(
+        self,
+        config: Path,
+        port: int,
+        host: str = "127.0.0.1",
+        prefix: Sequence[str] = (),
+        program: Sequence[str] = ("-m", "node"),
+    ) -> None:
+        """`prefix` is put before the command: one that becomes the node, such as `ip netns exec NAME`; `program` is
+        what Python runs, where that is a stand-in for the node."""
         self.config = config
         self.url = f"http://{host}:{port}"
         self.log = config.with_name("node.log")
         self._prefix = tuple(prefix)
+        self._program = tuple(program)
         self._process: subprocess.Popen[bytes] | None = None
 
     @property
@@ -231,7 +240,7 @@ class Node:
         """Start it and wait until /readyz answers 200; `wait_s_max` 0 does not wait."""
         with self.log.open("ab") as log:
             self._process = subprocess.Popen(
-                [*self._prefix, sys.executable, "-m", "node", "run", "--config", str(self.config)],
+                [*self._prefix, sys.executable, *self._program, "run", "--config", str(self.config)],
                 cwd=ROOT,
                 stdin=subprocess.DEVNULL,
                 stdout=log,

@@ -25,7 +25,9 @@ import org.apache.kafka.streams.state.Stores;
 /**
  * One Kafka Streams instance that does the standard workload's job: `java Peer settings.properties`.
  *
- * Settings under "peer." are this program's (input, output, store, instance, report.ms), all others Kafka Streams'.
+ * Settings under "peer." are this program's (input, output, store, instance, report.ms), all others Kafka Streams'. With
+ * "peer.costs" (such as "ads=0.002,fraud=0.005": event types and seconds) it calls models in a chain instead, and has no
+ * store.
  * Each line of its output is a JSON object: the state, the partitions it works on (active) and stands by for, how many
  * changelog records these lack (lag, -1 while it is not known), records restored, and seconds from its start to its
  * first RUNNING (-1 before).
@@ -70,6 +72,13 @@ public final class Peer {
         var values = Serdes.ByteArray();
         Topology topology = new Topology();
         topology.addSource("events", bytes.deserializer(), values.deserializer(), settings.getProperty("peer.input"));
+        String costs = settings.getProperty("peer.costs");
+        if (costs != null) {
+            topology.addProcessor("customers", () -> new ChainProcessor(costs), "events");
+            topology.addSink("inferences", settings.getProperty("peer.output"), bytes.serializer(), values.serializer(),
+                "customers");
+            return topology;
+        }
         topology.addProcessor("customers", () -> new CustomerProcessor(store, instance), "events");
         topology.addStateStore(
             Stores.keyValueStoreBuilder(Stores.persistentKeyValueStore(store), bytes, values), "customers");
