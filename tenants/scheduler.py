@@ -150,8 +150,8 @@ class Scheduler:
     a quantum) and forgiven beyond, so that it can't lock others out later; counting what was forgiven as served, the
     bound then holds with that credit, divided by its weight, added for each of the two.
 
-    **Short batches.** With `short_beside`, one short batch at a time may start while all slots are taken, if its tenant
-    is then, by estimate, less than a quantum ahead of the batch that was started last: a light tenant doesn't wait for
+    **Short batches.** With `short_beside`, one short batch at a time may start while all slots are taken, if it is all
+    that its tenant has waiting, and the tenant is then, by estimate, less than a quantum ahead of the batch that was started last: a light tenant doesn't wait for
     the end of a heavy one's batch. While the batches in the slots overrun (see `overrun`), what they have used, divided
     by the weights of all that wait or run, counts as well: a fluid system would have served everybody so far by then,
     so a light tenant goes on beside a batch that never ends. For whichever of f and g is ahead, the bound then has
@@ -379,13 +379,13 @@ class Scheduler:
         return self._start(beside, short=True)
 
     def _may_run_beside(self, tenant: _Tenant) -> bool:
+        """Whether all that the tenant has waiting is short. One that is backlogged takes its turns in the slots: beside
+        them its one worker could not get a large share, while the slots went to the others."""
         flow = min(tenant.ready.values(), key=_virtual)
-        cost, head = flow.model.cost, flow.entries[0]
-        if flow.priority != URGENT or cost.calls == 0:
+        if flow.priority != URGENT or flow.model.cost.calls == 0:
             return False
-        seconds = cost.seconds(
-            head.stop - head.start if head.whole else min(flow.model.rows_queued, self._wanted(flow))
-        )
+        waiting = (model for model in tenant.models.values() if model.rows_queued)
+        seconds = sum(model.cost.seconds(model.rows_queued) for model in waiting)
         ahead = tenant.virtual - max(self._virtual, self._fluid)
         return seconds <= self._short_seconds_max and ahead * tenant.weight + seconds <= self.quantum_seconds
 
@@ -547,17 +547,14 @@ class Scheduler:
             return "turn"
         return "blocked" if any(model.rows_queued for model in tenant.models.values()) else "idle"
 
-    def _wanted(self, flow: _Flow) -> int:
-        model = flow.model
-        return model.cost.rows_within(self.quantum_seconds, model.call_seconds_max, self.batch_rows_max)
-
     def _take(self, flow: _Flow, rows_max: int) -> tuple[tuple[Part, ...], int]:
         """Parts for one batch of about a quantum: small tickets together, a large one split."""
-        entries = flow.entries
+        model, entries = flow.model, flow.entries
         if entries[0].whole:
             entry = entries.popleft()
             return (Part(entry.ticket, entry.start, entry.stop),), entry.stop - entry.start
-        wanted = min(self._wanted(flow), max(1, rows_max))
+        wanted = model.cost.rows_within(self.quantum_seconds, model.call_seconds_max, self.batch_rows_max)
+        wanted = min(wanted, max(1, rows_max))
         parts: list[Part] = []
         rows = 0
         while rows < wanted and entries and not entries[0].whole:

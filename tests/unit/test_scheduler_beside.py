@@ -65,6 +65,22 @@ def test_short_batches_go_on_beside_one_that_overruns_as_in_a_fluid_system() -> 
     assert 0.5 <= had <= 0.5 + QUANTUM
 
 
+def test_a_tenant_with_more_waiting_than_a_short_batch_takes_its_turns_in_the_slots() -> None:
+    """However short its batches are: two tenants are backlogged, three to one by weight, and one's batches are short."""
+    scheduler, running = heavy_and_light()
+    scheduler.set_weight("light", 3.0)
+    served = {"heavy": 0.0, "light": 0.0}
+    for batch in range(400):
+        for tenant in served:
+            scheduler.enqueue(batch, tenant, "a", 100)
+        cost = 0.010 if running.tenant == "heavy" else 0.0013
+        assert scheduler.next() is None
+        scheduler.complete(running, cost)
+        served[running.tenant] += cost
+        running = scheduler.next() or running
+    assert served["light"] / served["heavy"] == pytest.approx(3.0, rel=0.1)
+
+
 @pytest.mark.parametrize(("rows", "priority"), [(500, URGENT), (3, BACKGROUND)])
 def test_a_long_batch_or_one_that_is_not_urgent_waits_for_a_slot(rows: int, priority: int) -> None:
     scheduler, running = heavy_and_light()
