@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator
 from pathlib import Path
 
+import aiohttp
 import pytest
 from cluster_support import Cluster, running
+from http_support import MemoryView, client_session, serving
 from node_support import Kafka
+
+from node.serving.server import HttpServer
 
 
 @pytest.fixture
@@ -19,3 +23,20 @@ def cluster(
     topic = broker.create(topic_names("events"), partitions)
     with running(tmp_path, broker, topic, partitions, topic_names("cluster")) as made:
         yield made
+
+
+@pytest.fixture
+def view() -> MemoryView:
+    return MemoryView()
+
+
+@pytest.fixture
+async def server(view: MemoryView) -> AsyncIterator[HttpServer]:
+    async with serving(view) as server:
+        yield server
+
+
+@pytest.fixture
+async def client() -> AsyncIterator[aiohttp.ClientSession]:
+    async with client_session() as session:
+        yield session

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import json
-from collections.abc import AsyncIterator
 from typing import Any
 from urllib.parse import quote
 
 import aiohttp
 import pytest
-from http_support import NOW_MS, MemoryView, ask, assert_problem, client_session, raw, serving
+from http_support import NOW_MS, MemoryView, ask, assert_problem, raw
 from prometheus_client.parser import text_string_to_metric_families
 from structlog.testing import capture_logs
 
@@ -19,23 +18,6 @@ from node.serving.server import HttpServer
 from node.serving.view import BacklogStatus, CacheStatus, ModelInfo, PartitionStatus
 
 PATHS = ("/healthz", "/readyz", "/metrics", "/v1/status", "/v1/models", "/v1/openapi.json")
-
-
-@pytest.fixture
-def view() -> MemoryView:
-    return MemoryView()
-
-
-@pytest.fixture
-async def server(view: MemoryView) -> AsyncIterator[HttpServer]:
-    async with serving(view) as server:
-        yield server
-
-
-@pytest.fixture
-async def client() -> AsyncIterator[aiohttp.ClientSession]:
-    async with client_session() as session:
-        yield session
 
 
 # --- what is answered -----------------------------------------------------------------------------------------------

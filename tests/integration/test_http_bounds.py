@@ -13,7 +13,7 @@ import aiohttp
 import pytest
 import structlog
 import uvloop
-from http_support import NOW_MS, MemoryView, ask, assert_problem, client_session, raw, serving, until
+from http_support import NOW_MS, MemoryView, ask, assert_problem, raw, serving, until
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -35,23 +35,6 @@ from node.serving.server import HttpServer
 ON_BOTH_LOOPS = pytest.mark.parametrize("run", [asyncio.run, uvloop.run], ids=["asyncio", "uvloop"])
 """The node runs on uvloop, whose transports are not quite asyncio's."""
 Run = Callable[[Coroutine[Any, Any, None]], None]
-
-
-@pytest.fixture
-def view() -> MemoryView:
-    return MemoryView()
-
-
-@pytest.fixture
-async def server(view: MemoryView) -> AsyncIterator[HttpServer]:
-    async with serving(view) as server:
-        yield server
-
-
-@pytest.fixture
-async def client() -> AsyncIterator[aiohttp.ClientSession]:
-    async with client_session() as session:
-        yield session
 
 
 # --- bounds ---------------------------------------------------------------------------------------------------------

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import stat
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import aiohttp
 import pytest
-from http_support import TOKEN, MemoryView, ask, assert_problem, client_session, serving
+from http_support import TOKEN, MemoryView, ask, assert_problem
 from node_support import Kafka, Node, drop, event, linear, status_file, wait_until
 from test_cli import Ran, headrace
 
@@ -25,23 +25,6 @@ OPERATOR = {"Authorization": f"Bearer {TOKEN}"}
 
 
 # --- HTTP -----------------------------------------------------------------------------------------------------------
-
-
-@pytest.fixture
-def view() -> MemoryView:
-    return MemoryView()
-
-
-@pytest.fixture
-async def server(view: MemoryView) -> AsyncIterator[HttpServer]:
-    async with serving(view) as server:
-        yield server
-
-
-@pytest.fixture
-async def client() -> AsyncIterator[aiohttp.ClientSession]:
-    async with client_session() as client:
-        yield client
 
 
 async def test_what_is_given_is_changed_and_null_takes_it_away(
