@@ -81,7 +81,7 @@ class CatalogModels:
                 at_ms=self._clock.now_ms(),
             )
 
-        await self._insist(decide)
+        await insist(self._cluster, decide)
 
     async def features(self, tenant: str, text: str) -> None:
         """Decided once only: what is newer than `told_revision` has to be looked at before it is proposed again."""
@@ -97,7 +97,7 @@ class CatalogModels:
 
     async def withdraw(self, name: ModelName, version: str) -> None:
         while self._withdrawal(self._cluster.catalog, name, version) is not None:
-            await self._insist(lambda catalog: self._withdrawal(catalog, name, version))
+            await insist(self._cluster, lambda catalog: self._withdrawal(catalog, name, version))
 
     def _withdrawal(self, catalog: Catalog, name: ModelName, deleted: str) -> Command | None:
         """The next step: a version retires before it is forgotten. None when all is done, or overtaken by a put."""
@@ -121,7 +121,7 @@ class CatalogModels:
         )
 
     async def quarantine(self, name: ModelName, version: str, reason: str) -> None:
-        await self._insist(lambda catalog: self._quarantine(catalog, name, version, reason))
+        await insist(self._cluster, lambda catalog: self._quarantine(catalog, name, version, reason))
 
     def _quarantine(self, catalog: Catalog, name: ModelName, version: str, reason: str) -> Command | None:
         """None when the version is not live any more, or there is none to fall back to."""
@@ -140,14 +140,15 @@ class CatalogModels:
         )
 
     async def tenant(self, name: str, settings: str) -> None:
-        await self._insist(
+        await insist(
+            self._cluster,
             lambda catalog: PutTenant(
                 revision=catalog.revision,
                 name=name,
                 settings=settings,
                 who=self._cluster.name,
                 at_ms=self._clock.now_ms(),
-            )
+            ),
         )
 
     async def change_quota(self, tenant: str, changes: Mapping[str, float | None], who: str) -> None:
@@ -155,30 +156,35 @@ class CatalogModels:
 
         Raises PeerRefused, ClusterUnavailable.
         """
-        await self._insist(
+        await insist(
+            self._cluster,
             lambda catalog: SetQuota(
                 revision=catalog.revision,
                 tenant=tenant,
                 limits=msgspec.structs.replace(_limits(catalog, tenant), **changes),
                 who=f"{who} by {self._cluster.name}"[:NAME_BYTES_MAX],
                 at_ms=self._clock.now_ms(),
-            )
+            ),
         )
 
-    async def _insist(self, decide: Callable[[Catalog], Command | None]) -> None:
-        """Propose what `decide` makes of the present catalog. Raises PeerRefused, ClusterUnavailable."""
-        for left in reversed(range(_DECISIONS_MAX)):
-            catalog = self._cluster.catalog
-            command = decide(catalog)
-            if command is None:
-                return
-            try:
-                await self._cluster.propose(command)
-            except PeerRefused:
-                if not left or self._cluster.catalog.revision == catalog.revision:
-                    raise
-            else:
-                return
+
+async def insist(cluster: Proposer, decide: Callable[[Catalog], Command | None]) -> None:
+    """Propose what `decide` makes of the catalog known here, anew when it was refused because that has changed.
+
+    Nothing when that is None. Raises PeerRefused, ClusterUnavailable.
+    """
+    for left in reversed(range(_DECISIONS_MAX)):
+        catalog = cluster.catalog
+        command = decide(catalog)
+        if command is None:
+            return
+        try:
+            await cluster.propose(command)
+        except PeerRefused:
+            if not left or cluster.catalog.revision == catalog.revision:
+                raise
+        else:
+            return
 
 
 def agreed_models(catalog: Catalog, node: str) -> AgreedModels:

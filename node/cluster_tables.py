@@ -2,26 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from typing import Protocol
+from collections.abc import Mapping
 
-from node.kernel.errors import NotFound, PeerRefused
+from node.cluster_models import Proposer, insist
+from node.kernel.errors import NotFound
 from node.kernel.table_versions import Table, TableVersion
-from replication.catalog import Catalog
-from replication.commands import Command, DropTable, PutTable
-
-_DECISIONS_MAX = 8
-
-
-class Proposer(Protocol):
-    """What is needed of `replication.cluster.Cluster`."""
-
-    @property
-    def catalog(self) -> Catalog: ...
-
-    async def propose(self, command: Command) -> None: ...
-
-    async def agreed(self) -> Catalog: ...
+from replication.commands import DropTable, PutTable
 
 
 class CatalogTables:
@@ -39,7 +25,9 @@ class CatalogTables:
         return sorted(catalog.nodes.keys() - catalog.holders.get(table.passed.version, {}).keys())
 
     async def put(self, name: str, version: TableVersion) -> None:
-        await self._insist(
+        await self._cluster.agreed()
+        await insist(
+            self._cluster,
             lambda catalog: PutTable(
                 revision=catalog.revision,
                 name=name,
@@ -49,21 +37,10 @@ class CatalogTables:
                 bytes=version.bytes,
                 who=version.who,
                 at_ms=version.at_ms,
-            )
+            ),
         )
 
     async def drop(self, name: str) -> None:
         if name not in (await self._cluster.agreed()).tables:
             raise NotFound(f"there is no table {name}; `headrace table list` names those that are")
-        await self._insist(lambda catalog: DropTable(revision=catalog.revision, name=name))
-
-    async def _insist(self, decide: Callable[[Catalog], Command]) -> None:
-        """A command that is refused because the catalog changed meanwhile is decided anew, a few times."""
-        for left in reversed(range(_DECISIONS_MAX)):
-            try:
-                await self._cluster.propose(decide(await self._cluster.agreed()))
-            except PeerRefused:
-                if not left:
-                    raise
-            else:
-                return
+        await insist(self._cluster, lambda catalog: DropTable(revision=catalog.revision, name=name))
