@@ -218,6 +218,7 @@ class Clustering:
             "snapshots": self._snapshots.statistics(),
             "changelog_cuts": self._cutter.statistics(),
             "model_files": self._blobs.statistics(),
+            "table_files": self._table_files.statistics(),
             "peers_asked": self._client.statistics(),
             "peers_answered": self._server.statistics(),
         }
