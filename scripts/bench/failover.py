@@ -191,11 +191,7 @@ def drained_once(side: HeadraceSide, driven: traffic.Traffic, name: str) -> floa
     time.sleep(AFTER_MOVE_S)
     gaps = driven.gaps()
     side.nodes.operate("undrain", name)
-    side.nodes.wait(
-        lambda: list(cluster.owners(side.nodes.status()).values()).count(name) >= len(moving),
-        f"{name} owns again",
-        SETTLE_S_MAX,
-    )
+    side.nodes.wait(lambda: name in cluster.owners(side.nodes.status()).values(), f"{name} owns again", SETTLE_S_MAX)
     side.settle()
     return max(gaps[number] for number in moving)
 
