@@ -77,6 +77,7 @@ def _light(per_neighbour: float, size: Size) -> dict[str, Any]:
         with harness.broker(folder / "kafka") as broker:
             asyncio.run(workload.create_topic(broker.address, light_tenant.TOPIC))
             with light_tenant.node(folder, broker.address, "fair") as node:
+                _measured(broker.address, "fair.inferences", "alone", light_tenant.COLD_S, "cold")
                 rounds = [_round(folder, broker.address, node, number, size.arm_s) for number in range(size.rounds)]
             with light_tenant.node(folder, broker.address, "first-come", (str(FIRST_COME),)):
                 first_come = _pair(broker.address, "first-come.inferences", "first come", size.arm_s)
@@ -120,6 +121,7 @@ def _round(folder: Path, broker: str, node: harness.Node, number: int, seconds: 
 
 def _pair(broker: str, topic: str, name: str, seconds: float) -> dict[str, dict[str, Any]]:
     """What is compared with, once: alone, then beside the heavy neighbours."""
+    _measured(broker, topic, "alone", light_tenant.COLD_S, f"{name}, cold")
     return {arm: _measured(broker, topic, arm, seconds, name) for arm in ("alone", "heavy")}
 
 

@@ -32,6 +32,9 @@ BROKEN_PER_S, BROKEN_SHARE = 50.0, 0.1
 """A broken neighbour's events, and how many of them it breaks on."""
 TICK_S = 0.002
 WARM_S = 3.0
+COLD_S = 10.0
+"""Of the light tenant alone, before anything counts: the first seconds of a node and its broker are several times as
+slow as later ones, and a baseline taken from them would hide what neighbours do."""
 ROWS_QUEUED_MAX = 4096
 DRAIN_S_MAX = 120.0
 POLL_S = 0.05
