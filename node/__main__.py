@@ -264,6 +264,66 @@ def _change_quota(tenant: str, config: Path, url: str, changes: dict[str, float 
         _fail(str(error))
 
 
+ModelPath = Annotated[str, typer.Argument(metavar="TENANT/MODEL", help="The model.")]
+VersionDigits = Annotated[str, typer.Option("--version", help="Its first digits, to be sure that it is this one.")]
+Why = Annotated[str, typer.Option("--reason", help="Kept in the model's history.")]
+
+
+@app.command()
+def rollout(model: ModelPath, url: Url = NODE_URL, as_json: AsJson = False) -> None:
+    """Show a model's versions: which is live, what is seen of one in stages, who changed what and why."""
+    from node import console, rollout_console
+
+    try:
+        path = rollout_console.model_path(model)
+        if as_json:
+            typer.echo(console.fetch(url, path))
+        else:
+            for line in rollout_console.lines(console.fetch_object(url, path)):
+                typer.echo(printable(line))
+    except HeadraceError as error:
+        _fail(str(error))
+
+
+@app.command()
+def promote(
+    model: ModelPath,
+    config: ConfigPath,
+    version: VersionDigits = "",
+    live: Annotated[bool, typer.Option("--live", help="Past all further stages.")] = False,
+    reason: Why = "",
+    url: NodeUrl = "",
+) -> None:
+    """Let a version that runs beside the live one go to its next stage, or live, whatever was seen of it.
+
+    --config is the file of a node on this machine, whose operator's token is read from its data_dir.
+    """
+    _move(model, config, url, move="promote", version=version, live=live, reason=reason)
+
+
+@app.command()
+def rollback(
+    model: ModelPath, config: ConfigPath, version: VersionDigits = "", reason: Why = "", url: NodeUrl = ""
+) -> None:
+    """Quarantine the version that is in stages; or else the live one, and run the one before it again.
+
+    --config is the file of a node on this machine, whose operator's token is read from its data_dir.
+    """
+    _move(model, config, url, move="roll_back", version=version, reason=reason)
+
+
+def _move(model: str, config: Path, url: str, **wish: object) -> None:
+    from node import rollout_console
+
+    try:
+        for line in rollout_console.lines(rollout_console.move(_loaded(config, secrets=False), url, model, **wish)):
+            typer.echo(printable(line))
+    except ConfigError as error:
+        _fail(*error.problems)
+    except HeadraceError as error:
+        _fail(str(error))
+
+
 @app.command()
 def sandbox_report(config: ConfigPath, as_json: AsJson = False) -> None:
     """Show which layers of the sandbox would hold a worker in, started from here.

@@ -8,7 +8,7 @@ import os
 import shutil
 import signal
 import ssl
-from collections.abc import Awaitable, Callable, Iterator, Mapping
+from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
 
@@ -25,7 +25,7 @@ from node.ingest.source import Source
 from node.ingest.topics import Topics, TopicSettings
 from node.kernel.broker import ClientOptions
 from node.kernel.clock import Clock, SystemClock
-from node.kernel.errors import BoundExceeded
+from node.kernel.errors import BoundExceeded, NotFound, printable
 from node.kernel.limits import MIB, TABLE_FILE_BYTES_MAX
 from node.kernel.ports import FeaturePlan
 from node.kernel.supervise import Supervisor
@@ -42,17 +42,21 @@ from node.serving.tables import TableEndpoints
 from node.serving.view import (
     MemoryStatus,
     ModelCost,
+    ModelDetail,
     ModelInfo,
     PrintedLine,
     SandboxStatus,
     SharedFeatureInfo,
     SharedFeatures,
+    StageMove,
+    StageStatus,
     TenantLog,
     TenantQuota,
     TenantShare,
     TenantStatus,
 )
 from node.session import ChangelogReader, PartitionSession, Parts, open_session
+from node.stage_view import Judged, detail, infos, stage_status
 from node.state.folder import StateFolder, StateFolders
 from node.state.layout import Layout
 from node.state.rocksdb import RocksEnvironment, RocksStore
@@ -72,7 +76,6 @@ from tenants.feature_listing import SharedFeatureStatus
 from tenants.lineage import event_features
 from tenants.manifest import TenantCaps
 from tenants.pool_statistics import VersionStatistics
-from tenants.registry import Entry
 from tenants.sandbox import SandboxReport, SandboxSettings
 from tenants.service import ServiceSettings, TenantService
 from tenants.watch import Blobs, WatchSettings
@@ -117,6 +120,7 @@ class Node:
             self._tenants.runner,
             CycleSettings(config.cycle.events_max, config.cycle.wait_ms, config.cycle.inference_deadline_ms / 1000),
             self._library.current,
+            self._tenants.runner,
         )
         self._partitions = self._all_partitions()
         view = LocalView(
@@ -310,14 +314,28 @@ class Tenants:
         return frozenset() if entry is None or entry.live is None else event_features(entry.live.manifest)
 
     def models(self) -> list[ModelInfo]:
-        costs = {
-            version.version: _cost(version)
-            for tenant in self._service.statistics().pool.tenants
-            for version in tenant.versions
-        }
-        return [
-            info for _, entry in sorted(self._service.watcher.snapshot.models.items()) for info in _infos(entry, costs)
-        ]
+        costs, judged, models = self._costs(), self._judged(), self._service.watcher.snapshot.models
+        return [info for _, entry in sorted(models.items()) for info in infos(entry, costs, judged)]
+
+    def model(self, name: ModelName) -> ModelDetail:
+        entry = self._service.watcher.snapshot.models.get(name)
+        if entry is None:
+            raise NotFound(f"there is no model {printable(str(name))}; /v1/models lists those that are")
+        return detail(entry, self._costs(), self._judged())
+
+    async def move_stage(self, name: ModelName, move: StageMove) -> None:
+        judging = self._service.judging
+        if move.move == "promote":
+            await judging.promote(name, move.version, move.live, move.who, move.reason)
+        else:
+            await judging.roll_back(name, move.version, move.who, move.reason)
+
+    def _costs(self) -> dict[str, ModelCost]:
+        tenants = self._service.statistics().pool.tenants
+        return {version.version: _cost(version) for tenant in tenants for version in tenant.versions}
+
+    def _judged(self) -> Judged:
+        return self._service.runner.figures(), self._service.judging.verdicts
 
     def shared_features(self) -> SharedFeatures:
         refused = self._service.watcher.snapshot.refused_features
@@ -356,6 +374,10 @@ class Tenants:
     def tenants(self) -> list[TenantStatus]:
         pool, refusals = self._service.statistics().pool, self._service.watcher.refusals
         total = sum(tenant.cpu_seconds for tenant in pool.tenants)
+        stages: dict[str, list[StageStatus]] = {}
+        for _, entry in sorted(self._service.watcher.snapshot.models.items()):
+            if entry.staged is not None:
+                stages.setdefault(entry.name.tenant, []).append(stage_status(entry.staged, self._judged()))
         return [
             TenantStatus(
                 tenant=tenant.tenant,
@@ -369,6 +391,7 @@ class Tenants:
                 memory=_memory(tenant.worker),
                 sandbox=None if tenant.worker is None else sandbox_status(tenant.worker.sandbox),
                 refused=refusals(tenant.tenant),
+                stages=stages.get(tenant.tenant, []),
             )
             for tenant in pool.tenants
         ]
@@ -415,24 +438,6 @@ def _cost(version: VersionStatistics) -> ModelCost:
         rows=version.rows,
         rows_queued=version.rows_queued,
     )
-
-
-def _infos(entry: Entry, costs: Mapping[str, ModelCost]) -> Iterator[ModelInfo]:
-    """The live version first, then the pair found last if that is another."""
-    if entry.live is not None:
-        version, failing = entry.live.version, entry.live.failing
-        yield ModelInfo.of(
-            version, "failing" if failing else "live", [failing] if failing else [], costs.get(version.version)
-        )
-    if entry.newest is not None:
-        yield ModelInfo(
-            tenant=entry.name.tenant,
-            model=entry.name.model,
-            version=entry.newest.version[:12],
-            sha256=entry.newest.version,
-            state=entry.newest.state,
-            reasons=list(entry.newest.problems),
-        )
 
 
 def _versions(tables: Mapping[str, Table]) -> set[str]:

@@ -1,7 +1,8 @@
 """One partition's unanswered triggers: the in-memory end of the sequence log.
 
-Each model has its own line of chunks and its own cursor, so a slow or dead model delays nobody but itself. Chunks are
-answered and committed in order; the triggers of chunks far from the head stay on disk only.
+Each model has its own line of chunks and its own cursor, so a slow or dead model delays nobody but itself; a canary has
+a line of its own beside the live version's. Chunks are answered and committed in order; the triggers of chunks far from
+the head stay on disk only.
 
 A tenant's lines share what it may have waiting: over it, the longest of them gives up triggers by its model's policy,
 each counted as shed.
@@ -63,7 +64,7 @@ class Backlog:
         self._bound = bound
         self._clock = clock
         self._lines: dict[str, Line] = {}
-        """By the text of the model's name."""
+        """By `Triggers.line_name`."""
         self._tenants: dict[str, list[Line]] = {}
         self.changed = asyncio.Event()
         """Set when a chunk was answered; the cycle clears it."""
@@ -82,9 +83,9 @@ class Backlog:
             line.next_number = chunk.number + 1
 
     def _line(self, triggers: Triggers) -> Line:
-        line = self._lines.get(str(triggers.name))
+        line = self._lines.get(triggers.line_name)
         if line is None:
-            line = self._lines[str(triggers.name)] = Line(str(triggers.name), triggers.name)
+            line = self._lines[triggers.line_name] = Line(triggers.line_name, triggers.name)
             self._tenants.setdefault(triggers.name.tenant, []).append(line)
         return line
 

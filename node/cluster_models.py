@@ -5,19 +5,21 @@ A command that the catalog refuses because it changed meanwhile is decided anew,
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
-from typing import Protocol
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from itertools import islice
+from typing import Any, Protocol
 
 import msgspec
 
 from node.kernel.clock import Clock
 from node.kernel.errors import PeerRefused
-from node.kernel.limits import NAME_BYTES_MAX, REASON_BYTES_MAX
-from node.kernel.types import AgreedModels, AgreedVersion, ModelName, Quota
-from replication.catalog import ENDED, Catalog, model_key
+from node.kernel.limits import NAME_BYTES_MAX, REASON_BYTES_MAX, STAGES_REPORTED_MAX
+from node.kernel.types import AgreedModels, AgreedVersion, ModelName, Quota, StageChange
+from replication.catalog import ENDED, Catalog, Model, model_key
 from replication.commands import (
     Command,
     ForgetVersion,
+    GoLive,
     PutFeatures,
     PutTenant,
     PutVersion,
@@ -25,7 +27,9 @@ from replication.commands import (
     QuotaLimits,
     RetireVersion,
     SetQuota,
+    StageVersion,
 )
+from tenants.stage import Promote, RollBack
 
 _DECISIONS_MAX = 8
 """Two nodes that put the same thing at once refuse each other once; more often, somebody else is at fault."""
@@ -39,6 +43,13 @@ class Proposer(Protocol):
 
     @property
     def catalog(self) -> Catalog: ...
+
+    @property
+    def leads(self) -> bool: ...
+
+    observed: Mapping[str, bytes]
+
+    def observations(self) -> Sequence[Mapping[str, bytes]]: ...
 
     async def propose(self, command: Command) -> None: ...
 
@@ -63,7 +74,9 @@ class CatalogModels:
     async def current(self) -> None:
         await self._cluster.agreed()
 
-    async def put(self, name: ModelName, version: str, blob: str, manifest: str, report: str) -> None:
+    async def put(
+        self, name: ModelName, version: str, blob: str, manifest: str, report: str, stages: tuple[str, ...] = ()
+    ) -> None:
         told = self.told_revision
 
         def decide(catalog: Catalog) -> PutVersion:
@@ -77,6 +90,7 @@ class CatalogModels:
                 blob=blob,
                 manifest=manifest,
                 report=report,
+                stages=stages,
                 who=self._cluster.name,
                 at_ms=self._clock.now_ms(),
             )
@@ -102,11 +116,10 @@ class CatalogModels:
     def _withdrawal(self, catalog: Catalog, name: ModelName, deleted: str) -> Command | None:
         """The next step: a version retires before it is forgotten. None when all is done, or overtaken by a put."""
         model = catalog.models.get(model_key(name.tenant, name.model))
-        if model is None or any(
-            version.state not in ENDED and version.version != deleted for version in model.versions.values()
-        ):
+        if model is None or _overtaken(model, deleted):
             return None
-        version = next(iter(model.versions.values()))
+        # The live version last: while one is staged, it is the older one, and goes with the newer one.
+        version = min(model.versions.values(), key=lambda one: (one.state in ENDED, one.state == "live"))
         if version.state in ENDED:
             return ForgetVersion(
                 revision=catalog.revision, tenant=model.tenant, model=model.model, version=version.version
@@ -124,20 +137,24 @@ class CatalogModels:
         await insist(self._cluster, lambda catalog: self._quarantine(catalog, name, version, reason))
 
     def _quarantine(self, catalog: Catalog, name: ModelName, version: str, reason: str) -> Command | None:
-        """None when the version is not live any more, or there is none to fall back to."""
-        model = catalog.models.get(model_key(name.tenant, name.model))
-        if model is None or model.live != version or model.fallback is None:
+        """None when the version does not run any more, or it is live and there is none to fall back to."""
+        return _quarantine(catalog, RollBack(name, version, self._cluster.name, reason, self._clock.now_ms()))
+
+    async def promote(self, wish: Promote) -> None:
+        await insist(self._cluster, lambda catalog: _promoted(catalog, wish))
+
+    async def roll_back(self, wish: RollBack) -> None:
+        await insist(self._cluster, lambda catalog: _quarantine(catalog, wish))
+
+    def gathered(self, observed: Mapping[str, bytes]) -> Mapping[str, Sequence[bytes]] | None:
+        self._cluster.observed = dict(islice(observed.items(), STAGES_REPORTED_MAX))
+        if not self._cluster.leads:
             return None
-        return QuarantineVersion(
-            revision=catalog.revision,
-            tenant=model.tenant,
-            model=model.model,
-            version=version,
-            fall_back_to=model.fallback.version,
-            reason=reason.encode()[:REASON_BYTES_MAX].decode(errors="ignore"),
-            who=self._cluster.name,
-            at_ms=self._clock.now_ms(),
-        )
+        found: dict[str, list[bytes]] = {}
+        for told in self._cluster.observations():
+            for version, figures in told.items():
+                found.setdefault(version, []).append(figures)
+        return found
 
     async def tenant(self, name: str, settings: str) -> None:
         await insist(
@@ -187,15 +204,76 @@ async def insist(cluster: Proposer, decide: Callable[[Catalog], Command | None])
             return
 
 
+def _overtaken(model: Model, deleted: str) -> bool:
+    """Whether another version was put after the deleted one, which may be staged beside a live one put before it."""
+    known = model.versions.get(deleted)
+    since = known.revision if known is not None else 0
+    return any(
+        version.state not in ENDED and version.version != deleted and version.revision > since
+        for version in model.versions.values()
+    )
+
+
+def _promoted(catalog: Catalog, wish: Promote) -> Command | None:
+    """What makes the wish true; None when the version has left the stage that was spoken of."""
+    model = catalog.models.get(model_key(wish.name.tenant, wish.name.model))
+    staged = model.staged if model is not None else None
+    if model is None or staged is None or (staged.version, staged.stage) != (wish.version, wish.stage):
+        return None
+    named: dict[str, Any] = {
+        "revision": catalog.revision,
+        "tenant": model.tenant,
+        "model": model.model,
+        "version": staged.version,
+        "holders": tuple(catalog.holders[staged.blob]),
+        "reason": _cut(wish.reason),
+        "who": wish.who,
+        "at_ms": wish.at_ms,
+    }
+    if wish.to_live or staged.stage + 1 >= len(staged.stages):
+        return GoLive(**named)
+    return StageVersion(**named, stage=staged.stage + 1)
+
+
+def _quarantine(catalog: Catalog, wish: RollBack) -> Command | None:
+    model = catalog.models.get(model_key(wish.name.tenant, wish.name.model))
+    version = model.versions.get(wish.version) if model is not None else None
+    if model is None or version is None or version.state not in ("live", "staged"):
+        return None
+    live, fallback = version.state == "live", model.fallback
+    if live and fallback is None:
+        return None
+    return QuarantineVersion(
+        revision=catalog.revision,
+        tenant=model.tenant,
+        model=model.model,
+        version=version.version,
+        fall_back_to=fallback.version if live and fallback is not None else "",
+        reason=_cut(wish.reason),
+        who=wish.who,
+        at_ms=wish.at_ms,
+    )
+
+
+def _cut(reason: str) -> str:
+    return reason.encode()[:REASON_BYTES_MAX].decode(errors="ignore")
+
+
 def agreed_models(catalog: Catalog, node: str) -> AgreedModels:
     """What the catalog says of models; a file counts as here once `node` has told the catalog that it verified it."""
     tenants = {name: tenant.settings for name, tenant in catalog.tenants.items()}
+    histories = {
+        ModelName(model.tenant, model.model): tuple(
+            StageChange(one.at_ms, one.version, one.to, one.who, one.reason) for one in model.history
+        )
+        for model in catalog.models.values()
+    }
     quotas = {
         tenant: Quota(**msgspec.structs.asdict(quota.limits), who=quota.who, at_ms=quota.at_ms)
         for tenant, quota in catalog.quotas.items()
     }
     features = {name: tenant.features for name, tenant in catalog.tenants.items() if tenant.features}
-    return AgreedModels(catalog.revision, tuple(_versions(catalog, node)), tenants, quotas, features)
+    return AgreedModels(catalog.revision, tuple(_versions(catalog, node)), tenants, quotas, features, histories)
 
 
 def _limits(catalog: Catalog, tenant: str) -> QuotaLimits:
@@ -216,4 +294,7 @@ def _versions(catalog: Catalog, node: str) -> Iterator[AgreedVersion]:
                 node in catalog.holders.get(version.blob, {}),
                 version.served_revision > 0,
                 version.reason,
+                version.stage,
+                version.who,
+                version.at_ms,
             )

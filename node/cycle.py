@@ -24,12 +24,13 @@ from node.intervals import Intervals
 from node.kernel.clock import Clock
 from node.kernel.errors import BoundExceeded, TableUnavailable
 from node.kernel.limits import IDLE_POLL_MS
-from node.kernel.ports import FeaturePlan, ModelRunner
+from node.kernel.ports import FeaturePlan, ModelRunner, Shadows
 from node.kernel.tables import NO_TABLES, TableSet
 from node.kernel.types import Aggregate, Bools, EventColumns, Floats, Frame, Ints, ModelName, StoredOutput
 from node.ordering import Ordering
 from node.outbox import Outgoing
 from node.outgoing import Origin, answered_records, counts, failed_letters, refused_letters
+from node.staging import divided
 from node.state.cache import RowCache
 from node.state.codec import images
 from node.state.fold import FoldResult, fold
@@ -84,6 +85,7 @@ class Engine:
     settings: CycleSettings
     tables: Callable[[], TableSet] = lambda: NO_TABLES
     """The versions that are live now; a cycle asks once."""
+    shadows: Shadows | None = None
 
 
 class Cycle:
@@ -129,7 +131,7 @@ class Cycle:
             customers, positions, lasting = _customers(decoded.events, settled.answers)
             rows = state.cache.load(customers)
         with steps.measure("fold"):  # 5. Fold the events into the matrix, each as of itself.
-            selections = select(plan, decoded.events, self._origin.schema)
+            selections = divided(plan, decoded.events, select(plan, decoded.events, self._origin.schema))
             wanted = _union(selections, len(decoded.events))
             folded = self._fold(plan, decoded.events, rows, wanted)
         with steps.measure("features"):  # 6. Each distinct feature once, then each model's rows.
@@ -140,7 +142,7 @@ class Cycle:
             work = ordering.ready()
         with steps.measure("trigger"):  # 7. Models answer, or their triggers go to the sequence log.
             seconds = engine.settings.deadline_seconds
-            outcome = await run_triggers(engine.runner, state.backlog, work, settled, seconds, ordering)
+            outcome = await run_triggers(engine.runner, state.backlog, work, settled, seconds, ordering, engine.shadows)
         with steps.measure("encode"):
             _store_answers(state.layout, rows, outcome.answers, positions)
             outgoing = self._outgoing(polled, decoded, customers, rows, outcome, folded.late)

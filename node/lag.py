@@ -29,7 +29,8 @@ class Lags:
         self._models: defaultdict[str, _Sum] = defaultdict(_Sum)
         self._tenants: defaultdict[str, _Sum] = defaultdict(_Sum)
         for backlog, counters in partitions:
-            for model, figures in backlog.items():
+            for line, figures in backlog.items():
+                model = line.partition("@")[0]
                 for one in (self._models[model], self._tenants[_tenant(model)]):
                     one.rows += figures["rows"]
                     one.size += figures["bytes"]

@@ -24,6 +24,7 @@ from node.kernel.types import (
     ModelName,
     ModelOutputs,
     ModelVersion,
+    StagedVersion,
     StoredOutput,
     Triggers,
 )
@@ -33,6 +34,8 @@ INPUTS_TOLD_MAX: Final = 62
 """Bits of an int64 that say which inputs were fresh."""
 
 Work = list[tuple[ModelVersion, Triggers]]
+Shown = dict[ModelName, tuple[StagedVersion, FeatureRows]]
+"""The rows of a model's triggers as its shadow is called with them."""
 
 
 class FreshReads:
@@ -77,7 +80,11 @@ class FreshReads:
 
 
 class Ordering:
-    """What of one micro-batch is to run, and what waits for what. `selections` are masks over `events`."""
+    """What of one micro-batch is to run, and what waits for what. `selections` are masks over `events`.
+
+    Versions that run beside live ones are selected by their keys. Models that use a model's outputs wait for its live
+    version alone: where a canary answers, they take the stored output.
+    """
 
     def __init__(
         self, plan: FeaturePlan, events: EventColumns, selections: Mapping[ModelName, Bools], reads: Reads
@@ -87,6 +94,10 @@ class Ordering:
         self._selections = selections
         self._inputs = plan.inputs
         self._versions = {version.name: version for version in plan.models if version.name in selections}
+        self._beside = {staged.key: staged for staged in plan.staged.values() if staged.key in selections}
+        self._versions |= {key: staged.version for key, staged in self._beside.items()}
+        self.shown: Shown = {}
+        """Of the shadows that could begin so far."""
         places = {
             StoredOutput(version.name, output): place
             for version in plan.models
@@ -137,20 +148,26 @@ class Ordering:
         for name in names:
             del self._open[name]
         rows = self._batch.rows(names, self._reads)
+        for name, staged in self._beside.items():
+            if staged.kind == "shadow" and name in rows:
+                self.shown[staged.version.name] = staged, rows[name]
         return [
-            (
-                self._versions[name],
-                triggers_of(
-                    self._versions[name],
-                    self._events,
-                    self._selections[name],
-                    rows[name],
-                    *self._told(name),
-                    tables=self._reads.tables.versions(self._plan.tables(name)),
-                ),
-            )
+            (self._versions[name], self._triggers(name, rows[name]))
             for name in names
+            if name not in self._beside or self._beside[name].kind == "canary"
         ]
+
+    def _triggers(self, name: ModelName, rows: FeatureRows) -> Triggers:
+        version, line = self._versions[name], self._versions[name].short_version if name in self._beside else ""
+        return triggers_of(
+            version,
+            self._events,
+            self._selections[name],
+            rows,
+            *self._told(name),
+            tables=self._reads.tables.versions(self._plan.tables(name)),
+            line=line,
+        )
 
     def _told(self, name: ModelName) -> tuple[tuple[str, ...], Ints | None]:
         """The inputs of a model, and for each of its triggers which of them were fresh, a bit each."""
@@ -171,6 +188,7 @@ def triggers_of(
     inputs: tuple[str, ...] = (),
     fresh: Ints | None = None,
     tables: Mapping[str, str] = NO_VERSIONS,
+    line: str = "",
 ) -> Triggers:
     """`tables` are the versions that `rows` were computed with."""
     at = np.flatnonzero(mask)
@@ -187,4 +205,5 @@ def triggers_of(
         inputs=inputs,
         fresh=fresh,
         tables=tables,
+        line=line,
     )

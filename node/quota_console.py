@@ -34,14 +34,18 @@ def url_of(config: Config) -> str:
 
 def change(config: Config, url: str, tenant: str, changes: Mapping[str, float | None]) -> dict[str, Any]:
     """Change a tenant's quota, None: take that limit away; what holds then. Raises NodeUnreachable, ConfigError."""
-    token = read_token(Path(config.node.data_dir))
-    headers = {"Authorization": f"Bearer {token}", "Content-Type": "application/json"}
-    sent = msgspec.json.encode({**changes, "who": _user()})
-    answer = answer_of(url or url_of(config), quota_path(tenant), "PATCH", sent, headers)
+    answer = patch(config, url, quota_path(tenant), {**changes, "who": user()})
     return msgspec.json.decode(answer, type=dict[str, Any])
 
 
-def _user() -> str:
+def patch(config: Config, url: str, path: str, body: Mapping[str, object]) -> bytes:
+    """Change something with the operator's token; what the node answers. Raises NodeUnreachable, ConfigError."""
+    token = read_token(Path(config.node.data_dir))
+    headers = {"Authorization": f"Bearer {token}", "Content-Type": "application/json"}
+    return answer_of(url or url_of(config), path, "PATCH", msgspec.json.encode(body), headers)
+
+
+def user() -> str:
     try:
         name = getpass.getuser()
     except (OSError, KeyError):

@@ -200,7 +200,7 @@ async def _restore(backlog: Backlog, store: StateStore) -> None:
     try:
         while chunks := store.chunks(_CHUNKS_AT_ONCE, after=after):
             backlog.restore(chunks)
-            after = (str(chunks[-1].triggers.name), chunks[-1].number)
+            after = (chunks[-1].triggers.line_name, chunks[-1].number)
             await asyncio.sleep(0)
     except ValueError as failure:
         raise StateCorrupt(f"the sequence log can't be read: {failure}") from failure

@@ -13,7 +13,7 @@ import numpy as np
 from node.backlog import Answer, Backlog, Settled, finish_within, split
 from node.kernel.errors import BoundExceeded
 from node.kernel.limits import SEQUENCE_CHUNK_ROWS_MAX
-from node.kernel.ports import FeaturePlan, ModelRunner
+from node.kernel.ports import FeaturePlan, ModelRunner, Shadows
 from node.kernel.types import (
     Bools,
     EventColumns,
@@ -25,6 +25,7 @@ from node.kernel.types import (
     Triggers,
 )
 from node.ordering import Ordering
+from node.staging import follow
 from node.waiting import Answering
 
 
@@ -56,8 +57,10 @@ async def run_triggers(
     settled: Settled,
     deadline_seconds: float,
     ordering: Ordering | None = None,
+    shadows: Shadows | None = None,
 ) -> Outcome:
-    """Submit each model's triggers, and what `ordering` has as soon as it may run, and wait until the deadline.
+    """Submit each model's triggers, and what `ordering` has as soon as it may run, and wait until the deadline. Shadows
+    follow; they are never waited for.
 
     Those answered are in `answers`. The rest, and all of a model that is behind already, are appended to
     the sequence log, most of them still being worked on: a model that was late once is back in step when it has
@@ -76,8 +79,10 @@ async def run_triggers(
         for abandoned in started.running:
             abandoned.cancel()
         raise
+    if ordering is not None and shadows is not None:
+        follow(shadows, ordering.shown, started.pieces)
     for version, triggers, call in started.pieces:
-        if call is not None and call.done() and not backlog.behind(str(triggers.name)):
+        if call is not None and call.done() and not backlog.behind(triggers.line_name):
             outcome.answers.append(Answer(version, triggers, call.result()))
         else:
             chunk = backlog.append(version, triggers, call, settled)
@@ -102,7 +107,7 @@ class _Started:
     def joinable(self) -> list[Answering]:
         """Those whose answers can join this commit: not of a model that is behind, which would hold up the others."""
         pieces = self.pieces
-        return [call for _, one, call in pieces if call is not None and not self._backlog.behind(str(one.name))]
+        return [call for _, one, call in pieces if call is not None and not self._backlog.behind(one.line_name)]
 
     def submit(self, work: Sequence[tuple[ModelVersion, Triggers]]) -> None:
         for version, triggers in work:
@@ -114,7 +119,7 @@ class _Started:
         """Say which of the awaited models have answered, and which will not in this cycle; calls of the others."""
         coming: list[Answering] = []
         for name in sorted(ordering.awaited):
-            calls = [call for version, _, call in self.pieces if version.name == name]
+            calls = [call for version, one, call in self.pieces if version.name == name and not one.line]
             if not calls:
                 continue  # waits itself
             if None in calls or self._backlog.behind(str(name)):
@@ -158,7 +163,7 @@ def _joined(outputs: Sequence[ModelOutputs]) -> ModelOutputs:
 
 def _submit(runner: ModelRunner, backlog: Backlog, version: ModelVersion, triggers: Triggers) -> Answering | None:
     """None when older triggers of the model wait, or the runner's queue is full: the sequence log takes these."""
-    if not backlog.may_submit(str(triggers.name)):
+    if not backlog.may_submit(triggers.line_name):
         return None
     try:
         return asyncio.ensure_future(runner.submit(version, triggers.rows))

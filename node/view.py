@@ -23,12 +23,14 @@ from node.serving.view import (
     CustomerInferences,
     CustomerState,
     IntervalStatus,
+    ModelDetail,
     ModelInfo,
     NodeStatus,
     PartitionStatus,
     QuotaChange,
     SandboxStatus,
     SharedFeatures,
+    StageMove,
     TenantLog,
     TenantQuota,
     TenantShare,
@@ -73,6 +75,10 @@ class TenantView(Protocol):
     def plan(self) -> FeaturePlan: ...
 
     def models(self) -> Sequence[ModelInfo]: ...
+
+    def model(self, name: ModelName) -> ModelDetail: ...
+
+    async def move_stage(self, name: ModelName, move: StageMove) -> None: ...
 
     def shared_features(self) -> SharedFeatures: ...
 
@@ -172,6 +178,15 @@ class LocalView:
     def share(self, tenant: str) -> TenantShare:
         waiting = self._lags().tenant(tenant)
         return msgspec.structs.replace(self._tenants.share(tenant), waiting=waiting)
+
+    def model(self, name: ModelName) -> ModelDetail:
+        detail = self._tenants.model(name)
+        waiting = self._lags().model(str(name))
+        first = [msgspec.structs.replace(one, waiting=waiting) for one in detail.versions[:1]]
+        return msgspec.structs.replace(detail, versions=[*first, *detail.versions[1:]])
+
+    async def move_stage(self, name: ModelName, move: StageMove) -> None:
+        await self._tenants.move_stage(name, move)
 
     def quota(self, tenant: str) -> TenantQuota:
         return self._tenants.quota(tenant)

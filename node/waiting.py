@@ -98,7 +98,7 @@ class Entry:
 
 @dataclass(slots=True, eq=False)
 class Line:
-    """The chunks of one model, in order."""
+    """The chunks of one model, or of its canary, in order."""
 
     name: str
     model: ModelName

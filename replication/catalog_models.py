@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from typing import Any, Final
 
 from msgspec.structs import replace
@@ -12,6 +12,7 @@ from replication.catalog_quotas import model_problem
 from replication.catalog_values import (
     ENDED,
     Catalog,
+    Change,
     Model,
     Outcome,
     Tenant,
@@ -32,6 +33,7 @@ from replication.commands import (
     PutVersion,
     QuarantineVersion,
     RetireVersion,
+    StageVersion,
 )
 
 
@@ -98,15 +100,29 @@ def _put_version(catalog: Catalog, command: PutVersion) -> Outcome:
 
 
 def _passed(catalog: Catalog, put: PutVersion) -> Version:
-    return Version(put.version, put.blob, put.manifest, "passed", put.who, put.at_ms, put.report, catalog.revision + 1)
+    return Version(
+        put.version,
+        put.blob,
+        put.manifest,
+        "passed",
+        put.who,
+        put.at_ms,
+        put.report,
+        catalog.revision + 1,
+        stages=put.stages,
+    )
+
+
+def _without(states: Collection[str], versions: Mapping[str, Version], who: str, at_ms: int) -> dict[str, Version]:
+    """What waited, or was staged, does so no longer: a newer wish takes its place."""
+    return {
+        name: replace(version, state="retired", who=who, at_ms=at_ms, reason="") if version.state in states else version
+        for name, version in versions.items()
+    }
 
 
 def _without_passed(versions: Mapping[str, Version], who: str, at_ms: int) -> dict[str, Version]:
-    """What waited to go live waits no longer: a newer wish takes its place."""
-    return {
-        name: replace(version, state="retired", who=who, at_ms=at_ms) if version.state == "passed" else version
-        for name, version in versions.items()
-    }
+    return _without(("passed",), versions, who, at_ms)
 
 
 def _put_again(catalog: Catalog, model: Model, command: PutVersion) -> Outcome:
@@ -115,7 +131,7 @@ def _put_again(catalog: Catalog, model: Model, command: PutVersion) -> Outcome:
     if (known.blob, known.manifest) != (command.blob, command.manifest):
         return f"version {command.version[:12]} of {key} is known with other contents"
     waiting = any(version.state == "passed" for version in model.versions.values())
-    if known.state == "passed" or (known.state == "live" and not waiting):
+    if known.state == "passed" or (known.state in ("live", "staged") and not waiting):
         return catalog
     text_bytes = catalog.text_bytes + _size(command.report) - _size(known.report)
     reason = _stale(f"model {key}", model.revision, command) or _text_problem(text_bytes)
@@ -123,7 +139,7 @@ def _put_again(catalog: Catalog, model: Model, command: PutVersion) -> Outcome:
     if reason:
         return reason
     state: VersionState = "passed" if known.state in ENDED else known.state
-    renewed = replace(_passed(catalog, command), state=state, served_revision=known.served_revision)
+    renewed = replace(_passed(catalog, command), state=state, served_revision=known.served_revision, stage=known.stage)
     versions = _without_passed(model.versions, command.who, command.at_ms) | {known.version: renewed}
     changed = replace(model, versions=versions, revision=catalog.revision + 1)
     return advanced(catalog, models=put(catalog.models, key, changed), text_bytes=text_bytes)
@@ -159,25 +175,72 @@ def _go_live(catalog: Catalog, command: GoLive) -> Outcome:
     model, version = found
     if model.live == version.version:
         return catalog
-    missing = [name for name in command.holders if name not in catalog.holders.get(version.blob, {})]
-    if missing:
-        return f"nodes {', '.join(sorted(missing))} lack the file of version {version.version[:12]}; fetch it first"
     stale = _stale(f"model {model_key(model.tenant, model.model)}", model.revision, command)
-    if stale:
-        return stale
-    versions = _without_passed(model.versions, command.who, command.at_ms)
+    reason = _lacking(catalog, version, command.holders) or stale
+    if reason:
+        return reason
+    others: tuple[VersionState, ...] = ("staged",) if version.state == "staged" else ("passed", "staged")
+    versions = _without(others, model.versions, command.who, command.at_ms)
     if model.live:
         versions[model.live] = replace(versions[model.live], state="retired", who=command.who, at_ms=command.at_ms)
-    return _with_live(catalog, model, versions, version, command)
+    return _with_live(catalog, model, versions, version, command, _change(version, "live", command, command.reason))
+
+
+def _lacking(catalog: Catalog, version: Version, holders: tuple[str, ...]) -> str:
+    missing = [name for name in holders if name not in catalog.holders.get(version.blob, {})]
+    if not missing:
+        return ""
+    return f"nodes {', '.join(sorted(missing))} lack the file of version {version.version[:12]}; fetch it first"
+
+
+def _change(
+    version: Version, to: str, command: GoLive | StageVersion | QuarantineVersion | RetireVersion, reason: str = ""
+) -> Change:
+    return Change(command.at_ms, version.version, to, command.who, reason[: limits.STAGE_REASON_BYTES_MAX])
 
 
 def _with_live(
-    catalog: Catalog, model: Model, versions: dict[str, Version], version: Version, command: GoLive | QuarantineVersion
+    catalog: Catalog,
+    model: Model,
+    versions: dict[str, Version],
+    version: Version,
+    command: GoLive | QuarantineVersion,
+    *changes: Change,
 ) -> Catalog:
     versions[version.version] = replace(
-        version, state="live", who=command.who, at_ms=command.at_ms, served_revision=catalog.revision + 1
+        version,
+        state="live",
+        who=command.who,
+        at_ms=command.at_ms,
+        reason=changes[-1].reason,
+        served_revision=catalog.revision + 1,
     )
-    return _with_model(catalog, model, versions, version.version, catalog.revision + 1)
+    return _with_model(catalog, model, versions, version.version, catalog.revision + 1, *changes)
+
+
+def _stage(catalog: Catalog, command: StageVersion) -> Outcome:
+    found = _found(catalog, command.tenant, command.model, command.version)
+    if isinstance(found, str):
+        return found
+    model, version = found
+    if version.state == "staged" and version.stage >= command.stage:
+        return catalog
+    if not model.live or version.state == "live":
+        return f"version {version.version[:12]} can be staged only beside another one that is live"
+    if command.stage >= len(version.stages):
+        return f"version {version.version[:12]} has {len(version.stages)} stages, so none of number {command.stage}"
+    stale = _stale(f"model {model_key(model.tenant, model.model)}", model.revision, command)
+    reason = _lacking(catalog, version, command.holders) or stale
+    if reason:
+        return reason
+    other = model.staged
+    replaced = () if other in (None, version) else (_change(other, "retired", command, "a newer one is staged"),)
+    versions = _without(("staged",), model.versions, command.who, command.at_ms)
+    versions[version.version] = replace(
+        version, state="staged", stage=command.stage, who=command.who, at_ms=command.at_ms, reason=command.reason
+    )
+    change = _change(version, version.stages[command.stage], command, command.reason)
+    return _with_model(catalog, model, versions, model.live, model.live_revision, *replaced, change)
 
 
 def _quarantine(catalog: Catalog, command: QuarantineVersion) -> Outcome:
@@ -192,18 +255,31 @@ def _quarantine(catalog: Catalog, command: QuarantineVersion) -> Outcome:
         return stale
     ended = replace(version, state="quarantined", who=command.who, at_ms=command.at_ms, reason=command.reason)
     versions = {**model.versions, version.version: ended}
+    change = _change(version, "quarantined", command, command.reason)
     if model.live != version.version:
-        return _with_model(catalog, model, versions, model.live, model.live_revision)
+        return _with_model(catalog, model, versions, model.live, model.live_revision, change)
     if not command.fall_back_to:
-        return _with_model(catalog, model, versions, "", catalog.revision + 1)
+        return _with_model(catalog, model, versions, "", catalog.revision + 1, change)
     again = versions.get(command.fall_back_to)
     if again is None or again.state != "retired" or not again.served_revision:
         return f"version {command.fall_back_to[:12]} was never live, or may not be again; name another, or none"
-    return _with_live(catalog, model, versions, again, command)
+    back = _change(again, "live", command, "the version after it was quarantined")
+    return _with_live(catalog, model, versions, again, command, change, back)
 
 
-def _with_model(catalog: Catalog, model: Model, versions: dict[str, Version], live: str, live_revision: int) -> Catalog:
-    changed = replace(model, versions=versions, live=live, live_revision=live_revision, revision=catalog.revision + 1)
+def _with_model(
+    catalog: Catalog, model: Model, versions: dict[str, Version], live: str, live_revision: int, *changes: Change
+) -> Catalog:
+    if not live:  # nothing is left to run beside
+        versions = _without(("staged",), versions, changes[-1].who if changes else "", 0)
+    changed = replace(
+        model,
+        versions=versions,
+        live=live,
+        live_revision=live_revision,
+        revision=catalog.revision + 1,
+        history=(*model.history, *changes)[-limits.STAGE_HISTORY_MAX :],
+    )
     return advanced(catalog, models=put(catalog.models, model_key(model.tenant, model.model), changed))
 
 
@@ -221,7 +297,9 @@ def _retire(catalog: Catalog, command: RetireVersion) -> Outcome:
     versions = {**model.versions, version.version: retired}
     was_live = model.live == version.version
     live, live_revision = ("", catalog.revision + 1) if was_live else (model.live, model.live_revision)
-    return _with_model(catalog, model, versions, live, live_revision)
+    ran = version.state in ("live", "staged")
+    changes = (_change(version, "retired", command, "taken back"),) if ran else ()
+    return _with_model(catalog, model, versions, live, live_revision, *changes)
 
 
 def _forget(catalog: Catalog, command: ForgetVersion) -> Outcome:
@@ -268,6 +346,7 @@ HANDLERS: Final[Mapping[type, Callable[[Catalog, Any], Outcome]]] = {
     PutFeatures: _put_features,
     PutVersion: _put_version,
     GoLive: _go_live,
+    StageVersion: _stage,
     QuarantineVersion: _quarantine,
     RetireVersion: _retire,
     ForgetVersion: _forget,

@@ -14,7 +14,7 @@ from msgspec.structs import replace
 from node.kernel.table_versions import Table
 from replication.commands import Command, QuotaLimits, Settings
 
-VersionState: TypeAlias = Literal["passed", "live", "retired", "quarantined"]
+VersionState: TypeAlias = Literal["passed", "staged", "live", "retired", "quarantined"]
 ENDED: Final = ("retired", "quarantined")
 
 FORMAT: Final = 1
@@ -59,7 +59,8 @@ class TenantQuota(Struct, frozen=True):
 class Version(Struct, frozen=True):
     """A model version. `version` is the sha256 of file and manifest together, `blob` that of the file.
 
-    One that passed waits to go live; there is one such of a model at most, put after the live one.
+    One that passed waits to go live, or to be staged; there is one such of a model at most, put after the live one.
+    A staged one runs beside the live one; there is one such at most too.
     """
 
     version: str
@@ -76,6 +77,19 @@ class Version(Struct, frozen=True):
     """Why it was brought to its state, as whoever did it said."""
     served_revision: int = 0
     """When it last went live; 0: never. What is fallen back to is the retired one with the highest."""
+    stages: tuple[str, ...] = ()
+    stage: int = 0
+    """Which of its stages it is in, while it is staged."""
+
+
+class Change(Struct, frozen=True, array_like=True):
+    """One change of what runs of a model: `version` became `to`; `at_ms` by the proposer's clock."""
+
+    at_ms: int
+    version: str
+    to: str
+    who: str
+    reason: str = ""
 
 
 class Model(Struct, frozen=True):
@@ -87,6 +101,12 @@ class Model(Struct, frozen=True):
     live: str = ""
     live_revision: int = 0
     revision: int = 0
+    history: tuple[Change, ...] = ()
+    """The last changes, the newest last."""
+
+    @property
+    def staged(self) -> Version | None:
+        return next((version for version in self.versions.values() if version.state == "staged"), None)
 
     @property
     def fallback(self) -> Version | None:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import Awaitable, Callable, Coroutine, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Collection, Coroutine, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -121,6 +121,8 @@ class Cluster:
         self._send_report = send_report
         self._progress = progress
         self._verified = verified
+        self.observed: Mapping[str, bytes] = {}
+        """What this node has seen of staged versions; to be set anew whenever that changes."""
         self._machine = CatalogMachine(clock)
         self._raft = CatalogRaft(settings.raft, self._machine, self._raft_changed, clock)
         self._lease: Lease | None = None
@@ -388,10 +390,16 @@ class Cluster:
 
     def verified(self) -> Mapping[str, Mapping[int, int]]:
         """At the leader: node -> partition -> offset of its newest verified snapshot, of nodes that are there."""
+        return self._book.verified(self._living(), self._machine.agreed)
+
+    def observations(self) -> Sequence[Mapping[str, bytes]]:
+        """At the leader: what each node that is there has seen of staged versions."""
+        return self._book.observed(self._living(), self._machine.agreed)
+
+    def _living(self) -> Collection[str]:
         agreed = self._machine.agreed
         reports = self._book.reports(agreed, self._origin_ms)
-        alive = living(agreed.catalog, reports, self.now_ms(), self.settings.plan)
-        return self._book.verified(alive, agreed)
+        return living(agreed.catalog, reports, self.now_ms(), self.settings.plan)
 
     async def _report(self) -> None:
         while True:
@@ -400,11 +408,17 @@ class Cluster:
             # A node without a lease is as good as dead: the leader must not count it among the living.
             if leader is None or self._lease is None or not self.has_lease():
                 continue
-            news = (leader.name, self._raft.status.term, dict(self._progress()), dict(self._verified()))
+            news = (
+                leader.name,
+                self._raft.status.term,
+                dict(self._progress()),
+                dict(self._verified()),
+                dict(self.observed),
+            )
             now_s = self._clock.monotonic()
             if news == self._reported and now_s < self._reported_s + REPORT_QUIET_S / 2:
                 continue
-            report = PeerReport(self.name, self.incarnation, self._lease.next_number(), news[2], news[3])
+            report = PeerReport(self.name, self.incarnation, self._lease.next_number(), *news[2:])
             if await self._tell(leader, report):
                 self._reported, self._reported_s = news, now_s
 

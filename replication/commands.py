@@ -100,13 +100,16 @@ class PutVersion(_Command, frozen=True, kw_only=True, tag="version"):
     manifest: Manifest
     report: Report = ""
     """What the trial found, as its trier wrote it; the catalog keeps it and never looks inside."""
+    stages: Annotated[tuple[Name, ...], Meta(max_length=limits.STAGES_MAX)] = ()
+    """What it goes through beside the live version before it is live itself, as its manifest calls them."""
     who: Text = ""
     at_ms: Number = 0
 
 
 class GoLive(_Command, frozen=True, kw_only=True, tag="live"):
-    """Make a version live on all nodes; the one before retires, and so does one that waits to go live.
+    """Make a version live on all nodes; the one before retires.
 
+    So does one that is staged, and one that waits, unless this version was staged itself: then a newer wish waits on.
     `holders` must have its bytes already.
     """
 
@@ -114,6 +117,20 @@ class GoLive(_Command, frozen=True, kw_only=True, tag="live"):
     model: Name
     version: Sha256
     holders: Holders
+    reason: Reason = ""
+    who: Text = ""
+    at_ms: Number = 0
+
+
+class StageVersion(_Command, frozen=True, kw_only=True, tag="stage"):
+    """Run a version beside the live one on all nodes, in its stage number `stage`; another staged one retires."""
+
+    tenant: Name
+    model: Name
+    version: Sha256
+    stage: Annotated[int, Meta(ge=0, lt=limits.STAGES_MAX)]
+    holders: Holders
+    reason: Reason = ""
     who: Text = ""
     at_ms: Number = 0
 
@@ -263,6 +280,7 @@ Command: TypeAlias = (
     | PutFeatures
     | PutVersion
     | GoLive
+    | StageVersion
     | QuarantineVersion
     | RetireVersion
     | ForgetVersion

@@ -30,6 +30,8 @@ class PeerReport(msgspec.Struct, frozen=True):
     partitions: dict[int, Progress]
     verified: dict[int, int]
     """Partition -> changelog offset of the newest snapshot that the node has and has verified."""
+    observed: dict[str, bytes] = {}
+    """Staged version -> what the node has seen of it, for whoever judges it."""
 
     def turning_points(self) -> dict[int, tuple[bool, int]]:
         """What a plan may be waiting for."""
@@ -104,6 +106,10 @@ class ReportBook:
             return NodeReport(heard_ms, incarnation)
         reported_s = min(heard_s, told_s + REPORT_QUIET_S)
         return NodeReport(heard_ms, report.incarnation, report.partitions, math.floor(origin_ms + reported_s * 1000))
+
+    def observed(self, names: Collection[str], agreed: Agreed) -> list[Mapping[str, bytes]]:
+        """What each of these nodes has seen of staged versions."""
+        return [report.observed for name, (_, report) in self._told.items() if name in names and _is_of(report, agreed)]
 
     def verified(self, names: Collection[str], agreed: Agreed) -> dict[str, Mapping[int, int]]:
         """Of these nodes: partition -> offset of the verified snapshot. What a lost disk had, or another process had

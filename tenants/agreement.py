@@ -6,6 +6,7 @@ them. The model file itself travels by its sha256, elsewhere.
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -15,6 +16,7 @@ from node.kernel.errors import ManifestError
 from node.kernel.types import AgreedVersion, EventSchema, ModelName, ModelVersion
 from tenants.manifest import Manifest, parse_manifest
 from tenants.shared_names import Resolver
+from tenants.stage import Promote, RollBack
 
 
 class ModelPublisher(Protocol):
@@ -28,8 +30,11 @@ class ModelPublisher(Protocol):
         """Return once `TenantService.agreed` has been told all that the cluster had agreed before this call."""
         ...
 
-    async def put(self, name: ModelName, version: str, blob: str, manifest: str, report: str) -> None:
-        """A version that passed its trial becomes the newest of its model, also one that had retired.
+    async def put(
+        self, name: ModelName, version: str, blob: str, manifest: str, report: str, stages: tuple[str, ...] = ()
+    ) -> None:
+        """A version that passed its trial becomes the newest of its model, also one that had retired. With `stages`
+        it goes through these beside the live version, if there is one.
 
         Its tenant is in the catalog already; the file `blob` is in this node's blob store.
         """
@@ -43,14 +48,27 @@ class ModelPublisher(Protocol):
         ...
 
     async def quarantine(self, name: ModelName, version: str, reason: str) -> None:
-        """The version, live until now, must not run any more; the one that was live before is again.
+        """The version must not run any more; if it is live, the one that was live before is again.
 
-        Nothing is done, and that is no error, when it is not live any more or none was live before.
+        Nothing is done, and that is no error, when it does not run any more or is live and none was live before.
         """
         ...
 
     async def features(self, tenant: str, text: str) -> None:
         """Put a tenant's features.toml, '' for none; refused where models or others' features changed meanwhile."""
+        ...
+
+    async def promote(self, wish: Promote) -> None:
+        """The staged version goes to its next stage, or is live. Nothing is done when it has left that stage."""
+        ...
+
+    async def roll_back(self, wish: RollBack) -> None:
+        """As `quarantine`, by whoever the wish names."""
+        ...
+
+    def gathered(self, observed: Mapping[str, bytes]) -> Mapping[str, Sequence[bytes]] | None:
+        """Tell the cluster what this node has observed of staged versions, by version; what all have, at the node that
+        is to judge them now, None at all others. Called again and again; never waits."""
         ...
 
     async def tenant(self, name: str, settings: str) -> None:

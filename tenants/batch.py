@@ -26,6 +26,7 @@ class Submission:
     values: Floats | None = None
     errors: dict[int, str] = field(default_factory=dict)
     cpu_seconds: float = 0.0
+    call_seconds: float = 0.0
 
     def answer(self, places: slice | Ints, values: Floats | None, errors: Mapping[int, str], share: float) -> None:
         """Outputs for the rows at `places` (None: none), `errors` by row of the submission; `share` CPU seconds."""
@@ -42,7 +43,7 @@ class Submission:
             self.values[places] = values
         if self.left == 0 and not self.future.done():
             given = self.values if self.values is not None else np.full((len(self.rows), self.outputs), np.nan)
-            self.future.set_result(ModelOutputs(given, self.errors, self.cpu_seconds))
+            self.future.set_result(ModelOutputs(given, self.errors, self.cpu_seconds, self.call_seconds))
 
     def fail(self, reason: str) -> None:
         """Answer every row that has no answer yet with `reason`."""
@@ -51,7 +52,7 @@ class Submission:
             unanswered = ~np.isfinite(values).all(axis=1)
             errors = {int(row): self.errors.get(int(row), reason) for row in np.flatnonzero(unanswered)}
             self.left = 0
-            self.future.set_result(ModelOutputs(values, errors, self.cpu_seconds))
+            self.future.set_result(ModelOutputs(values, errors, self.cpu_seconds, self.call_seconds))
 
 
 @dataclass(slots=True, eq=False)
@@ -128,9 +129,11 @@ class Batch:
         isolation.calls_left -= 1
         return Batch([(first, 0, len(first.rows))], first.rows), len(refused)
 
-    def answer(self, outputs: ModelOutputs, cpu_seconds: float) -> None:
+    def answer(self, outputs: ModelOutputs, cpu_seconds: float, call_seconds: float = 0.0) -> None:
         offset = 0
         for ticket, start, stop in self.parts:
+            for owner in ticket.owners if isinstance(ticket, Piece) else (ticket,):
+                owner.call_seconds = max(owner.call_seconds, call_seconds)
             count = stop - start
             values = outputs.values[offset : offset + count]
             errors = (

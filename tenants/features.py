@@ -31,6 +31,7 @@ from node.kernel.types import (
     Ints,
     ModelName,
     ModelVersion,
+    StagedVersion,
     StoredOutput,
     Texts,
 )
@@ -462,6 +463,11 @@ class CompiledFeatures:
     @property
     def stored_models(self) -> tuple[ModelVersion, ...]:
         return self._models
+
+    @property
+    def staged(self) -> Mapping[ModelName, StagedVersion]:
+        """None; see `tenants.staged_plan`."""
+        return {}
 
     @property
     def unresolved(self) -> tuple[StoredOutput, ...]:

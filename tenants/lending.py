@@ -30,7 +30,7 @@ class SlotLook:
         self._lend = lend
         self._computed, self._lent = True, False
         self._held = 0.0
-        self._seen = clock.monotonic()
+        self._seen = self.began = clock.monotonic()
         self._before = self._used = cpu_seconds(pid)
         self._timer = asyncio.get_running_loop().call_later(LOOK_SECONDS, self._look)
 

@@ -54,6 +54,7 @@ from tenants.expression import (
 )
 from tenants.interval_manifest import INTERVAL_KEYS, is_interval, read_schedule, refuse_event_fields
 from tenants.shared_names import Resolver, SharedValue, nothing_shared
+from tenants.stage import Stage, parse_rollout
 from tenants.wording import one_line, parse_duration, shown, suggestion
 
 METHODS: Final = ("predict_proba", "predict", "transform", "decision_function", "score_samples")
@@ -65,7 +66,7 @@ _FEATURE_BYTES_MAX: Final = 128
 _PROBLEMS_MAX: Final = 100
 _MODEL_KEYS: Final = (
     *("on", *INTERVAL_KEYS),
-    *("output", "method", "ttl", "deadline", "weight", "overload", "features", "shared_with"),
+    *("output", "method", "ttl", "deadline", "weight", "overload", "features", "shared_with", "rollout"),
 )
 _KEY_PARTS_MAX: Final = 32
 _KEY_PART: Final = r"""(?:[A-Za-z0-9_-]++|"(?:[^"\\\n]|\\.){0,256}+"|'[^'\n]{0,256}+')"""
@@ -119,6 +120,9 @@ class Manifest:
     """Of an interval model, which has no `events`."""
     shared_with: tuple[str, ...] | None = None
     """The tenants that may use its outputs, beside its own; None: all."""
+
+    rollout: tuple[Stage, ...] = ()
+    """What a version goes through before it takes the live one's place; (): nothing."""
 
     @property
     def stored_bytes(self) -> int:
@@ -389,8 +393,11 @@ def parse_manifest(
         overload=_overload(reader) if "overload" in reader.values else None,
         schedule=read_schedule(reader) if interval else None,
         shared_with=reader.tenants("shared_with"),
+        rollout=parse_rollout(reader.values["rollout"], reader.problem) if "rollout" in reader.values else (),
     )
     if interval:
+        if manifest.rollout:
+            reader.problem("rollout is for models that events trigger; leave it out of an interval model")
         refuse_event_fields(reader, ((feature.name, feature.expression) for feature in manifest.features))
     reader.finish()
     return manifest

@@ -31,7 +31,7 @@ from tenants.lending import SlotLook
 from tenants.manifest import TenantSettings
 from tenants.memory import measured
 from tenants.pool_statistics import PoolStatistics, VersionState, tenant_statistics
-from tenants.registry import Action, ConfigureTenant, GoLive, RemoveTenant, Retire
+from tenants.registry import Action, ConfigureTenant, GoLive, RemoveTenant, Retire, RunBeside
 from tenants.scheduler import Dispatch, Scheduler
 from tenants.shares import ShareWindow
 from tenants.versions import alike
@@ -65,6 +65,7 @@ class _Version:
     fetch: asyncio.Task[None] | None = None
     losses: int = 0
     admitted: bool = False
+    beside: bool = False  # its model's live version: what waits for the one must not fill the queue of the other
     retired: bool = False
     failed_at: float = 0.0
     reason: str = ""
@@ -163,7 +164,7 @@ class ModelPool:
             known.rows_failed += len(rows)
             submission.fail(known.reason)
             return future
-        self._check_queue(tenant, version.name, len(rows))
+        self._check_queue(tenant, known, len(rows))
         self._scheduler.enqueue(submission, tenant.name, known.key, len(rows), priority)
         future.add_done_callback(partial(self._answered, tenant, known, submission))
         self._wake()
@@ -187,14 +188,15 @@ class ModelPool:
         if tenant.worker is not None:
             self._server.set_weight(tenant.worker, settings.weight)
 
-    def admit(self, version: ModelVersion, text_features: tuple[str, ...] = ()) -> None:
+    def admit(self, version: ModelVersion, text_features: tuple[str, ...] = (), beside: bool = False) -> None:
         """Load a version before rows come for it; without it, the first submission does."""
         tenant = self._tenant(version.name.tenant)
         known = tenant.versions.get(version.version)
         if known is None:
             known = self._add_version(tenant, version, text_features)
-        known.admitted, known.retired = True, False
-        self._hand_over(tenant, known)
+        known.admitted, known.beside, known.retired = True, beside, False
+        if not beside:
+            self._hand_over(tenant, known)
 
     def retire(self, version: ModelVersion) -> None:
         """Forget a version once the rows queued for it have run."""
@@ -209,8 +211,8 @@ class ModelPool:
         match action:
             case ConfigureTenant():
                 self.configure(action.settings)
-            case GoLive():
-                self.admit(action.version, action.text_features)
+            case GoLive() | RunBeside():
+                self.admit(action.version, action.text_features, isinstance(action, RunBeside))
             case Retire():
                 self.retire(action.version)
             case RemoveTenant():
@@ -295,15 +297,15 @@ class ModelPool:
         self._scheduler.add_model(tenant.name, known.key, known.version.weight, CostEstimate(), call_seconds_max)
         self._scheduler.block(tenant.name, known.key)
 
-    def _check_queue(self, tenant: _Tenant, name: ModelName, rows: int) -> None:
+    def _check_queue(self, tenant: _Tenant, asked: _Version, rows: int) -> None:
         held = sum(
             self._scheduler.rows_held(tenant.name, known.key)
             for known in tenant.versions.values()
-            if known.version.name == name
+            if (known.version.name, known.beside) == (asked.version.name, asked.beside)
         )
         if held and held + rows > tenant.settings.rows_queued_max:  # alone, any chunk runs: a bound may be lowered
             raise BoundExceeded(
-                f"{name} holds {held} rows and can't take {rows} more: its tenant's rows_queued_max is"
+                f"{asked.version.name} holds {held} rows and can't take {rows} more: its tenant's rows_queued_max is"
                 f" {tenant.settings.rows_queued_max}; keep them and submit again when some are done"
             )
 
@@ -567,7 +569,7 @@ class ModelPool:
                 known.rows_failed += len(outputs.errors)
                 if judge(known.rate, batch.isolation, batch.rows, outputs.errors):
                     known.last_error = next(iter(outputs.errors.values()))
-                batch.answer(outputs, used)
+                batch.answer(outputs, used, self._clock.monotonic() - look.began)
         except CallFailed as error:
             used, tenant.backoff_ms = look.used(), 0
             pieces = self._raised(known, batch.piece(), str(error))

@@ -104,8 +104,8 @@ class Publishing:
                 await self._publish.tenant(tenant, text)
             case PutFeatures(tenant, text):
                 await self._publish.features(tenant, text)
-            case PutVersion(name, version, blob, manifest, report):
-                await self._publish.put(name, version, blob, manifest, encode_report(report))
+            case PutVersion(name, version, blob, manifest, report, stages):
+                await self._publish.put(name, version, blob, manifest, encode_report(report), stages)
             case Withdraw(name, version):
                 await self._publish.withdraw(name, version)
             case Quarantine(name, version, reason):

@@ -3,7 +3,7 @@
 A `Snapshot` is immutable; `tenants.transitions` gives the next one for each event. For each model there is at most one
 live version and at most one newer pair of files that is not live: on trial (`candidate`), `waiting` for a model
 whose output it uses, or `refused`. Whatever becomes of the newer one, the live version goes on until a better one has
-passed its trial.
+passed its trial, and has gone through the stages beside it that its manifest asks for (`Staged`).
 
 In a cluster (`Snapshot.shared` is not None) the directory is this node's own, and what is live is not: a pair that
 passed is published (`publications`), and it is the catalog, told by `Agreed`, that makes versions live, on every node
@@ -16,14 +16,23 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal, TypeAlias
 
-from node.kernel.types import AgreedModels, AgreedVersion, ModelName, ModelVersion, Quota
+from node.kernel import limits
+from node.kernel.types import AgreedModels, AgreedVersion, ModelName, ModelVersion, Quota, StageChange, StagedVersion
 from tenants.agreement import TrialReport
 from tenants.definitions import NOTHING_SHARED, Definitions
 from tenants.manifest import Manifest, TenantSettings
 from tenants.sharing import Neighbours
+from tenants.stage import Promote, RollBack, Stage
 
-NewestState: TypeAlias = Literal["candidate", "waiting", "refused", "quarantined", "passed", "rolling out", "retired"]
+NewestState: TypeAlias = Literal[
+    "candidate", "waiting", "refused", "quarantined", "shadow", "canary", "passed", "rolling out", "retired"
+]
 """The last three in a cluster only: to be published; agreed, but not live yet; agreed, and replaced or withdrawn."""
+AUTOMATIC = "auto"
+"""Who: the node itself, by the conditions of the manifest."""
+TENANT = "tenant"
+"""Who: whoever put the files there."""
+_COMING = ("candidate", "waiting", "shadow", "canary", "passed", "rolling out")
 NOT_HERE = "its model file is not here yet; it is fetched from the other nodes, and its triggers wait meanwhile"
 
 
@@ -37,6 +46,30 @@ class Live:
     live_since_ms: int
     failing: str = ""
     at_fault: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Staged:
+    """A version that passed its trial and runs beside the live one; `stage` counts its manifest's stages from 0."""
+
+    manifest: Manifest
+    version: ModelVersion
+    report: TrialReport
+    stage: int
+    since_ms: int
+    who: str
+    reason: str = ""
+    failing: str = ""
+    """As of `Live`, as is `at_fault`."""
+    at_fault: bool = False
+
+    @property
+    def asked(self) -> Stage:
+        return self.manifest.rollout[self.stage]
+
+    @property
+    def beside(self) -> StagedVersion:
+        return StagedVersion(self.version, self.asked.kind, self.asked.share)
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,6 +110,19 @@ class Entry:
     unserved: Unserved | None = None
     previous: Live | None = None
     quarantined: Mapping[str, str] = field(default_factory=dict)
+    staged: Staged | None = None
+    history: tuple[StageChange, ...] = ()
+    """The last changes, the newest last."""
+
+    @property
+    def empty(self) -> bool:
+        """Whether nothing is left but what was."""
+        return replace(self, history=()) == Entry(self.name)
+
+    def remembering(self, *changes: StageChange) -> Entry:
+        """With these changes, from now on the newest."""
+        told = [replace(one, reason=one.reason[: limits.STAGE_REASON_BYTES_MAX]) for one in changes]
+        return replace(self, history=(*self.history, *told)[-limits.STAGE_HISTORY_MAX :])
 
 
 Catalogued: TypeAlias = Mapping[ModelName, Mapping[str, AgreedVersion]]
@@ -117,7 +163,7 @@ class Shared:
     def newest(self, name: ModelName) -> str:
         """The version of the model that was put last, unless it was taken back; '' without one."""
         by_state = {known.state: version for version, known in self.versions.get(name, {}).items()}
-        return by_state.get("passed") or by_state.get("live") or ""
+        return by_state.get("passed") or by_state.get("staged") or by_state.get("live") or ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -151,6 +197,12 @@ class Snapshot:
         """Under the tenant's quota, if it has one."""
         quota = self.quotas.get(settings.tenant)
         return settings if quota is None else settings.granted(quota.limits())
+
+    @property
+    def beside(self) -> tuple[tuple[StagedVersion, Manifest], ...]:
+        """What runs beside the live versions, in order of the models' names."""
+        entries = (entry.staged for _, entry in sorted(self.models.items()) if entry.live is not None)
+        return tuple((staged.beside, staged.manifest) for staged in entries if staged is not None)
 
     def on_trial(self, name: ModelName, version: str) -> bool:
         newest = self.models[name].newest if name in self.models else None
@@ -299,6 +351,8 @@ class Agreed:
     """Of the tenants in `models`."""
     at_ms: int
     unfit: Mapping[ModelName, str] = field(default_factory=dict)
+    stages: bool = True
+    """False: nothing runs beside what is live, as customers' rows can't hold both."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -323,6 +377,8 @@ Event: TypeAlias = (
     | TrialPassed
     | TrialFailed
     | VersionFailing
+    | Promote
+    | RollBack
     | TenantSeen
     | TenantGone
     | QuotaSet
@@ -344,6 +400,14 @@ class StartTrial:
 
 @dataclass(frozen=True, slots=True)
 class GoLive:
+    version: ModelVersion
+    text_features: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class RunBeside:
+    """As a shadow or canary."""
+
     version: ModelVersion
     text_features: tuple[str, ...]
 
@@ -392,6 +456,8 @@ class PutVersion:
     blob: str
     manifest: str
     report: TrialReport
+    stages: tuple[str, ...] = ()
+    """What it is to go through beside the live one."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -402,7 +468,7 @@ class Withdraw:
 
 @dataclass(frozen=True, slots=True)
 class Quarantine:
-    """A live version that failed on this node, to be replaced by the one before it on all."""
+    """A version that failed on this node, to be stopped on all; one that is live is replaced by the one before it."""
 
     name: ModelName
     version: str
@@ -419,28 +485,43 @@ class CountRefusal:
 
 Publication: TypeAlias = PutTenant | PutFeatures | PutVersion | Withdraw | Quarantine
 Action: TypeAlias = (
-    StartTrial | GoLive | Retire | WriteStatus | WriteFeaturesStatus | ConfigureTenant | RemoveTenant | CountRefusal
+    StartTrial
+    | GoLive
+    | RunBeside
+    | Retire
+    | WriteStatus
+    | WriteFeaturesStatus
+    | ConfigureTenant
+    | RemoveTenant
+    | CountRefusal
 )
 Step: TypeAlias = tuple[Snapshot, tuple[Action, ...]]
 
 
 def prospect(snapshot: Snapshot) -> list[tuple[ModelVersion, Manifest]]:
-    """What is live once all that this node has passed is: what `compile_plan` takes."""
+    """What runs once all that this node has passed does: what `compile_plan` takes."""
     models: list[tuple[ModelVersion, Manifest]] = []
     for _, entry in sorted(snapshot.models.items()):
         newest, live = entry.newest, entry.live
         if newest is not None and newest.manifest is not None and newest.state in ("passed", "rolling out"):
             models.append((newest.manifest.version(newest.blob), newest.manifest))
+            if live is not None and newest.manifest.rollout:
+                models.append(under_key(StagedVersion(live.version, "shadow"), live.manifest))
         elif live is not None:
             models.append((live.version, live.manifest))
-    return models
+    return [*models, *(under_key(*beside) for beside in snapshot.beside)]
+
+
+def under_key(staged: StagedVersion, manifest: Manifest) -> tuple[ModelVersion, Manifest]:
+    """What a plan that has the live version too is compiled with."""
+    return replace(staged.version, name=staged.key), manifest
 
 
 def neighbours(snapshot: Snapshot) -> Neighbours:
     """The models as they run, and as they are to run once all that was found has passed."""
     live = {manifest.name: manifest for _, manifest in snapshot.live}
     found = [entry.newest for entry in snapshot.models.values() if entry.newest is not None]
-    coming = [one.manifest for one in found if one.state in ("candidate", "waiting", "passed", "rolling out")]
+    coming = [one.manifest for one in found if one.state in _COMING]
     wished = {manifest.name: manifest for manifest in coming if manifest is not None}
     return Neighbours(live, {**live, **wished}, snapshot.definitions)
 
@@ -453,7 +534,14 @@ def publications(snapshot: Snapshot) -> tuple[Publication, ...]:
     tenants = [PutTenant(tenant, seen.text) for tenant, seen in sorted(shared.asked.items())]
     features = [PutFeatures(tenant, text) for tenant, text in sorted(shared.asked_features.items())]
     versions = [
-        PutVersion(name, newest.version, newest.blob, newest.manifest.text.decode(), newest.report)
+        PutVersion(
+            name,
+            newest.version,
+            newest.blob,
+            newest.manifest.text.decode(),
+            newest.report,
+            tuple(map(str, newest.manifest.rollout)),
+        )
         for name, entry in sorted(snapshot.models.items())
         if (newest := entry.newest) is not None and newest.state == "passed" and newest.manifest and newest.report
     ]
@@ -461,6 +549,11 @@ def publications(snapshot: Snapshot) -> tuple[Publication, ...]:
         Quarantine(name, entry.live.version.version, entry.live.failing)
         for name, entry in sorted(snapshot.models.items())
         if entry.live is not None and entry.live.at_fault and shared.has_fallback(name)
+    ]
+    failed += [
+        Quarantine(name, entry.staged.version.version, f"in stage {entry.staged.asked}: {entry.staged.failing}")
+        for name, entry in sorted(snapshot.models.items())
+        if entry.staged is not None and entry.staged.at_fault
     ]
     return (
         *tenants,
@@ -473,7 +566,7 @@ def publications(snapshot: Snapshot) -> tuple[Publication, ...]:
 
 def quarantine_problem(name: ModelName, reason: str) -> str:
     return (
-        f"{name.model}.joblib: quarantined, and the version before it runs again: {reason}; drop a mended pair, which"
+        f"{name.model}.joblib: quarantined, and the version before it runs: {reason}; drop a mended pair, which"
         " is another version"
     )
 
@@ -507,6 +600,12 @@ def status(snapshot: Snapshot, name: ModelName) -> dict[str, object]:
         told |= {"problems": [live.failing] if live.failing else [], **_live_status(live)}
     if newest is not None and live is not None:
         told["running"] = _live_status(live)
+    if entry.staged is not None:
+        told["stage"] = _stage_status(entry.staged)
+    told["history"] = [
+        {"at_ms": one.at_ms, "version": one.version, "to": one.to, "who": one.who, "reason": one.reason}
+        for one in entry.history
+    ]
     return told
 
 
@@ -523,6 +622,17 @@ def features_status(snapshot: Snapshot, tenant: str) -> dict[str, object]:
         "state": "refused" if refused else "rolling out" if asked else "live",
         "problems": problems,
         "in_force": sorted(names),
+    }
+
+
+def _stage_status(staged: Staged) -> dict[str, object]:
+    return {
+        "version": staged.version.version,
+        "stage": str(staged.asked),
+        "number": staged.stage + 1,
+        "of": len(staged.manifest.rollout),
+        "since_ms": staged.since_ms,
+        "problems": [staged.failing] if staged.failing else [],
     }
 
 

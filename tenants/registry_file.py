@@ -12,11 +12,11 @@ from typing import Literal
 import msgspec
 
 from node.kernel.errors import ManifestError
-from node.kernel.types import EventSchema, ModelName, Quota
+from node.kernel.types import EventSchema, ModelName, Quota, StageChange
 from tenants.agreement import TrialReport
 from tenants.definitions import Definitions, compile_definitions
 from tenants.manifest import TenantSettings, parse_manifest
-from tenants.registry import Entry, Live, Shared, Snapshot
+from tenants.registry import Entry, Live, Shared, Snapshot, Staged
 
 
 class _SavedModel(msgspec.Struct, frozen=True):
@@ -26,6 +26,20 @@ class _SavedModel(msgspec.Struct, frozen=True):
     blob: str
     report: TrialReport
     live_since_ms: int
+
+
+class _SavedStage(msgspec.Struct, frozen=True):
+    model: _SavedModel
+    stage: int
+    since_ms: int
+    who: str
+    reason: str
+
+
+class _History(msgspec.Struct, frozen=True):
+    tenant: str
+    model: str
+    changes: tuple[StageChange, ...]
 
 
 class _Failed(msgspec.Struct, frozen=True):
@@ -47,6 +61,8 @@ class _Saved(msgspec.Struct, frozen=True, omit_defaults=True):
     quotas: dict[str, Quota] = {}
     features: dict[str, str] = {}
     """Tenant -> its features.toml: what is in force; of a node of a cluster, what the catalog has had of this node."""
+    staged: tuple[_SavedStage, ...] = ()
+    history: tuple[_History, ...] = ()
 
 
 def encode(snapshot: Snapshot) -> bytes:
@@ -65,16 +81,29 @@ def encode(snapshot: Snapshot) -> bytes:
     failed = tuple(
         _Failed(name.tenant, name.model, dict(entry.quarantined)) for name, entry in entries if entry.quarantined
     )
-    tenants, quotas = tuple(snapshot.tenants.values()), dict(sorted(snapshot.quotas.items()))
-    features = dict(snapshot.definitions.files)
-    saved = _Saved(1, models, tenants, previous=previous, failed=failed, quotas=quotas, features=features)
+    staged = tuple(
+        _SavedStage(_saved(name, one), one.stage, one.since_ms, one.who, one.reason)
+        for name, entry in entries
+        if (one := entry.staged) is not None
+    )
+    history = tuple(_History(name.tenant, name.model, entry.history) for name, entry in entries if entry.history)
+    saved = _Saved(
+        1,
+        models,
+        tuple(snapshot.tenants.values()),
+        previous=previous,
+        failed=failed,
+        quotas=dict(sorted(snapshot.quotas.items())),
+        features=dict(snapshot.definitions.files),
+        staged=staged,
+        history=history,
+    )
     return msgspec.json.encode(saved)
 
 
-def _saved(name: ModelName, live: Live) -> _SavedModel:
-    return _SavedModel(
-        name.tenant, name.model, live.manifest.text.decode(), live.version.blob, live.report, live.live_since_ms
-    )
+def _saved(name: ModelName, one: Live | Staged) -> _SavedModel:
+    since_ms = one.live_since_ms if isinstance(one, Live) else one.since_ms
+    return _SavedModel(name.tenant, name.model, one.manifest.text.decode(), one.version.blob, one.report, since_ms)
 
 
 def decode(content: bytes, schema: EventSchema, in_cluster: bool = False) -> tuple[Snapshot, tuple[str, ...]]:
@@ -99,12 +128,35 @@ def decode(content: bytes, schema: EventSchema, in_cluster: bool = False) -> tup
     live = _restored(saved.models, schema, definitions, problems)
     previous = _restored(saved.previous, schema, definitions, [])
     failed = {ModelName(one.tenant, one.model): one.quarantined for one in saved.failed}
+    staged = _restored_stages(saved.staged, schema, definitions)
+    history = {ModelName(one.tenant, one.model): one.changes for one in saved.history}
     models = {
-        name: Entry(name, live[name], previous=previous.get(name), quarantined=failed.get(name, {}))
+        name: Entry(
+            name,
+            live[name],
+            previous=previous.get(name),
+            quarantined=failed.get(name, {}),
+            staged=staged.get(name),
+            history=history.get(name, ()),
+        )
         for name in sorted(live)
     }
     tenants = {settings.tenant: settings for settings in saved.tenants}
     return Snapshot(1, models, tenants, quotas=saved.quotas, definitions=definitions), tuple(problems)
+
+
+def _restored_stages(
+    saved: Iterable[_SavedStage], schema: EventSchema, definitions: Definitions
+) -> dict[ModelName, Staged]:
+    """One that the schema does not allow any more is found again, and refused."""
+    found: dict[ModelName, Staged] = {}
+    for one in saved:
+        for name, live in _restored((one.model,), schema, definitions, []).items():
+            if one.stage < len(live.manifest.rollout):
+                found[name] = Staged(
+                    live.manifest, live.version, live.report, one.stage, one.since_ms, one.who, one.reason
+                )
+    return found
 
 
 def _restored(

@@ -15,13 +15,13 @@ from node.kernel.errors import BoundExceeded, ManifestError, NotFound, StoreUnav
 from node.kernel.limits import TENANTS_MAX
 from node.kernel.ports import FeaturePlan
 from node.kernel.supervise import Supervisor
-from node.kernel.types import AgreedModels, EventSchema, ModelName, ModelVersion, OverloadPolicy, Quota
+from node.kernel.types import AgreedModels, EventSchema, ModelName, ModelVersion, OverloadPolicy, Quota, StagedVersion
 from tenants.agreement import ModelPublisher, read_version
 from tenants.cgroups import ControlGroups
 from tenants.definitions import NOTHING_SHARED
 from tenants.explanation import ShareExplained, TenantFacts, explain
 from tenants.feature_listing import FeatureCosts, SharedFeatureStatus, listing
-from tenants.features import compile_plan
+from tenants.judging import Judging
 from tenants.manifest import Manifest, TenantSettings
 from tenants.pool import ModelPool
 from tenants.pool_statistics import PoolStatistics
@@ -29,6 +29,8 @@ from tenants.quotas import models_of
 from tenants.registry import Shared, Snapshot
 from tenants.sandbox import SandboxReport, SandboxSettings
 from tenants.shared_names import taken_as_number
+from tenants.staged_plan import plan_of
+from tenants.staged_runner import StagedRunner
 from tenants.tenant_log import LogLine
 from tenants.versions import VersionFolder, alike
 from tenants.watch import Blobs, ModelWatcher, WatchSettings, WatchStatistics
@@ -99,9 +101,10 @@ class TenantService:
         self._schema = schema
         self._blobs = blobs
         self._live: tuple[tuple[ModelVersion, Manifest], ...] = ()
+        self._beside: tuple[tuple[StagedVersion, Manifest], ...] = ()
         self._definitions = NOTHING_SHARED
         self._timer = clock.monotonic
-        self._plan = compile_plan((), schema)
+        self._plan = plan_of((), (), schema, NOTHING_SHARED)
         self.feature_costs = FeatureCosts()
         self._versions = VersionFolder(settings.versions)
         self._supervisor = supervisor
@@ -117,11 +120,11 @@ class TenantService:
             clock,
             supervisor,
             self._changed,
-            lambda action: self.runner.act(action),
+            lambda action: self.pool.act(action),
             self._collect,
             publish,
         )
-        self.runner = ModelPool(
+        self.pool = ModelPool(
             self._server,
             self._fetch,
             clock,
@@ -130,6 +133,8 @@ class TenantService:
             settings.quantum_seconds,
             on_failing=self.watcher.failing,
         )
+        self.runner = StagedRunner(self.pool)
+        self.judging = Judging(lambda: self.watcher.snapshot, self.runner.figures, clock, self.watcher.decide, publish)
 
     async def start(self) -> None:
         """Models that were live before are live when this returns.
@@ -142,7 +147,8 @@ class TenantService:
         for layer, reason in self.sandbox.missing.items():
             log.warning("a layer of the sandbox is missing", layer=layer, reason=reason)
         await self.watcher.start()
-        self._supervisor.start("watch of workers", self.runner.keep_watch())
+        self._supervisor.start("watch of workers", self.pool.keep_watch())
+        self._supervisor.start("judge of stages", self.judging.run())
 
     async def caught_up(self, seconds_max: float) -> None:
         """Wait until what is in the directory has been tried, so that a fresh node's first events find their models."""
@@ -153,7 +159,7 @@ class TenantService:
             log.warning("models are still on trial; events go on without them", seconds=seconds_max)
 
     async def stop(self) -> None:
-        await self.runner.stop()
+        await self.pool.stop()
         await self._server.stop()
 
     def plan(self) -> FeaturePlan:
@@ -224,7 +230,7 @@ class TenantService:
 
     def share(self, tenant: str) -> ShareExplained:
         """What the tenant asked of its worker of late, what it got, and what held it back. Raises NotFound."""
-        known = {one.tenant: one for one in self.runner.statistics().tenants}
+        known = {one.tenant: one for one in self.pool.statistics().tenants}
         if tenant not in known:
             raise NotFound(f"no tenant {printable(tenant)} is known here; /v1/status lists those that are")
         settings, figures = self.settings(tenant), known[tenant]
@@ -244,7 +250,7 @@ class TenantService:
             "" if figures.worker is not None else figures.last_error or "it is starting, as soon as it has a model",
             (*(lost if figures.restarts else ()), *broken),
         )
-        return explain(self.runner.windows(tenant), facts)
+        return explain(self.pool.windows(tenant), facts)
 
     def settings(self, tenant: str) -> TenantSettings:
         return self.watcher.snapshot.settings(tenant)
@@ -277,11 +283,11 @@ class TenantService:
 
     def shared_features(self) -> list[SharedFeatureStatus]:
         """Every shared feature in force, by name and version."""
-        costs = self.feature_costs.with_more(self._plan.shared_costs())
+        costs = self.feature_costs.with_more(self._plan.compiled.shared_costs())
         return listing(self.watcher.snapshot, costs)
 
     def statistics(self) -> ServiceStatistics:
-        return ServiceStatistics(self.watcher.statistics(), self.runner.statistics())
+        return ServiceStatistics(self.watcher.statistics(), self.pool.statistics())
 
     async def _fetch(self, sha256: str) -> bytes:
         """A file that the catalog names comes here sooner or later, so it is waited for."""
@@ -297,17 +303,24 @@ class TenantService:
                     await changed.wait()
 
     def _changed(self, snapshot: Snapshot) -> None:
-        if snapshot.live != self._live or snapshot.definitions is not self._definitions:
-            self._live, self._definitions = snapshot.live, snapshot.definitions
-            self.feature_costs.add(self._plan.shared_costs())
-            self._plan = compile_plan(self._live, self._schema, self._definitions, self._timer)
-        self._versions.keep(version for version, _ in snapshot.live)
+        running = self._live, self._beside
+        if (snapshot.live, snapshot.beside) != running or snapshot.definitions is not self._definitions:
+            self._live, self._beside, self._definitions = snapshot.live, snapshot.beside, snapshot.definitions
+            self.feature_costs.add(self._plan.compiled.shared_costs())
+            self._plan = plan_of(self._live, self._beside, self._schema, self._definitions, self._timer)
+        self._versions.keep(self._running(snapshot))
+        self.runner.observe(snapshot)
+        self.judging.changed.set()
         log.info("models changed", snapshot=snapshot.number, live=[str(version.name) for version, _ in snapshot.live])
+
+    @staticmethod
+    def _running(snapshot: Snapshot) -> list[ModelVersion]:
+        return [*(version for version, _ in snapshot.live), *(staged.version for staged, _ in snapshot.beside)]
 
     def _collect(self, snapshot: Snapshot) -> None:
         """Remove what no model needs any more. Blocking. Raises StoreUnavailable."""
         newest = [entry.newest for entry in snapshot.models.values() if entry.newest is not None]
-        kept_live = [version for version, _ in snapshot.live]
+        kept_live = self._running(snapshot)
         kept_live += [entry.previous.version for entry in snapshot.models.values() if entry.previous is not None]
         versions = {version.version for version in kept_live} | {one.version for one in newest}
         blobs = {version.blob for version in kept_live} | {one.blob for one in newest}

@@ -35,8 +35,10 @@ from tenants.registry import (
     Quarantine,
     RemoveTenant,
     Retire,
+    RunBeside,
     Shared,
     Snapshot,
+    Staged,
     Step,
     TenantSeen,
     Unserved,
@@ -47,8 +49,9 @@ from tenants.registry import (
     quarantine_problem,
     text_features,
 )
+from tenants.stages import unlike
 
-_ROLLING_OUT = "it is agreed, and goes live once every node has its file"
+_ROLLING_OUT = "it is agreed, and goes live, or to its first stage, once every node has its file"
 _RETIRED = (
     "the cluster runs another version, which was put later, or none, as the model was deleted on another node; drop a"
     " changed pair, or remove these files"
@@ -95,7 +98,7 @@ def pair_gone(snapshot: Snapshot, shared: Shared, entry: Entry) -> Snapshot:
     if entry.newest is None:
         return snapshot
     left = replace(entry, newest=None)
-    return snapshot.without(name) if left == Entry(name) else snapshot.with_entry(left)
+    return snapshot.without(name) if left.empty else snapshot.with_entry(left)
 
 
 def settings_seen(snapshot: Snapshot, shared: Shared, event: TenantSeen) -> Snapshot:
@@ -183,9 +186,10 @@ def agreed(snapshot: Snapshot, before: Shared, event: Agreed, schema: EventSchem
         if entry.newest is not None and newest is not entry.newest:
             taken[name] = entry.newest.version
         live, unserved = _agreed_live(entry, before, shared, event, schema, (definitions, unchanged))
-        after = Entry(name, live, newest, unserved)
+        staged = _agreed_staged(entry, live, shared, event, schema, (definitions, unchanged))
+        after = Entry(name, live, newest, unserved, staged=staged, history=event.models.histories.get(name, ()))
         actions.extend(_swapped(entry, after))
-        if after != Entry(name):
+        if not after.empty:
             models[name] = after
     for name in [name for name in shared.gone if shared.newest(name) not in (taken.get(name), "")]:
         shared = replace(shared, gone=shared.gone - {name})  # put anew by another node: no longer this one's to delete
@@ -227,8 +231,8 @@ def _followed(entry: Entry, before: Shared, shared: Shared, at_ms: int) -> Newes
         manifest = entry.live.manifest if entry.live is not None else None
         return _stands(shared, name, Newest("retired", version, ran.blob, at_ms, manifest=manifest))
     was, now = before.standing(name, newest.version), shared.standing(name, newest.version)
-    put_elsewhere = now != was and (now in ("passed", "live") or not was)
-    if newest.state != "rolling out" and not put_elsewhere:
+    put_elsewhere = now != was and (now in ("passed", "staged", "live") or not was)
+    if newest.state not in ("rolling out", "shadow", "canary") and not put_elsewhere:
         return newest
     stands = _stands(shared, name, newest)
     return newest if stands == newest else stands
@@ -241,6 +245,11 @@ def _stands(shared: Shared, name: ModelName, newest: Newest) -> Newest | None:
             return None
         case "passed":
             return replace(newest, state="rolling out", problems=(_ROLLING_OUT,), report=None)
+        case "staged":
+            known = shared.versions[name][newest.version]
+            asked = newest.manifest.rollout if newest.manifest is not None else ()
+            kind = asked[known.stage].kind if known.stage < len(asked) else "shadow"
+            return replace(newest, state=kind, problems=(), report=None)
         case "quarantined":
             reason = shared.versions[name][newest.version].reason
             return replace(newest, state="quarantined", problems=(quarantine_problem(name, reason),), report=None)
@@ -271,6 +280,31 @@ def _agreed_live(
     return (replace(live, failing="") if live.failing == NOT_HERE else live), None
 
 
+def _agreed_staged(
+    entry: Entry,
+    live: Live | None,
+    shared: Shared,
+    event: Agreed,
+    schema: EventSchema,
+    defined: tuple[Definitions, bool],
+) -> Staged | None:
+    """What runs beside the live version here; None also where it can't, which the judge of its figures finds."""
+    agreed = next((known for known in shared.versions.get(entry.name, {}).values() if known.state == "staged"), None)
+    if agreed is None or live is None or not event.stages:
+        return None
+    staged, (definitions, unchanged) = entry.staged, defined
+    same = staged is not None and staged.version.version == agreed.version
+    if staged is None or not same or (staged.manifest.shared_values and not unchanged):
+        try:
+            read = read_version(agreed, schema, definitions.resolver(entry.name.tenant))
+        except ManifestError:
+            return None
+        staged = Staged(read.manifest, read.version, read.report, agreed.stage, agreed.at_ms, agreed.who)
+    if agreed.stage >= len(staged.manifest.rollout) or unlike(live.version, staged.version):
+        return None
+    return replace(staged, stage=agreed.stage, since_ms=agreed.at_ms, who=agreed.who, reason=agreed.reason)
+
+
 def _same_text(one: AgreedVersion | None, other: AgreedVersion) -> bool:
     return one is not None and (
         (one.version, one.blob, one.manifest, one.report) == (other.version, other.blob, other.manifest, other.report)
@@ -281,11 +315,15 @@ def _swapped(before: Entry, after: Entry) -> list[Action]:
     """What the pool and the tenant hear of it."""
     actions: list[Action] = []
     old = before.live.version if before.live is not None else None
-    if after.live is not None and after.live.version != old:
+    was = before.staged.version if before.staged is not None else None
+    runs = {one.version.version for one in (after.live, after.staged) if one is not None}
+    ended = was is not None and was.version not in runs
+    if after.live is not None and (after.live.version != old or ended):  # it takes over what a staged one has queued
         actions.append(GoLive(after.live.version, text_features(after.live.manifest)))
-    if old is not None and (after.live is None or after.live.version.version != old.version):
-        actions.append(Retire(old))
-    if after not in (before, Entry(before.name)):
+    if after.staged is not None and after.staged.version != was:
+        actions.append(RunBeside(after.staged.version, text_features(after.staged.manifest)))
+    actions.extend(Retire(gone) for gone in (old, was) if gone is not None and gone.version not in runs)
+    if after != before and not after.empty:
         actions.append(WriteStatus(before.name))
     return actions
 

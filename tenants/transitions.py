@@ -10,12 +10,14 @@ from functools import singledispatch
 
 from node.kernel import limits
 from node.kernel.errors import ManifestError, QuotaRefused
-from node.kernel.types import EventSchema, ModelName, StoredOutput
-from tenants import feature_files, sharing, standing
+from node.kernel.types import EventSchema, ModelName, StageChange, StoredOutput
+from tenants import feature_files, sharing, stages, standing
 from tenants.expression import expression_name
 from tenants.manifest import Manifest, parse_manifest
 from tenants.quotas import check_quota
 from tenants.registry import (
+    AUTOMATIC,
+    TENANT,
     Action,
     Agreed,
     ConfigureTenant,
@@ -49,6 +51,7 @@ from tenants.registry import (
     quarantine_problem,
     text_features,
 )
+from tenants.stage import Promote, RollBack
 
 
 def apply(snapshot: Snapshot, event: Event, schema: EventSchema) -> Step:
@@ -94,6 +97,12 @@ def _(event: PairSeen, snapshot: Snapshot, schema: EventSchema) -> Step:
         if entry.newest is None:
             return snapshot, ()
         return snapshot.with_entry(replace(entry, newest=None)), (WriteStatus(event.name),)
+    elif entry.staged is not None and entry.staged.version.version == version.version:
+        newest = stages.found_again(entry.staged, event.at_ms)
+        same = entry.newest is not None and entry.newest.says(newest)
+        return (
+            (snapshot, ()) if same else (snapshot.with_entry(replace(entry, newest=newest)), (WriteStatus(event.name),))
+        )
     if entry.newest is not None and entry.newest.version == version.version and entry.newest.state != "retired":
         return snapshot, ()
     if version.version in entry.quarantined:
@@ -128,7 +137,7 @@ def _(event: PairGone, snapshot: Snapshot, schema: EventSchema) -> Step:
         return standing.pair_gone(snapshot, snapshot.shared, entry or Entry(event.name)), ()
     if entry is None:
         return snapshot, ()
-    return snapshot.without(event.name), (Retire(entry.live.version),) if entry.live is not None else ()
+    return snapshot.without(event.name), tuple(_retired(entry))
 
 
 def _kept(snapshot: Snapshot, entry: Entry, users: str) -> Step:
@@ -151,17 +160,24 @@ def _(event: TrialPassed, snapshot: Snapshot, schema: EventSchema) -> Step:
     except ManifestError as error:  # others changed meanwhile
         refused = replace(tried, state="refused", version="", problems=error.problems)
         return snapshot.with_entry(replace(entry, newest=refused)), (WriteStatus(event.name),)
+    version = tried.manifest.version(tried.blob, event.report.labels)
+    live = Live(tried.manifest, version, event.report, event.at_ms)
+    stays = entry.live if tried.manifest.rollout and entry.live is not None and not entry.live.failing else None
+    if stays is not None and (unlike := stages.unlike(stays.version, version)):
+        failed = TrialFailed(event.name, event.version, unlike, event.at_ms, ".toml")
+        return _apply(failed, snapshot, schema)
     if snapshot.shared is not None:
         passed = replace(tried, state="passed", report=event.report)
         return snapshot.with_entry(replace(entry, newest=passed)), (WriteStatus(event.name),)
-    version = tried.manifest.version(tried.blob, event.report.labels)
-    live = Live(tried.manifest, version, event.report, event.at_ms)
+    if stays is not None:
+        begun, begin = stages.begin(entry, live, event.at_ms)
+        return snapshot.with_entry(begun), begin
     actions: list[Action] = [GoLive(version, text_features(tried.manifest))]
-    if entry.live is not None:
-        actions.append(Retire(entry.live.version))
+    actions.extend(_retired(entry))
     actions.append(WriteStatus(event.name))
     good = entry.live if entry.live is not None and not entry.live.failing else entry.previous
-    after = Entry(event.name, live, previous=good, quarantined=entry.quarantined)
+    after = Entry(event.name, live, previous=good, quarantined=entry.quarantined, history=entry.history)
+    after = after.remembering(StageChange(event.at_ms, event.version, "live", TENANT, "passed its trial"))
     snapshot, more = _without_wait(snapshot.with_entry(after))
     return snapshot, (*actions, *more)
 
@@ -178,28 +194,52 @@ def _(event: TrialFailed, snapshot: Snapshot, schema: EventSchema) -> Step:
 @_apply.register
 def _(event: VersionFailing, snapshot: Snapshot, schema: EventSchema) -> Step:
     entry = snapshot.models.get(event.name)
+    if entry is not None and entry.staged is not None and entry.staged.version.version == event.version:
+        return _staged_failing(snapshot, entry, event)
     if entry is None or entry.live is None or entry.live.version.version != event.version:
         return snapshot, ()
     if entry.live.failing == event.reason:
         return snapshot, ()
     if event.at_fault and entry.previous is not None and snapshot.shared is None:
-        return _fallen_back(snapshot, entry, entry.live, entry.previous, event)
+        return _apply(RollBack(event.name, event.version, AUTOMATIC, event.reason, event.at_ms), snapshot, schema)
     live = replace(entry.live, failing=event.reason, at_fault=event.at_fault)
     return snapshot.with_entry(replace(entry, live=live)), (WriteStatus(event.name),)
 
 
-def _fallen_back(snapshot: Snapshot, entry: Entry, failed: Live, good: Live, event: VersionFailing) -> Step:
-    """The failed version is quarantined, and the one before it live again; a newer pair goes on with its trial."""
-    kept = dict(list(entry.quarantined.items())[-(limits.QUARANTINED_PER_MODEL_MAX - 1) :])
-    problem = quarantine_problem(event.name, event.reason)
-    newest = entry.newest or Newest(
-        "quarantined", event.version, failed.version.blob, event.at_ms, (problem,), failed.manifest
-    )
-    after = Entry(
-        event.name, replace(good, live_since_ms=event.at_ms), newest, quarantined={**kept, event.version: event.reason}
-    )
-    actions = (GoLive(good.version, text_features(good.manifest)), Retire(failed.version), WriteStatus(event.name))
-    return snapshot.with_entry(after), actions
+def _staged_failing(snapshot: Snapshot, entry: Entry, event: VersionFailing) -> Step:
+    staged = entry.staged
+    assert staged is not None
+    if event.at_fault and snapshot.shared is None:
+        reason = f"in stage {staged.asked}: {event.reason}"
+        stepped = stages.roll_back(entry, RollBack(event.name, event.version, AUTOMATIC, reason, event.at_ms))
+        return (snapshot, ()) if stepped is None else (snapshot.with_entry(stepped[0]), stepped[1])
+    if staged.failing == event.reason:
+        return snapshot, ()
+    failing = replace(staged, failing=event.reason, at_fault=event.at_fault)
+    return snapshot.with_entry(replace(entry, staged=failing)), (WriteStatus(event.name),)
+
+
+@_apply.register
+def _(event: Promote, snapshot: Snapshot, schema: EventSchema) -> Step:
+    entry = snapshot.models.get(event.name)
+    stepped = stages.promote(entry, event) if entry is not None and snapshot.shared is None else None
+    if stepped is None:
+        return snapshot, ()
+    snapshot, more = _without_wait(snapshot.with_entry(stepped[0]))
+    return snapshot, (*stepped[1], *more)
+
+
+@_apply.register
+def _(event: RollBack, snapshot: Snapshot, schema: EventSchema) -> Step:
+    entry = snapshot.models.get(event.name)
+    stepped = stages.roll_back(entry, event) if entry is not None and snapshot.shared is None else None
+    return (snapshot, ()) if stepped is None else (snapshot.with_entry(stepped[0]), stepped[1])
+
+
+def _retired(entry: Entry) -> list[Retire]:
+    """What runs of a model, when none of it is to."""
+    running = [one.version for one in (entry.live, entry.staged) if one is not None]
+    return [Retire(version) for version in running]
 
 
 @_apply.register
@@ -231,7 +271,7 @@ def _(event: TenantGone, snapshot: Snapshot, schema: EventSchema) -> Step:
             models={name: entry for name, entry in snapshot.models.items() if name.tenant != event.tenant},
             tenants={tenant: settings for tenant, settings in snapshot.tenants.items() if tenant != event.tenant},
         ),
-        (*(Retire(entry.live.version) for entry in gone if entry.live is not None), RemoveTenant(event.tenant)),
+        (*(retire for entry in gone for retire in _retired(entry)), RemoveTenant(event.tenant)),
     )
 
 

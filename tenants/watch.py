@@ -12,7 +12,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -35,17 +35,15 @@ from node.kernel.types import AgreedModels, EventSchema, ModelName, ModelVersion
 from tenants import folder, registry, registry_file, transitions
 from tenants.agreement import ModelPublisher
 from tenants.feature_reading import read_features
-from tenants.features import compile_plan
+from tenants.fitting import Fitting
 from tenants.folder import MANIFEST, MODEL, TENANT_FILE, Scan, Signature
-from tenants.manifest import Manifest, TenantCaps, TenantSettings, parse_tenant
-from tenants.model_graph import ring_problem
+from tenants.manifest import TenantCaps, TenantSettings, parse_tenant
 from tenants.publishing import Publishing
 from tenants.registry import (
     Action,
     ConfigureTenant,
     CountRefusal,
     Event,
-    GoLive,
     Shared,
     Snapshot,
     StartTrial,
@@ -55,6 +53,7 @@ from tenants.registry import (
     WriteStatus,
 )
 from tenants.shared_names import FEATURES_FILE
+from tenants.stage import Promote, RollBack
 from tenants.status_content import status_content
 from tenants.trial_slots import TrialSlots
 from tenants.workers import LoadReport, WarmServer
@@ -130,9 +129,9 @@ class _Counters:
 class ModelWatcher:
     """Keeps the registry's snapshot in step with the directory. `changed` hears of each new snapshot.
 
-    `acted` hears of each action that is for the pool (GoLive, Retire, ConfigureTenant, RemoveTenant), in order and
-    after the registry file holds it. `collect` is called in a thread, at a time when no file is being taken, to remove
-    what the snapshot no longer needs; it may raise StoreUnavailable, and is called again then.
+    `acted` hears of each action that is for the pool (GoLive, RunBeside, Retire, ConfigureTenant, RemoveTenant), in
+    order and after the registry file holds it. `collect` is called in a thread, at a time when no file is being taken,
+    to remove what the snapshot no longer needs; it may raise StoreUnavailable, and is called again then.
     """
 
     def __init__(
@@ -150,6 +149,7 @@ class ModelWatcher:
     ) -> None:
         self._settings = settings
         self._schema = schema
+        self._fitting = Fitting(schema, settings.check_state)
         self._server = server
         self._blobs = blobs
         self._clock = clock
@@ -201,11 +201,17 @@ class ModelWatcher:
         event = registry.VersionFailing(name, version, reason, self._clock.now_ms(), at_fault)
         self._supervisor.start(f"failing {name}", self._apply(event))
         entry = self._snapshot.models.get(name)
+        if entry is not None and entry.staged is not None and entry.staged.version.version == version:
+            return at_fault and entry.staged.asked.kind == "canary"
         return at_fault and (self._publishing is not None or (entry is not None and entry.previous is not None))
 
     def refusals(self, tenant: str) -> dict[str, int]:
         """Quota -> pairs of the tenant that were refused because of it."""
         return {limit: count for (whose, limit), count in self._counters.refusals.items() if whose == tenant}
+
+    async def decide(self, wish: Promote | RollBack) -> None:
+        """Of a node by itself: what was decided of a staged or live version. Once this returns it is kept."""
+        await self._apply(wish)
 
     async def set_quota(self, tenant: str, quota: Quota) -> None:
         """Of a node by itself: what an operator allows the tenant from now on. Once this returns it is kept."""
@@ -255,6 +261,8 @@ class ModelWatcher:
             self._acted(registry.ConfigureTenant(settings))
         for version, manifest in self._snapshot.live:
             self._acted(registry.GoLive(version, registry.text_features(manifest)))
+        for staged, manifest in self._snapshot.beside:
+            self._acted(registry.RunBeside(staged.version, registry.text_features(manifest)))
         self._changed(self._snapshot)
 
     async def _run(self) -> None:
@@ -462,7 +470,7 @@ class ModelWatcher:
         async with self._applying:
             while True:
                 before = self._snapshot
-                after, actions = self._next(event)
+                after, actions = self._fitting.next(self._snapshot, event)
                 if after is before:
                     return
                 await self._save(after)
@@ -498,19 +506,6 @@ class ModelWatcher:
         for tenant in self._snapshot.refused_features:
             self._seen.pop(f"{tenant}/{FEATURES_FILE}", None)
         self._wake.set()
-
-    def _next(self, event: Event) -> registry.Step:
-        """What the registry decides; a candidate whose state does not fit beside the live models' is refused."""
-        after, actions = transitions.apply(self._snapshot, event, self._schema)
-        if isinstance(event, TrialPassed) and after is not self._snapshot:
-            plan = compile_plan(registry.prospect(after), self._schema, after.definitions)
-            reason = self._settings.check_state(plan)
-            if reason:
-                refused = TrialFailed(
-                    event.name, event.version, f"with the live models, {reason}", event.at_ms, MANIFEST
-                )
-                return transitions.apply(self._snapshot, refused, self._schema)
-        return after, actions
 
     async def _write_statuses(self, names: Iterable[ModelName]) -> None:
         """Tell the log of each model that changed, and its tenant where the files are."""
@@ -569,7 +564,7 @@ class ModelWatcher:
                 tenant: self._read_agreed(tenant, text, models.quotas.get(tenant, Quota()))
                 for tenant, text in models.tenants.items()
             }
-            after, actions = self._fitting(registry.Agreed(models, settings, self._clock.now_ms()))
+            after, actions = self._fitting.next(self._snapshot, registry.Agreed(models, settings, self._clock.now_ms()))
             for tenant, quota in models.quotas.items():
                 if quota != self._snapshot.quotas.get(tenant):
                     self._tell_again(tenant)
@@ -591,28 +586,6 @@ class ModelWatcher:
                 settings = TenantSettings(tenant)
             known = self._agreed_settings[tenant] = text, settings
         return known[1].granted(quota.limits())
-
-    def _fitting(self, event: registry.Agreed) -> registry.Step:
-        """Two nodes may have put models at once that fit alone and not together: then all nodes leave out the same."""
-        after, actions = transitions.apply(self._snapshot, event, self._schema)
-        swapped = any(isinstance(action, GoLive) for action in actions)
-        if not swapped or not self._misfit(after.live, after):
-            return after, actions
-        fitting: list[tuple[ModelVersion, Manifest]] = []
-        unfit: dict[ModelName, str] = {}
-        for version, manifest in after.live:
-            reason = self._misfit([*fitting, (version, manifest)], after)
-            if reason:
-                unfit[version.name] = reason
-                log.error("a live model is not served: its state does not fit", model=str(version.name), reason=reason)
-            else:
-                fitting.append((version, manifest))
-        return transitions.apply(self._snapshot, replace(event, unfit=unfit), self._schema)
-
-    def _misfit(self, live: Sequence[tuple[ModelVersion, Manifest]], snapshot: Snapshot) -> str:
-        """Why the models can't run together; '' when they can."""
-        state = self._settings.check_state(compile_plan(live, self._schema, snapshot.definitions))
-        return state or ring_problem([manifest for _, manifest in live], snapshot.definitions)
 
     async def _tell_agreed(self) -> None:
         async with self._applying:

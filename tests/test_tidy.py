@@ -24,6 +24,7 @@ PACKAGES = ("node", "replication", "tenants")
 KERNEL = "node.kernel"
 WIRING = (
     "node.app",
+    "node.stage_view",
     "node.clustering",
     "node.cluster_models",
     "node.cluster_tables",

@@ -29,6 +29,7 @@ class _Chunk(msgspec.Struct, array_like=True, frozen=True):
     inputs: tuple[str, ...] = ()
     fresh: bytes = b""
     tables: dict[str, str] = {}
+    line: str = ""
 
 
 _encoder = msgspec.msgpack.Encoder()
@@ -55,6 +56,7 @@ def encode_chunk(chunk: SequenceChunk) -> bytes:
             triggers.inputs,
             b"" if triggers.fresh is None else triggers.fresh.tobytes(),
             dict(triggers.tables),
+            triggers.line,
         )
     )
 
@@ -76,6 +78,7 @@ def decode_chunk(data: bytes) -> SequenceChunk:
             inputs=chunk.inputs,
             fresh=_integers(chunk.fresh) if chunk.inputs else None,
             tables=chunk.tables,
+            line=chunk.line,
         )
     except (msgspec.MsgspecError, ValueError) as failure:
         raise StateCorrupt(f"a sequence chunk of {len(data)} bytes can't be read: {failure}") from failure

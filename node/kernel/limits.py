@@ -109,6 +109,23 @@ FAILED_ROWS_MIN = 256
 """Most of so many rows in sequence failed, though nothing was missing in them: then the version is failing."""
 QUARANTINED_PER_MODEL_MAX = 8
 """Failed versions that are remembered, the newest: the same pair found again is not tried again."""
+STAGES_MAX = 8
+"""That one version goes through before it is live."""
+STAGE_ROWS_MAX = 10**12
+STAGE_MS_MAX = 90 * 24 * 3600 * 1000
+"""What a stage may ask to be seen or waited for."""
+STAGE_OUTPUTS_MAX = 8
+"""Outputs of a staged version whose distribution is kept, the first; each takes a fixed 13 KiB."""
+STAGE_LOOK_MS = 500
+"""How often staged versions are judged."""
+STAGES_REPORTED_MAX = 1024
+"""Staged versions that one node tells the leader of."""
+STAGE_HISTORY_MAX = 16
+"""Changes of a model's versions that are remembered, the newest."""
+STAGE_REASON_BYTES_MAX = 256
+"""Of the reason that is remembered with each."""
+SHADOW_ROWS_MAX = 8192
+"""Of one shadow, given to its worker or waiting for the live version's answer; what comes beyond is not compared."""
 FATAL_ROWS_MAX = 5
 """Rows that each took their worker along twice, within FATAL_ROWS_MS: then the version is failing, not the rows."""
 FATAL_ROWS_MS = 600_000

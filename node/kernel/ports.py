@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from asyncio import Future
 from collections.abc import Awaitable, Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Protocol
@@ -20,6 +21,7 @@ from node.kernel.types import (
     ModelOutputs,
     ModelVersion,
     SequenceChunk,
+    StagedVersion,
     StoredOutput,
 )
 
@@ -134,6 +136,11 @@ class FeaturePlan(Protocol):
         """As `rows`, one model after another."""
         ...
 
+    @property
+    def staged(self) -> Mapping[ModelName, StagedVersion]:
+        """By model: what runs beside its live version. `rows` knows each by its `key`."""
+        ...
+
     def masks(self, events: EventColumns) -> Mapping[str, Bools]:
         """The mask of each distinct `Aggregate.where` over all events; '' is not among them."""
         ...
@@ -159,3 +166,12 @@ class ModelRunner(Protocol):
         ...
 
     def rows_queued_max(self, name: ModelName) -> int: ...
+
+
+class Shadows(Protocol):
+    """Calls shadows, once the live version has answered."""
+
+    def follow(self, staged: StagedVersion, rows: FeatureRows, live: Future[ModelOutputs] | None) -> None:
+        """`rows` are the shadow's own for the triggers that `live` answers; None: these were not asked for yet, so
+        they are not compared. Never waits, never raises."""
+        ...

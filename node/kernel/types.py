@@ -141,6 +141,8 @@ class ModelOutputs:
     values: Floats
     errors: Mapping[int, str] = field(default_factory=dict)
     cpu_seconds: float = 0.0
+    call_seconds: float = 0.0
+    """Of the longest call that gave them, by the clock."""
 
 
 OverloadPolicy: TypeAlias = Literal["shed_oldest", "shed_newest", "latest_per_customer"]
@@ -223,6 +225,41 @@ class ModelVersion:
         return self.version[:12]
 
 
+StageKind: TypeAlias = Literal["shadow", "canary"]
+
+
+@dataclass(frozen=True, slots=True)
+class StagedVersion:
+    """A version that runs beside its model's live one.
+
+    A shadow is called for the live one's triggers, and its outputs are compared and dropped. A canary answers the
+    triggers of some customers in place of the live one.
+    """
+
+    version: ModelVersion
+    kind: StageKind
+    share: float = 0.0
+    """Of customers, that a canary serves: the same ones on every node, by hash."""
+
+    @property
+    def key(self) -> ModelName:
+        """What a feature plan calls it beside the live one: no model's name, as none has an '@'."""
+        return ModelName(self.version.name.tenant, f"{self.version.name.model}@{self.version.short_version}")
+
+
+@dataclass(frozen=True, slots=True)
+class StageChange:
+    """One change of what runs of a model: `version` became `to`, when, by whom and why."""
+
+    at_ms: int
+    version: str
+    to: str
+    """live, shadow, canary, retired, quarantined, or deleted."""
+    who: str
+    """`auto`, the node in whose directory it was found, or an operator."""
+    reason: str = ""
+
+
 @dataclass(frozen=True, slots=True)
 class Triggers:
     """The triggers of one model in one micro-batch: parallel columns, one entry a trigger.
@@ -245,16 +282,24 @@ class Triggers:
     """Which of the inputs were of the same event, bit i of input i; the others were stored before. None: no inputs."""
     tables: Mapping[str, str] = field(default_factory=dict)
     """The version of each table that the rows were computed with."""
+    line: str = ""
+    """Which line of the model's they wait in, should they have to: '' or the short version of a canary, which must not
+    hold up the live one."""
 
     def __len__(self) -> int:
         return len(self.customers)
+
+    @property
+    def line_name(self) -> str:
+        """The key of the line in frames and stores: unlike any other line's, as no model's name has an '@'."""
+        return f"{self.name}@{self.line}" if self.line else str(self.name)
 
 
 @dataclass(frozen=True, slots=True)
 class SequenceChunk:
     """Triggers that missed their commit, kept until the model has answered: one entry of the sequence log.
 
-    `number` rises by one for each chunk of a model in a partition; the model's cursor is the number of
+    `number` rises by one for each chunk of a line in a partition; the line's cursor is the number of
     its oldest unanswered chunk.
     """
 
@@ -314,13 +359,17 @@ class AgreedVersion:
     blob: str
     manifest: str
     report: str
-    state: Literal["passed", "live", "retired", "quarantined"]
+    state: Literal["passed", "staged", "live", "retired", "quarantined"]
     here: bool
     """Whether this node has the model file and has verified it."""
     served: bool = False
     """Whether it has ever been live."""
     reason: str = ""
     """Why it is in its state, as whoever brought it there said."""
+    stage: int = 0
+    """Which of its manifest's stages it is in, while it is staged."""
+    who: str = ""
+    at_ms: int = 0
 
 
 QUOTAS: Final = ("weight", "memory_mb", "rows_s_max", "models_max", "stored_bytes_max")
@@ -365,6 +414,7 @@ class AgreedModels:
     """Tenant -> what operators allow it."""
     features: Mapping[str, str] = field(default_factory=dict)
     """Tenant -> its features.toml; those without one are left out."""
+    histories: Mapping[ModelName, tuple[StageChange, ...]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)

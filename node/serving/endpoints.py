@@ -24,12 +24,14 @@ from node.serving.view import (
     CustomerInferences,
     CustomerState,
     HttpStatus,
+    ModelDetail,
     ModelInfo,
     Models,
     NodeStatus,
     NodeView,
     QuotaChange,
     SharedFeatures,
+    StageMove,
     TenantLog,
     TenantQuota,
     TenantShare,
@@ -84,6 +86,19 @@ class Endpoints:
             ),
             Route(
                 "/v1/models", "All versions of all models, with state and reasons", self._models, Models, ModelsQuery
+            ),
+            Route(
+                "/v1/models/{tenant}/{model}",
+                "A model's versions, what is seen of one in stages, and what became of them",
+                self._model,
+                ModelDetail,
+                statuses=_READS,
+                change=Change(
+                    "Promote a version that is in stages, or roll back",
+                    self._move_stage,
+                    StageMove,
+                    (*_READS, *_CHANGES),
+                ),
             ),
             Route("/v1/features", "The features that tenants share", self._shared_features, SharedFeatures),
             Route("/v1/tenants/{tenant}/log", "What a tenant's models printed", self._log, TenantLog, LogQuery, _READS),
@@ -163,6 +178,14 @@ class Endpoints:
         page = wanted[:HTTP_MODELS_MAX]
         following = "/".join(page[-1][0]) if len(wanted) > len(page) else None
         return _reply(Models(models=[model for _, model in page], next=following))
+
+    async def _model(self, call: Call) -> Reply:
+        return _reply(self._view.model(ModelName(call.variables["tenant"], call.variables["model"])))
+
+    async def _move_stage(self, call: Call) -> Reply:
+        name = ModelName(call.variables["tenant"], call.variables["model"])
+        await self._view.move_stage(name, call.body)
+        return _reply(self._view.model(name))
 
     async def _shared_features(self, call: Call) -> Reply:
         return _reply(self._view.shared_features())

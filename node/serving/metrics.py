@@ -14,7 +14,7 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metri
 from prometheus_client.registry import Collector
 
 from node.kernel.limits import METRIC_SERIES_MAX
-from node.serving.view import HttpStatus, NodeStatus, PartitionStatus, TenantStatus
+from node.serving.view import HttpStatus, NodeStatus, PartitionStatus, StageStatus, TenantStatus
 
 METRICS_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 _OTHER = "_other"
@@ -47,6 +47,7 @@ class _StatusCollector(Collector):
         yield from _partition_metrics(status.partitions)
         yield from _counted_metrics(status.partitions)
         yield from _tenant_metrics(status)
+        yield from _stage_metrics(status.tenants)
         if status.http is not None:
             yield from _http_metrics(status.http)
         parts = status.cluster_parts.items()
@@ -140,6 +141,27 @@ def _tenant_metrics(status: NodeStatus) -> Iterator[Metric]:
     }
     yield _counter("quota_refusals", "Models refused because of a quota.", ("tenant", "quota"), refused)
     yield _gauge("rows_queued", "Rows that wait for a worker.", label, by_tenant(lambda one: one.rows_queued))
+
+
+def _stage_metrics(tenants: list[TenantStatus]) -> Iterator[Metric]:
+    """Of versions that run beside live ones, as this node has seen them in their present stage."""
+    stages = {(tenant.tenant, one.model, one.stage): one for tenant in tenants for one in tenant.stages}
+
+    def by_stage(value: Callable[[StageStatus], float | None]) -> Series:
+        found = {labels: value(one) for labels, one in stages.items()}
+        return {labels: figure for labels, figure in found.items() if figure is not None}
+
+    label = ("tenant", "model", "stage")
+    yield _gauge("stage_rows", "Rows a staged version was called with.", label, by_stage(lambda one: one.rows))
+    yield _gauge("stage_errors", "Of these, rows it failed on.", label, by_stage(lambda one: one.errors))
+    yield _gauge("stage_dropped_rows", "Rows not shown to a shadow.", label, by_stage(lambda one: one.dropped))
+    agreement = by_stage(lambda one: one.agreement)
+    yield _gauge("stage_agreement", "Share of rows on which it agrees with the live version.", label, agreement)
+    drift = by_stage(lambda one: one.drift)
+    yield _gauge("stage_drift", "Distance of its outputs' distribution from the live version's.", label, drift, max)
+    yield _gauge("stage_p99_ms", "99th percentile of its calls.", label, by_stage(lambda one: one.p99_ms), max)
+    ratio = by_stage(lambda one: one.cost_ratio)
+    yield _gauge("stage_cost_ratio", "CPU time a row, in the live version's.", label, ratio, max)
 
 
 def _http_metrics(http: HttpStatus) -> Iterator[Metric]:

@@ -60,7 +60,7 @@ def check_operator(authorization: str, token: str, *, close: bool) -> None:
     if not token or scheme.lower() != "bearer" or not right:
         detail = (
             f"changes need the header Authorization: Bearer with what the file {FILE} in the node's data_dir holds;"
-            " `headrace quota` reads it by itself"
+            " `headrace quota`, `promote` and `rollback` read it by themselves"
         )
         headers = {"WWW-Authenticate": "Bearer"}
         raise Refusal(HTTPStatus.UNAUTHORIZED, "not-an-operator", detail, headers=headers, close=close)

@@ -128,6 +128,54 @@ class ScheduleInfo(Body, frozen=True):
         )
 
 
+class StageStatus(Body, frozen=True):
+    """A version that runs beside its model's live one, and what this node has seen of it in its present stage."""
+
+    model: str
+    version: str
+    """Its first 12 hex digits."""
+    stage: str
+    """shadow, or canary and its share of customers."""
+    number: int
+    of: int
+    """Stages there are."""
+    since_ms: int
+    who: str
+    """Who brought it there: auto, a tenant or node, an operator."""
+    why: str
+    verdict: str
+    """keep, promote or roll back, as last judged; of a cluster, told by its leader alone."""
+    verdict_reason: str
+    rows: int
+    """That it was called with."""
+    errors: int
+    live_rows: int
+    live_errors: int
+    compared: int
+    """Rows of a shadow that the live version answered too."""
+    agreed: int
+    dropped: int
+    """Rows that were not shown to a shadow: its tenant had no share to spare."""
+    agreement: float | None
+    cost_ratio: float | None
+    """CPU time a row, in that of the live version."""
+    drift: float
+    """Kolmogorov-Smirnov distance of the outputs' distributions, 0 to 1."""
+    p99_ms: float
+    """Of the call that a row was in."""
+    live_p99_ms: float
+
+
+class VersionChange(Body, frozen=True):
+    at_ms: int
+    version: str
+    """The whole one."""
+    to: str
+    """live, a stage, retired or quarantined."""
+    who: str
+    reason: str
+
+
 class ModelInfo(Body, frozen=True):
     """One version of one model, whatever its state."""
 
@@ -154,9 +202,17 @@ class ModelInfo(Body, frozen=True):
     cost: ModelCost = ModelCost()
     waiting: Waiting = Waiting()
     """Of all versions of the model, told with the first of them."""
+    stage: StageStatus | None = None
+    """While it runs beside the live version."""
 
     @staticmethod
-    def of(version: ModelVersion, state: str, reasons: Sequence[str] = (), cost: ModelCost | None = None) -> ModelInfo:
+    def of(
+        version: ModelVersion,
+        state: str,
+        reasons: Sequence[str] = (),
+        cost: ModelCost | None = None,
+        stage: StageStatus | None = None,
+    ) -> ModelInfo:
         return ModelInfo(
             tenant=version.name.tenant,
             model=version.name.model,
@@ -174,6 +230,7 @@ class ModelInfo(Body, frozen=True):
             deadline_ms=version.deadline_ms,
             weight=version.weight,
             cost=cost or ModelCost(),
+            stage=stage,
         )
 
 
@@ -209,6 +266,28 @@ class SharedFeatures(Body, frozen=True):
     features: list[SharedFeatureInfo]
     refused: dict[str, list[str]]
     """Tenant -> why the newest state of its features.toml is not in force."""
+
+
+class ModelDetail(Body, frozen=True):
+    tenant: str
+    model: str
+    versions: list[ModelInfo]
+    history: list[VersionChange]
+    """What became of its versions, the newest last."""
+
+
+class StageMove(Struct, frozen=True, forbid_unknown_fields=True):
+    """What an operator decides of a model's versions."""
+
+    move: Literal["promote", "roll_back"]
+    """promote: the staged version goes to its next stage. roll_back: the staged version, or else the live one, is
+    quarantined, and the live one before it runs."""
+    version: Annotated[str, Meta(pattern="^[0-9a-f]{0,64}$")] = ""
+    """Its first digits; refused when another version is meant by now."""
+    live: bool = False
+    """Promote it past all further stages."""
+    reason: Annotated[str, Meta(max_length=256)] = ""
+    who: Annotated[str, Meta(min_length=1, max_length=64, pattern="^[ -~]*$")] = "operator"
 
 
 class Models(Body, frozen=True):
@@ -431,6 +510,7 @@ class TenantStatus(Body, frozen=True):
     sandbox: SandboxStatus | None = None
     """Of its worker; null while it has none."""
     waiting: Waiting = Waiting()
+    stages: list[StageStatus] = []
     refused: dict[str, int] = {}
     """Quota -> pairs of files refused because of it, since the node started."""
 
@@ -482,6 +562,14 @@ class NodeView(Protocol):
         ...
 
     def models(self) -> Sequence[ModelInfo]: ...
+
+    def model(self, name: ModelName) -> ModelDetail:
+        """Raises NotFound."""
+        ...
+
+    async def move_stage(self, name: ModelName, move: StageMove) -> None:
+        """Returns once it holds here and is kept. Raises NotFound, PeerRefused, ClusterUnavailable."""
+        ...
 
     def shared_features(self) -> SharedFeatures: ...
 

@@ -34,7 +34,7 @@ class MemoryStore:
         self._rows.update(zip(frame.customers, split(frame.rows), strict=True))
         self._keys = None
         for chunk in frame.appended:
-            self._chunks[sequence_key(str(chunk.triggers.name), chunk.number)] = encode_chunk(chunk)
+            self._chunks[sequence_key(chunk.triggers.line_name, chunk.number)] = encode_chunk(chunk)
         for model, number in frame.cursors.items():
             first, end = sequence_key(model, 0), sequence_key(model, number)
             for key in [key for key in self._chunks if first <= key < end]:

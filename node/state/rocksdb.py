@@ -195,7 +195,7 @@ class RocksStore:
         for customer, row in zip(frame.customers, split(frame.rows), strict=True):
             put(customer, row, profiles)
         for chunk in frame.appended:
-            put(sequence_key(str(chunk.triggers.name), chunk.number), encode_chunk(chunk), sequence)
+            put(sequence_key(chunk.triggers.line_name, chunk.number), encode_chunk(chunk), sequence)
         for model, number in frame.cursors.items():
             batch.delete_range(sequence_key(model, 0), sequence_key(model, number), sequence)
         if frame.layout is not None:

@@ -23,16 +23,19 @@ from node.serving.view import (
     CustomerInferences,
     CustomerState,
     Inference,
+    ModelDetail,
     ModelInfo,
     NodeStatus,
     PartitionStatus,
     PrintedLine,
     QuotaChange,
     SharedFeatures,
+    StageMove,
     TenantLog,
     TenantQuota,
     TenantShare,
     TenantStatus,
+    VersionChange,
     WindowShare,
 )
 
@@ -57,6 +60,7 @@ class MemoryView:
     body: int = 0
     quota_limits: dict[str, float] = field(default_factory=dict)
     quota_failure: Exception | None = None
+    history: list[VersionChange] = field(default_factory=list)
 
     def status(self) -> NodeStatus:
         tenants = [TenantStatus(tenant="ads", weight=2.0, cpu_seconds=1.5, restarts=1, rows_queued=7)]
@@ -122,6 +126,17 @@ class MemoryView:
             stored_bytes=72,
             refused={"models_max": 2},
         )
+
+    def model(self, name: ModelName) -> ModelDetail:
+        versions = [one for one in self.models() if (one.tenant, one.model) == (name.tenant, name.model)]
+        if not versions:
+            raise NotFound(f"there is no model {name}")
+        return ModelDetail(tenant=name.tenant, model=name.model, versions=versions, history=self.history)
+
+    async def move_stage(self, name: ModelName, move: StageMove) -> None:
+        self.model(name)
+        to = "live" if move.live else move.move
+        self.history.append(VersionChange(at_ms=NOW_MS, version=move.version, to=to, who=move.who, reason=move.reason))
 
     async def change_quota(self, tenant: str, change: QuotaChange) -> None:
         if self.quota_failure is not None:

@@ -10,7 +10,7 @@ from typing import Any
 
 import aiohttp
 import pytest
-from http_support import TOKEN, MemoryView, ask, assert_problem
+from http_support import NOW_MS, TOKEN, MemoryView, ask, assert_problem
 from node_support import Kafka, Node, drop, event, linear, status_file, wait_until
 from test_cli import Ran, headrace
 
@@ -18,6 +18,7 @@ from node.kernel.errors import BoundExceeded, ClusterUnavailable, ConfigError, P
 from node.kernel.limits import HTTP_BODY_BYTES_MAX
 from node.serving.operator_token import FILE, make_token, read_token
 from node.serving.server import HttpServer
+from node.serving.view import ModelInfo
 
 AMOUNT = {"amount": "event.amount"}
 QUOTA = "/v1/tenants/ads/quota"
@@ -71,6 +72,21 @@ async def test_a_body_that_says_something_else_changes_nothing(
     answer = await ask(client, server, QUOTA, "PATCH", data=body, headers=OPERATOR)
     assert "weight, memory_mb, rows_s_max" in assert_problem(answer, 400, "bad-request", QUOTA)["detail"]
     assert view.quota_limits == {}
+
+
+async def test_operators_alone_move_stages(client: aiohttp.ClientSession, server: HttpServer, view: MemoryView) -> None:
+    path = "/v1/models/ads/bid"
+    assert_problem(await ask(client, server, path), 404, "not-found")
+    view.models_known = [ModelInfo(tenant="ads", model="bid", version="ab", sha256="abcd", state="live")]
+    body = {"move": "promote", "version": "ab", "live": True, "reason": "good", "who": "eve"}
+    assert_problem(await ask(client, server, path, "PATCH", json=body), 401, "not-an-operator")
+    for wrong in ({}, {"move": "forward"}, {**body, "version": "x"}, {**body, "more": 1}):
+        assert_problem(await ask(client, server, path, "PATCH", json=wrong, headers=OPERATOR), 400, "bad-request")
+    assert view.history == []
+    answer = await ask(client, server, path, "PATCH", json=body, headers=OPERATOR)
+    changed = {"at_ms": NOW_MS, "version": "ab", "to": "live", "who": "eve", "reason": "good"}
+    assert (answer.status, answer.json()["history"]) == (200, [changed])
+    assert answer.json() == (await ask(client, server, path)).json()
 
 
 async def test_bounds_methods_and_names(client: aiohttp.ClientSession, server: HttpServer) -> None:

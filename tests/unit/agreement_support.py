@@ -97,11 +97,11 @@ class Cluster:
                 return self.propose(PutTenant(revision=self.revision, name=tenant, settings=text))
             case registry.PutFeatures(tenant, text):
                 return self.propose(PutFeatures(revision=self.revision, tenant=tenant, text=text))
-            case registry.PutVersion(name, version, digest, text, report):
+            case registry.PutVersion(name, version, digest, text, report, stages):
                 return self.propose(
                     PutVersion(
                         revision=self.revision, tenant=name.tenant, model=name.model, version=version, blob=digest,
-                        manifest=text, report=encode_report(report),
+                        manifest=text, report=encode_report(report), stages=stages,
                     )
                 )  # fmt: skip
             case registry.Withdraw(name, _):

@@ -10,7 +10,7 @@ from msgspec.structs import replace
 
 from node.kernel import limits
 from node.kernel.errors import BoundExceeded, CatalogCorrupt
-from replication.catalog import Catalog, apply, decode_catalog, encode_catalog, problem
+from replication.catalog import Catalog, Model, apply, decode_catalog, encode_catalog, problem
 from replication.commands import (
     CancelMove,
     Command,
@@ -33,6 +33,7 @@ from replication.commands import (
     SetSettings,
     SetStandbys,
     Settings,
+    StageVersion,
     StartMove,
     TakeOver,
     decode_command,
@@ -60,7 +61,10 @@ def any_command(revision: int) -> st.SearchStrategy[Command]:
         DrainNode: {"name": nodes, "draining": st.booleans()},
         PutFeatures: {"tenant": tenants, "text": st.sampled_from(("", "[features]"))},
         PutTenant: {"name": tenants, "settings": st.sampled_from(("", "weight = 2"))},
-        PutVersion: {**VERSION, "blob": shas, "manifest": st.just("on = []"), "report": st.sampled_from(("", "{}"))},
+        PutVersion: {**VERSION, "blob": shas, "manifest": st.just("on = []"), "report": st.sampled_from(("", "{}"))}
+        | {"stages": st.sampled_from(((), ("shadow", "canary 0.1")))},
+        StageVersion: {**VERSION, "stage": st.integers(0, 2), "who": st.just("auto")}
+        | {"holders": st.lists(nodes, min_size=1, max_size=2).map(tuple)},
         GoLive: {**VERSION, "holders": st.lists(nodes, min_size=1, max_size=2).map(tuple)},
         QuarantineVersion: {**VERSION, "fall_back_to": st.sampled_from(("", *SHAS)), "reason": st.just("it crashes")},
         RetireVersion: VERSION,
@@ -176,6 +180,10 @@ def check_step(before: Catalog, after: Catalog) -> None:
         waiting = [version.revision for version in model.versions.values() if version.state == "passed"]
         assert len(waiting) <= 1
         assert not live or not waiting or waiting[0] > model.versions[model.live].revision
+        staged = [version for version in model.versions.values() if version.state == "staged"]
+        assert len(staged) <= (1 if model.live else 0)
+        assert all(one.stage < len(one.stages) for one in staged)
+        _check_history(before.models.get(f"{model.tenant}/{model.model}"), model)
         put = [version.revision for version in model.versions.values()]
         assert len(set(put)) == len(put)
     texts = [t.settings + t.features for t in after.tenants.values()]
@@ -264,6 +272,71 @@ def test_a_quarantined_live_version_gives_way_to_the_one_before() -> None:
     assert (states(none), none.models["t/m"].live) == (["quarantined", "quarantined"], "")
     wished = apply(none, version(none.revision, SHAS[1]))
     assert states(wished) == ["quarantined", "passed"], "a new wish may try it again"
+
+
+def _check_history(before: Model | None, after: Model) -> None:
+    """Whatever begins to run, or to be staged, is told, with who did it."""
+    was = {} if before is None else before.versions
+    told = [(one.version, one.to) for one in after.history]
+    assert len(told) <= limits.STAGE_HISTORY_MAX
+    for version in after.versions.values():
+        old = was.get(version.version)
+        if version.state == "live" and (old is None or old.state != "live"):
+            assert told[-1] == (version.version, "live")
+        if version.state == "staged" and (old is None or (old.state, old.stage) != ("staged", version.stage)):
+            assert told[-1] == (version.version, version.stages[version.stage])
+        if version.state == "quarantined" and old is not None and old.state in ("live", "staged"):
+            assert (version.version, "quarantined") in told[-2:]
+
+
+def staged() -> Catalog:
+    """The first version live, the second in the first of two stages beside it; node n has both files."""
+    put = replace(version(WHOLE.revision, SHAS[1]), stages=("shadow", "canary 0.1"))
+    catalog = apply(WHOLE, put)
+    catalog = apply(catalog, HoldBlob(revision=catalog.revision, node="n", incarnation=1, blob=SHAS[1], held=True))
+    return apply(catalog, stage(catalog, SHAS[1], 0))
+
+
+def stage(catalog: Catalog, sha: str, number: int) -> StageVersion:
+    return StageVersion(
+        revision=catalog.revision, tenant="t", model="m", version=sha, stage=number, holders=("n",), who="auto"
+    )
+
+
+def test_a_version_is_staged_beside_the_live_one_and_promoted() -> None:
+    shadow = staged()
+    assert states(shadow) == ["live", "staged"]
+    assert shadow.models["t/m"].live_revision == WHOLE.models["t/m"].live_revision, "what is live did not change"
+    canary = apply(shadow, stage(shadow, SHAS[1], 1))
+    assert canary.models["t/m"].versions[SHAS[1]].stage == 1
+    assert apply(canary, stage(shadow, SHAS[1], 0)).models == canary.models, "late and repeated: no way back"
+    assert "2 stages" in problem(canary, stage(canary, SHAS[1], 2))
+    newer = apply(canary, version(canary.revision, SHAS[2]))
+    promoted = apply(newer, live(newer, SHAS[1]))
+    assert states(promoted) == ["retired", "live", "passed"], "a newer wish waits on"
+    assert [(one.to, one.who) for one in promoted.models["t/m"].history[1:]] == [
+        ("shadow", "auto"),
+        ("canary 0.1", "auto"),
+        ("live", "eve"),
+    ]
+
+
+def test_a_version_can_be_staged_only_beside_a_live_one_of_which_nodes_have_the_file() -> None:
+    shadow = staged()
+    assert "beside another" in problem(shadow, stage(shadow, SHAS[0], 0))
+    lost = apply(shadow, HoldBlob(revision=shadow.revision, node="n", incarnation=1, blob=SHAS[1], held=False))
+    assert "lack" in problem(lost, stage(lost, SHAS[1], 1))
+    third = apply(shadow, replace(version(shadow.revision, SHAS[2]), stages=("shadow",)))
+    third = apply(third, HoldBlob(revision=third.revision, node="n", incarnation=1, blob=SHAS[2], held=True))
+    assert states(apply(third, stage(third, SHAS[2], 0))) == ["live", "retired", "staged"], "one at a time"
+
+
+def test_a_staged_version_is_rolled_back_and_the_live_one_never_stops() -> None:
+    shadow = staged()
+    back = apply(shadow, quarantine(shadow, SHAS[1]))
+    assert states(back) == ["live", "quarantined"]
+    assert back.models["t/m"].live_revision == WHOLE.models["t/m"].live_revision
+    assert back.models["t/m"].history[-1].to == "quarantined"
 
 
 def states(catalog: Catalog) -> list[str]:

@@ -24,14 +24,20 @@ from node.kernel.types import (
     ModelOutputs,
     ModelVersion,
     SequenceChunk,
+    StagedVersion,
+    StageKind,
     StoredOutput,
 )
 from node.ordering import Ordering
+from node.staging import divided, of_canary
 from node.state.memory import MemoryStore
 from node.triggers import Outcome, run_triggers
 from node.waiting import Bound
+from tenants.definitions import NOTHING_SHARED
 from tenants.features import CompiledFeatures, compile_plan
 from tenants.manifest import parse_manifest
+from tenants.staged_plan import StagedPlan
+from tenants.staged_plan import plan_of as staged_plan_of
 
 SCHEMA = EventSchema(("buy", "view"), {"amount": "number"})
 A, B, C = ModelName("t", "a"), ModelName("t", "b"), ModelName("t", "c")
@@ -167,3 +173,82 @@ def test_every_model_begins_once_and_after_those_it_uses(graph: list[set[int]], 
     for number, below in uses.items():
         assert silent or all(places[f"m{used}"] < places[f"m{number}"] for used in below)
     assert len(outcome.answers) + len(outcome.appended) == len(features)
+
+
+# --- versions beside live ones --------------------------------------------------------------------------------------
+
+
+class Shadows:
+    def __init__(self) -> None:
+        self.shown: list[tuple[StagedVersion, list[float], bool]] = []
+
+    def follow(self, staged: StagedVersion, rows: FeatureRows, live: asyncio.Future[ModelOutputs] | None) -> None:
+        self.shown.append((staged, rows.numbers[:, 0].tolist(), live is not None))
+
+
+def beside(
+    kind: StageKind, share: float = 0.0, slow: bool = False
+) -> tuple[StagedPlan, StagedVersion, Outcome, Shadows]:
+    """One cycle of model a with a staged version that doubles its feature, and of b, which uses the output of a."""
+    models = []
+    for name, feature in (("a", "event.amount"), ("b", "models.t.a.score"), ("a", "event.amount * 2")):
+        text = f'on = ["buy"]\n[features]\nx = "{feature}"\n'
+        manifest = parse_manifest("m.toml", "t", name, text.encode(), SCHEMA)
+        models.append((manifest.version("ab" * 32), manifest))
+    staged = StagedVersion(models[2][0], kind, share)
+    plan = staged_plan_of(models[:2], [(staged, models[2][1])], SCHEMA, NOTHING_SHARED)
+    versions = {version.name: version for version in plan.models}
+    shadows, runner = Shadows(), Runner({A} if slow else set(), {})
+
+    async def cycle() -> Outcome:
+        selections = divided(plan, events(), {name: np.ones(COUNT, np.bool_) for name in versions})
+        ordering = Ordering(plan, events(), selections, Reads())
+        bound = Bound(2 if kind == "shadow" else 10_000)  # chunks are no larger
+        backlog = Backlog(runner, MemoryStore(), lambda name, _: versions[name], lambda _: bound, ManualClock())
+        return await run_triggers(runner, backlog, ordering.ready(), Settled(), 0.2, ordering, shadows)
+
+    return plan, staged, asyncio.run(cycle()), shadows
+
+
+def rows_of(outcome: Outcome, version: str) -> dict[str, float]:
+    found = [one.triggers for one in outcome.answers if one.triggers.version == version]
+    return {
+        customer: row
+        for triggers in found
+        for customer, row in zip(triggers.customers, triggers.rows.numbers[:, 0].tolist(), strict=True)
+    }
+
+
+def test_a_canary_answers_its_customers_in_place_of_the_live_version() -> None:
+    plan, staged, outcome, shadows = beside("canary", 0.5)
+    customers = [f"c{number}" for number in range(COUNT)]
+    served = of_canary(customers, A, 0.5)
+    assert 0 < served.sum() < COUNT
+    live = next(version for version in plan.models if version.name == A)
+    amounts = dict(zip(customers, map(float, range(COUNT)), strict=True))
+    expected = {one: 2 * amounts[one] for one, canary in zip(customers, served, strict=True) if canary}
+    assert rows_of(outcome, staged.version.version) == expected
+    assert rows_of(outcome, live.version).keys() == amounts.keys() - expected.keys()
+    users = next(one.triggers for one in outcome.answers if one.triggers.name == B)
+    fresh = [users.fresh[place] for place in range(len(users))] if users.fresh is not None else []
+    assert [bool(bit) for bit in fresh] == [one not in expected for one in users.customers]
+    assert shadows.shown == []
+
+
+def test_a_canary_that_does_not_answer_waits_in_a_line_of_its_own() -> None:
+    _, staged, outcome, _ = beside("canary", 0.5, slow=True)
+    lines = {chunk.triggers.line_name for chunk in outcome.appended}
+    assert lines == {"t/a", f"t/a@{staged.version.short_version}"}
+    for chunk in outcome.appended:
+        assert decode_chunk(encode_chunk(chunk)).triggers.line_name == chunk.triggers.line_name
+
+
+def test_a_shadow_is_shown_every_row_of_the_live_version_and_adds_nothing() -> None:
+    plan, staged, outcome, shadows = beside("shadow")
+    live = next(version for version in plan.models if version.name == A)
+    assert {one.triggers.version for one in outcome.answers if one.triggers.name == A} == {live.version}
+    assert len(rows_of(outcome, live.version)) == COUNT
+    assert [row for _, rows, _ in shadows.shown for row in rows] == [0.0, 2.0, 4.0, 6.0, 8.0]
+    assert all(asked for _, _, asked in shadows.shown)
+    assert {one.version.version for one, _, _ in shadows.shown} == {staged.version.version}
+    assert len(shadows.shown) == 3, "as the live version's rows were cut into pieces"

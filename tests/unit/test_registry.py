@@ -50,7 +50,7 @@ def blob(number: int) -> str:
     return f"{number:064x}"
 
 
-STATES = ("live", "candidate", "waiting", "refused", "failing", "quarantined")
+STATES = ("live", "candidate", "waiting", "refused", "failing", "quarantined", "shadow", "canary")
 
 
 class Run:

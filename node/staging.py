@@ -1,0 +1,68 @@
+"""(P) Which triggers of a micro-batch a canary answers in place of the live version, and which a shadow is shown.
+
+A customer's place is the crc32 of its id, started with that of the model's name and mixed (the finalizer of
+MurmurHash3, Appleby 2011), as a share of 2^32: the same on every node and for every version, and a canary whose share
+grows keeps the customers it has.
+"""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Mapping, Sequence
+from typing import Final, TypeAlias
+
+import numpy as np
+
+from node.kernel.ports import FeaturePlan, Shadows
+from node.kernel.types import Bools, EventColumns, ModelName, ModelVersion, Triggers
+from node.ordering import Shown
+from node.waiting import Answering
+
+_FIRST: Final = np.uint32(0x85EBCA6B)
+_SECOND: Final = np.uint32(0xC2B2AE35)
+
+Selections: TypeAlias = Mapping[ModelName, Bools]
+
+
+def of_canary(customers: Sequence[str], model: ModelName, share: float) -> Bools:
+    """bool[len(customers)]: whether a canary of the model with that share serves each of them."""
+    seed = zlib.crc32(str(model).encode())
+    places = np.fromiter((zlib.crc32(one.encode(), seed) for one in customers), np.uint32, len(customers))
+    places ^= places >> np.uint32(16)
+    places *= _FIRST
+    places ^= places >> np.uint32(13)
+    places *= _SECOND
+    places ^= places >> np.uint32(16)
+    return places < share * 2.0**32
+
+
+def divided(plan: FeaturePlan, events: EventColumns, selections: Selections) -> Selections:
+    """With what runs beside live models, each by its key; a canary's events are no longer the live version's."""
+    if not plan.staged:
+        return selections
+    found = dict(selections)
+    for name, staged in plan.staged.items():
+        mask = found.get(name)
+        if mask is None:
+            continue
+        if staged.kind == "shadow":
+            found[staged.key] = mask
+            continue
+        served = mask & of_canary(events.customers, name, staged.share)[events.rows]
+        for key, part in ((staged.key, served), (name, mask & ~served)):
+            found.pop(key, None)
+            if part.any():
+                found[key] = part
+    return found
+
+
+def follow(shadows: Shadows, shown: Shown, pieces: Sequence[tuple[ModelVersion, Triggers, Answering | None]]) -> None:
+    """Show shadows what live versions were asked in one cycle: `pieces`, of each model in order, with their calls."""
+    done: dict[ModelName, int] = {}
+    for _, triggers, call in pieces if shown else ():
+        staged, rows = shown.get(triggers.name, (None, None))
+        if staged is None or rows is None or triggers.line:
+            continue
+        start = done.get(triggers.name, 0)
+        done[triggers.name] = stop = start + len(triggers)
+        shadows.follow(staged, rows.take(slice(start, stop)), call)

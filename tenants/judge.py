@@ -1,0 +1,76 @@
+"""(P) Whether a staged version goes on, stays where it is, or is rolled back: by what was seen of it.
+
+A condition is judged once `rows_min` rows were seen; before that, a version is rolled back only when it has failed or
+disagreed more often than `rows_min` rows may, whatever the rest of them gave. What can't be known, such as a ratio to a
+live version that had no rows, is no reason against it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Literal
+
+from tenants.comparison import Figures
+from tenants.stage import Stage
+
+
+@dataclass(frozen=True, slots=True)
+class Verdict:
+    """`reason` is what decided, with its figures; of "keep", what is waited for."""
+
+    decision: Literal["promote", "keep", "roll back"]
+    reason: str
+
+
+def judge(stage: Stage, figures: Figures, seconds: float) -> Verdict:
+    """`seconds`: for how long the version has been in this stage."""
+    enough = figures.rows >= stage.rows_min
+    against = list(_broken(stage, figures) if enough else _hopeless(stage, figures))
+    if against:
+        return Verdict("roll back", f"in stage {stage}: {'; '.join(against)}")
+    if not enough:
+        return Verdict("keep", f"{figures.rows} of {stage.rows_min} rows seen")
+    if stage.agreement_min is not None and not figures.compared:
+        return Verdict("keep", "the live version has answered none of the rows yet")
+    if seconds * 1000 < stage.time_min_ms:
+        return Verdict("keep", f"{seconds:.0f} of {stage.time_min_ms / 1000:g} s passed")
+    return Verdict("promote", f"stage {stage} held: {_told(stage, figures)}")
+
+
+def _hopeless(stage: Stage, figures: Figures) -> Iterator[str]:
+    """What `rows_min` rows could not make good."""
+    if figures.errors > stage.error_rate_max * stage.rows_min:
+        yield (
+            f"{figures.errors} of the first {figures.rows} rows failed, more than error_rate_max"
+            f" {stage.error_rate_max:g} of {stage.rows_min}"
+        )
+    apart = figures.compared - figures.agreed
+    if stage.agreement_min is not None and apart > (1.0 - stage.agreement_min) * stage.rows_min:
+        yield (
+            f"{apart} of the first {figures.compared} rows disagree, more than agreement_min"
+            f" {stage.agreement_min:g} of {stage.rows_min} allows"
+        )
+
+
+def _broken(stage: Stage, figures: Figures) -> Iterator[str]:
+    if figures.error_rate > stage.error_rate_max:
+        yield f"error rate {figures.error_rate:.4g} is over error_rate_max {stage.error_rate_max:g}"
+    agreement, ratio = figures.agreement, figures.cost_ratio
+    if stage.agreement_min is not None and agreement is not None and agreement < stage.agreement_min:
+        yield f"agreement {agreement:.4g} is under agreement_min {stage.agreement_min:g}"
+    if stage.drift_max is not None and figures.drift > stage.drift_max:
+        yield f"drift {figures.drift:.4g} is over drift_max {stage.drift_max:g}"
+    if stage.p99_ms_max is not None and figures.p99_ms > stage.p99_ms_max:
+        yield f"p99 of {figures.p99_ms:.4g} ms a call is over p99_ms_max {stage.p99_ms_max:g}"
+    if stage.cost_ratio_max is not None and ratio is not None and ratio > stage.cost_ratio_max:
+        yield f"a row costs {ratio:.4g} times the live version's, over cost_ratio_max {stage.cost_ratio_max:g}"
+
+
+def _told(stage: Stage, figures: Figures) -> str:
+    told = [f"{figures.rows} rows", f"error rate {figures.error_rate:.4g}"]
+    if stage.kind == "shadow" and figures.agreement is not None:
+        told.append(f"agreement {figures.agreement:.4g}")
+    if figures.cost_ratio is not None:
+        told.append(f"cost ratio {figures.cost_ratio:.3g}")
+    return ", ".join([*told, f"drift {figures.drift:.3g}", f"p99 {figures.p99_ms:.3g} ms a call"])

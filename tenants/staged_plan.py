@@ -1,0 +1,86 @@
+"""(P) The feature plan of live models and of what runs beside them, compiled together: each distinct feature once."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+
+from node.kernel.ports import FeatureBatch, Reads
+from node.kernel.types import (
+    Aggregate,
+    Bools,
+    EventColumns,
+    EventSchema,
+    FeatureRows,
+    ModelName,
+    ModelVersion,
+    StagedVersion,
+    StoredOutput,
+)
+from tenants.definitions import Definitions
+from tenants.features import CompiledFeatures, compile_plan
+from tenants.manifest import Manifest
+from tenants.registry import under_key
+
+
+class StagedPlan:
+    """A `FeaturePlan`: live models are its models, and rows can be had of staged ones too, by their keys."""
+
+    def __init__(
+        self, compiled: CompiledFeatures, live: Sequence[ModelVersion], beside: Sequence[StagedVersion]
+    ) -> None:
+        self.compiled = compiled
+        self._models = tuple(live)
+        self._staged = {staged.version.name: staged for staged in beside}
+        own = {staged.key: staged.version.name for staged in beside}
+        self._inputs = {
+            key: tuple(output for output in outputs if output.name != own.get(key))
+            for key, outputs in compiled.inputs.items()
+        }
+
+    @property
+    def models(self) -> tuple[ModelVersion, ...]:
+        return self._models
+
+    @property
+    def stored_models(self) -> tuple[ModelVersion, ...]:
+        """A canary's outputs are stored where the live version's are: they have the same names."""
+        return self._models
+
+    @property
+    def aggregates(self) -> tuple[Aggregate, ...]:
+        return self.compiled.aggregates
+
+    @property
+    def staged(self) -> Mapping[ModelName, StagedVersion]:
+        return self._staged
+
+    @property
+    def inputs(self) -> Mapping[ModelName, tuple[StoredOutput, ...]]:
+        """A staged version uses its own model's output of the event before, as it will once it is live."""
+        return self._inputs
+
+    def tables(self, name: ModelName) -> tuple[str, ...]:
+        return self.compiled.tables(name)
+
+    def batch(self, events: EventColumns, selections: Mapping[ModelName, Bools]) -> FeatureBatch:
+        return self.compiled.batch(events, selections)
+
+    def masks(self, events: EventColumns) -> Mapping[str, Bools]:
+        return self.compiled.masks(events)
+
+    def rows(
+        self, events: EventColumns, reads: Reads, selections: Mapping[ModelName, Bools]
+    ) -> dict[ModelName, FeatureRows]:
+        return self.compiled.rows(events, reads, selections)
+
+
+def plan_of(
+    live: Sequence[tuple[ModelVersion, Manifest]],
+    beside: Sequence[tuple[StagedVersion, Manifest]],
+    schema: EventSchema,
+    definitions: Definitions,
+    timer: Callable[[], float] | None = None,
+) -> StagedPlan:
+    """Raises ConfigError when the operator's profile is wrong."""
+    compiled = compile_plan([*live, *(under_key(*one) for one in beside)], schema, definitions, timer)
+    return StagedPlan(compiled, [version for version, _ in live], [staged for staged, _ in beside])
