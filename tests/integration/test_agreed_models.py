@@ -8,7 +8,7 @@ import contextlib
 import io
 import json
 import shutil
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -101,13 +101,19 @@ class Cluster:
 class Seat:
     """One member's view of the cluster."""
 
+    leads = False
+
     def __init__(self, cluster: Cluster, name: str) -> None:
         self.name = name
+        self.observed: Mapping[str, bytes] = {}
         self._cluster = cluster
 
     @property
     def catalog(self) -> Catalog:
         return self._cluster.catalog
+
+    def observations(self) -> Sequence[Mapping[str, bytes]]:
+        return [self.observed]
 
     async def propose(self, command: Command) -> None:
         self._cluster.propose(command)

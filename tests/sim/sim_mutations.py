@@ -274,7 +274,7 @@ def _everything_newest(catalog: Catalog, members: tuple[str, ...]) -> Iterator[A
     for model in catalog.models.values():
         for version in model.versions.values():
             if version.state != "live" and members and catalog.holders[version.blob].keys() >= set(members):
-                yield rollout_module._go_live(catalog, model, version, members)
+                yield rollout_module._begin(catalog, model, version, members)
                 break
 
 
