@@ -14,7 +14,9 @@ import asyncio
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 
+from node.answer_times import AnswerTimes
 from node.kernel.clock import Clock
 from node.kernel.errors import BoundExceeded
 from node.kernel.limits import CHUNKS_IN_FLIGHT_PER_MODEL_MAX, SETTLED_ROWS_MAX, WAITING_SWEPT_ROWS_MIN
@@ -66,6 +68,7 @@ class Backlog:
         self._lines: dict[str, Line] = {}
         """By `Triggers.line_name`."""
         self._tenants: dict[str, list[Line]] = {}
+        self.times = AnswerTimes()
         self.changed = asyncio.Event()
         """Set when a chunk was answered; the cycle clears it."""
 
@@ -108,6 +111,16 @@ class Backlog:
         if line is None or not line.entries:
             return True
         return len(line.entries) < CHUNKS_IN_FLIGHT_PER_MODEL_MAX and line.entries[-1].answering is not None
+
+    def submit(self, version: ModelVersion, triggers: Triggers) -> Answering:
+        """Hand them to the runner. Raises BoundExceeded."""
+        call = asyncio.ensure_future(self._runner.submit(version, triggers.rows))
+        call.add_done_callback(partial(self._answered, triggers.line_name, self._clock.monotonic()))
+        return call
+
+    def _answered(self, line: str, since: float, call: Answering) -> None:
+        if not call.cancelled():
+            self.times.observe(line, self._clock.monotonic() - since)
 
     def rows_max(self, triggers: Triggers) -> int:
         """How many of these, at least one, may wait together; by a rough size, as it is asked of all triggers."""
@@ -271,12 +284,12 @@ class Backlog:
             return False
         triggers = entry.live_triggers(triggers)
         try:
-            answer = self._runner.submit(version, triggers.rows)
+            answer = self.submit(version, triggers)
         except BoundExceeded:
             return False
         entry.triggers = triggers
         line.handed_out(entry)
-        self._watch(entry, version, asyncio.ensure_future(answer))
+        self._watch(entry, version, answer)
         return True
 
     def _watch(self, entry: Entry, version: ModelVersion, answering: Answering) -> None:

@@ -142,7 +142,7 @@ class Cycle:
             work = ordering.ready()
         with steps.measure("trigger"):  # 7. Models answer, or their triggers go to the sequence log.
             seconds = engine.settings.deadline_seconds
-            outcome = await run_triggers(engine.runner, state.backlog, work, settled, seconds, ordering, engine.shadows)
+            outcome = await run_triggers(state.backlog, work, settled, seconds, ordering, engine.shadows)
         with steps.measure("encode"):
             _store_answers(state.layout, rows, outcome.answers, positions)
             outgoing = self._outgoing(polled, decoded, customers, rows, outcome, folded.late)

@@ -13,7 +13,7 @@ import numpy as np
 from node.backlog import Answer, Backlog, Settled, finish_within, split
 from node.kernel.errors import BoundExceeded
 from node.kernel.limits import SEQUENCE_CHUNK_ROWS_MAX
-from node.kernel.ports import FeaturePlan, ModelRunner, Shadows
+from node.kernel.ports import FeaturePlan, Shadows
 from node.kernel.types import (
     Bools,
     EventColumns,
@@ -51,7 +51,6 @@ def select(plan: FeaturePlan, events: EventColumns, schema: EventSchema) -> dict
 
 
 async def run_triggers(
-    runner: ModelRunner,
     backlog: Backlog,
     work: Sequence[tuple[ModelVersion, Triggers]],
     settled: Settled,
@@ -67,14 +66,14 @@ async def run_triggers(
     answered before the next cycle begins. Order within a model is kept.
     """
     outcome = Outcome(settled.answers, settled.appended, settled.cursors, settled.shed)
-    started, loop = _Started(runner, backlog), asyncio.get_running_loop()
+    started, loop = _Started(backlog), asyncio.get_running_loop()
     since = loop.time()
     try:
         started.submit(work)
         if ordering is not None:
             await _in_order(started, ordering, deadline_seconds)
         left_seconds = deadline_seconds if ordering is None else max(0.0, since + deadline_seconds - loop.time())
-        await finish_within(started.joinable, left_seconds)
+        await finish_within(started.joinable(deadline_seconds), left_seconds)
     except BaseException:  # the session ends: its rows must not fill the runner's queue for the next one
         for abandoned in started.running:
             abandoned.cancel()
@@ -94,8 +93,7 @@ async def run_triggers(
 class _Started:
     """The pieces of work of one cycle, in the order in which they began, each with its call if it has one."""
 
-    def __init__(self, runner: ModelRunner, backlog: Backlog) -> None:
-        self._runner = runner
+    def __init__(self, backlog: Backlog) -> None:
         self._backlog = backlog
         self.pieces: list[tuple[ModelVersion, Triggers, Answering | None]] = []
 
@@ -103,17 +101,22 @@ class _Started:
     def running(self) -> list[Answering]:
         return [call for _, _, call in self.pieces if call is not None]
 
-    @property
-    def joinable(self) -> list[Answering]:
-        """Those whose answers can join this commit: not of a model that is behind, which would hold up the others."""
-        pieces = self.pieces
-        return [call for _, one, call in pieces if call is not None and not self._backlog.behind(one.line_name)]
+    def joinable(self, wait_seconds: float) -> list[Answering]:
+        """Those whose answers may join this commit: not of a model that is behind, and, as the commit is for all, not
+        of one that is slow while another tenant's quick ones wait for it."""
+        in_step = [
+            (one, call) for _, one, call in self.pieces if call is not None and not self._backlog.behind(one.line_name)
+        ]
+        waiting = self._backlog.times.worth_waiting(
+            in_step, lambda piece: piece[0].line_name, lambda piece: piece[0].name.tenant, wait_seconds
+        )
+        return [call for _, call in waiting]
 
     def submit(self, work: Sequence[tuple[ModelVersion, Triggers]]) -> None:
         for version, triggers in work:
             rows_max = min(SEQUENCE_CHUNK_ROWS_MAX, self._backlog.rows_max(triggers))
             for piece in split(triggers, rows_max):
-                self.pieces.append((version, piece, _submit(self._runner, self._backlog, version, piece)))
+                self.pieces.append((version, piece, _submit(self._backlog, version, piece)))
 
     def tell(self, ordering: Ordering) -> list[Answering]:
         """Say which of the awaited models have answered, and which will not in this cycle; calls of the others."""
@@ -161,11 +164,11 @@ def _joined(outputs: Sequence[ModelOutputs]) -> ModelOutputs:
     return ModelOutputs(np.concatenate([piece.values for piece in outputs]), errors)
 
 
-def _submit(runner: ModelRunner, backlog: Backlog, version: ModelVersion, triggers: Triggers) -> Answering | None:
+def _submit(backlog: Backlog, version: ModelVersion, triggers: Triggers) -> Answering | None:
     """None when older triggers of the model wait, or the runner's queue is full: the sequence log takes these."""
     if not backlog.may_submit(triggers.line_name):
         return None
     try:
-        return asyncio.ensure_future(runner.submit(version, triggers.rows))
+        return backlog.submit(version, triggers)
     except BoundExceeded:
         return None

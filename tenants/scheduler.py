@@ -32,6 +32,8 @@ from tenants.shares import Hold, ShareLedger, ShareWindow
 CHARGE_SECONDS_MIN = 20e-6
 """A batch is charged at least this, so that nothing runs for nothing, whatever was measured."""
 CREDIT_BATCHES_MAX = 2
+BESIDE_SHARE_MAX = 0.2
+"""Of a quantum that all a tenant has waiting may be estimated to cost, for it to run beside the slots."""
 COSTLIEST_DECAY = 0.995
 """Of the costliest recent batch, with each later one."""
 PRIORITY_SHARES = {URGENT: 1.0, BACKGROUND: 0.125}
@@ -141,6 +143,11 @@ class Scheduler:
     What it falls behind by is kept for it up to CREDIT_BATCHES_MAX times the costliest recent batch of all (at least
     a quantum) and forgiven beyond, so that it can't lock others out later; counting what was forgiven as served, the
     bound then holds with that credit, divided by its weight, added for each of the two.
+
+    **Beside the slots.** A tenant with little to run is not to wait for the batch of another: one batch more than there
+    are slots may run if all that its tenant has waiting is short (BESIDE_SHARE_MAX of a quantum). The next slot that
+    is free is then taken by it. It starts at most a quantum of its own ahead of the tenant that is due, which is
+    all it adds to the bound: a quantum, divided by its weight.
 
     **Lending.** A batch that holds its slot without computing (it sleeps) lends it to others, see `lend`. Then as many
     batches compute at once as there are slots; a tenant that lends falls behind as it does with more of them.
@@ -338,13 +345,27 @@ class Scheduler:
         self._refresh(owner)
 
     def next(self) -> Dispatch | None:
-        """The next batch to start, or None when no slot is free or nothing may run."""
-        if self._slots_taken >= self.parallel or not self._ready:
-            return None
+        """The next batch to start, or None when no slot is free, nor the place beside them, or nothing may run."""
+        if self._ready and self._slots_taken < self.parallel:
+            tenant = min(self._ready.values(), key=_virtual)
+            self._virtual = max(self._virtual, tenant.virtual)
+            return self._start(tenant)
+        if self._ready and self._slots_taken == self.parallel:
+            light = [tenant for tenant in self._ready.values() if self._may_run_beside(tenant)]
+            if light:
+                return self._start(min(light, key=_virtual))
+        return None
+
+    def _may_run_beside(self, tenant: _Tenant) -> bool:
+        """Whether all it has waiting is short, and it is at most a quantum ahead of what runs in the slots."""
+        if tenant.virtual > self._virtual + self.quantum_seconds / tenant.weight:
+            return False
+        waiting = sum(flow.model.cost.seconds(flow.model.rows_queued) for flow in tenant.ready.values())
+        return waiting <= BESIDE_SHARE_MAX * self.quantum_seconds
+
+    def _start(self, tenant: _Tenant) -> Dispatch:
         self._slots_taken += 1
-        tenant = min(self._ready.values(), key=_virtual)
         flow = min(tenant.ready.values(), key=_virtual)
-        self._virtual = max(self._virtual, tenant.virtual)
         tenant.flows_virtual = max(tenant.flows_virtual, flow.virtual)
         model = flow.model
         whole = flow.entries[0].whole

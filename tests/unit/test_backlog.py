@@ -89,7 +89,7 @@ async def _every_trigger(steps: list[tuple[str, int, int]], room: int) -> None:
         nonlocal offset
         await asyncio.sleep(0)
         settled = backlog.settle()
-        outcome = await run_triggers(runner, backlog, work, settled, 0.0)
+        outcome = await run_triggers(backlog, work, settled, 0.0)
         offset += 1
         commit(store, outcome, offset, outcome.appended)
         for answer in outcome.answers:
@@ -154,11 +154,32 @@ async def test_a_commit_waits_for_no_model_that_is_behind() -> None:
     backlog = Backlog(
         runner, MemoryStore(), lambda name, sha: version(name, sha), lambda _: Bound(10_000), ManualClock()
     )
-    await run_triggers(runner, backlog, [(version(slow), triggers(slow, 0, 1))], Settled(), 0.0)
+    await run_triggers(backlog, [(version(slow), triggers(slow, 0, 1))], Settled(), 0.0)
     work = [(version(name), triggers(name, 1, 1)) for name in NAMES]
-    cycle = asyncio.ensure_future(run_triggers(runner, backlog, work, backlog.settle(), 3600.0))
+    cycle = asyncio.ensure_future(run_triggers(backlog, work, backlog.settle(), 3600.0))
     await asyncio.sleep(0)  # all are handed in before it waits for any
     runner.answer(2)
     outcome = await asyncio.wait_for(cycle, 10)
     assert [answer.triggers.name for answer in outcome.answers] == [quick]
     assert [chunk.triggers.name for chunk in outcome.appended] == [slow]
+
+
+async def test_a_commit_waits_for_no_slow_model_while_quick_ones_of_another_tenant_wait_with_it() -> None:
+    clock, runner, (slow, quick) = ManualClock(), ManualRunner(), NAMES
+    backlog = Backlog(runner, MemoryStore(), lambda name, sha: version(name, sha), lambda _: Bound(10_000), clock)
+
+    async def cycle(names: tuple[ModelName, ...], answered: ModelName, after: float) -> list[ModelName]:
+        work = [(version(name), triggers(name, 0, 1)) for name in names]
+        running = asyncio.ensure_future(run_triggers(backlog, work, backlog.settle(), 1.0))
+        await asyncio.sleep(0)
+        clock.advance(after)
+        runner.answer(names.index(answered))
+        outcome = await asyncio.wait_for(running, 10)
+        while runner.open:
+            runner.answer(0)
+        await asyncio.sleep(0)
+        return [answer.triggers.name for answer in outcome.answers]
+
+    assert await cycle((slow,), slow, 0.5) == [slow], "alone, it is waited for"
+    assert await cycle((slow,), slow, 0.5) == [slow], "and again"
+    assert await cycle((slow, quick), quick, 0.0) == [quick]

@@ -97,7 +97,7 @@ def run(
         selections = {name: np.ones(COUNT, np.bool_) for name in versions} if masks is None else masks
         ordering = Ordering(plan, events(), selections, Reads())
         backlog = Backlog(runner, MemoryStore(), lambda name, _: versions[name], lambda _: Bound(10_000), ManualClock())
-        return await run_triggers(runner, backlog, ordering.ready(), Settled(), seconds, ordering)
+        return await run_triggers(backlog, ordering.ready(), Settled(), seconds, ordering)
 
     return asyncio.run(cycle())
 
@@ -205,7 +205,7 @@ def beside(
         ordering = Ordering(plan, events(), selections, Reads())
         bound = Bound(2 if kind == "shadow" else 10_000)  # chunks are no larger
         backlog = Backlog(runner, MemoryStore(), lambda name, _: versions[name], lambda _: bound, ManualClock())
-        return await run_triggers(runner, backlog, ordering.ready(), Settled(), 0.2, ordering, shadows)
+        return await run_triggers(backlog, ordering.ready(), Settled(), 0.2, ordering, shadows)
 
     return plan, staged, asyncio.run(cycle()), shadows
 

@@ -121,7 +121,7 @@ class Scene:
             for name, size in zip(NAMES, sizes, strict=True)
             if size
         ]
-        outcome = await run_triggers(self.runner, self.backlog, work, settled, 0.0)
+        outcome = await run_triggers(self.backlog, work, settled, 0.0)
         if lost:
             self.restart()
             return
