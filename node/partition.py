@@ -142,7 +142,8 @@ class Partition:
                 more = await session.cycle()
                 if session.proven:
                     self.condition.phase, self.condition.reason = "running", ""
-                if not more:
+                if not more:  # events taken before the commit has ended would only wait for it, and for few of them
+                    await session.finish()
                     await self._pause(started + self._interval - self._clock.monotonic())
             await session.finish()
         finally:

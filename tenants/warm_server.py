@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING
 
 import msgspec
 
+from node.kernel import limits
 from tenants import sandbox
 from tenants.cgroups import Place
 
@@ -122,6 +123,7 @@ def _become_worker(spawn: Spawn, ends: Ends, settings: Settings, allowlist: Allo
 
     status = 1
     try:
+        os.nice(limits.WORKER_NICENESS)
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)
         signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGCHLD})
         place = Place(spawn.cgroup, spawn.cgroup_missing)

@@ -23,8 +23,8 @@ _SILENT_SECONDS = 5.0
 _PROBE_MS_MAX = 5_000
 _TRIAL_MS = 1_000
 _AT_ONCE_SECONDS = 0.0005
-_FRESH_MS = 3
-"""A fetch of what the broker has takes one or two milliseconds."""
+_FRESH_MS_MIN, _FRESH_MS_MAX = 3, 12
+"""A fetch of what the broker has takes one or two milliseconds, and on a busy machine some more."""
 
 
 @dataclass(slots=True)
@@ -58,6 +58,7 @@ class Source:
         self._on_reset = on_reset
         self._clock = clock
         self._consumer: AIOKafkaConsumer | None = None
+        self._fresh_ms = _FRESH_MS_MIN
         self._heard = 0.0
         self.progress: dict[str, int] = {}
         self.ends: dict[str, int] = {}
@@ -138,14 +139,16 @@ class Source:
         """Up to `events_max` records, waiting at most `wait_ms` for the first.
 
         The client fetches ahead: what it holds at once is what came right after the last poll, and what has come
-        since is still at the broker. So records that were there without waiting are followed by one more look.
+        since is still at the broker. So records that were there without waiting are followed by one more look, a
+        longer one while such looks find something: events that just miss a cycle wait for the whole of it.
         """
         started = self._clock.monotonic()
         records, topics = await self._take(events_max, wait_ms)
         if records:
             self._heard = self._clock.monotonic()
             if self._heard - started < _AT_ONCE_SECONDS and len(records) < events_max:
-                more, of = await self._take(events_max - len(records), _FRESH_MS)
+                more, of = await self._take(events_max - len(records), self._fresh_ms)
+                self._fresh_ms = _FRESH_MS_MAX if more else _FRESH_MS_MIN
                 records, topics = records + more, topics + of
         elif self._clock.monotonic() - self._heard > _SILENT_SECONDS:
             await self._probe()

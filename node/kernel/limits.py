@@ -129,6 +129,8 @@ SHADOW_ROWS_MAX = 8192
 FATAL_ROWS_MAX = 5
 """Rows that each took their worker along twice, within FATAL_ROWS_MS: then the version is failing, not the rows."""
 FATAL_ROWS_MS = 600_000
+WORKER_NICENESS = 10
+"""Added to the node's: its loop serves all tenants, and goes before any one tenant's model."""
 WORKER_THREADS_MAX = 1
 """A worker is one thread: what it uses is then at most a core, and only while a call that is charged for runs."""
 WORKER_MEMORY_EXTRA_BYTES = 64 * MIB
