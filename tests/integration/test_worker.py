@@ -33,7 +33,7 @@ from worker_support import MEMORY_BYTES, rows_of, stored, version_of, warm_serve
 
 from node.kernel.clock import SystemClock
 from node.kernel.errors import CallFailed, ModelRefused, SandboxUnavailable, WorkerLost
-from node.kernel.limits import MIB
+from node.kernel.limits import MIB, WORKER_NICENESS
 from tenants import messages
 from tenants.sandbox import LAYERS, SandboxSettings
 from tenants.workers import WarmServer, WorkerProcess, _Frames, connected
@@ -69,6 +69,11 @@ def fit(model: Any, given: Any = ROWS, target: Any = CLASSES) -> Any:
 def process_status(worker: WorkerProcess) -> str:
     path = Path(f"/proc/{worker.pid}/status")
     return path.read_text() if path.exists() else ""
+
+
+async def test_the_kernel_runs_the_node_before_its_workers(worker: WorkerProcess) -> None:
+    niceness = os.getpriority(os.PRIO_PROCESS, worker.pid) - os.getpriority(os.PRIO_PROCESS, 0)
+    assert niceness == min(WORKER_NICENESS, 19 - os.getpriority(os.PRIO_PROCESS, 0))
 
 
 async def test_report_and_outputs(worker: WorkerProcess) -> None:
