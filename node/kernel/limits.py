@@ -62,11 +62,11 @@ INTERVAL_LOOK_MS = 100
 """How often a partition looks whether a run is due."""
 INTERVAL_SCAN_ROWS_MAX = 1024
 """Rows that one cycle reads for a chunk of an interval run: a millisecond or two in which it does nothing else."""
-INTERVAL_CHUNK_ROWS_MAX = 256
+INTERVAL_CHUNK_ROWS_MAX = 128
 """Of these, what the model is called with: committing them costs a later cycle a few milliseconds too."""
-INTERVAL_REST_FACTOR = 20
+INTERVAL_REST_FACTOR = 40
 """After a chunk was read, a partition reads none for so many times as long: what is left is for events."""
-INTERVAL_ROWS_SETTLED_MAX = 256
+INTERVAL_ROWS_SETTLED_MAX = 128
 """Rows of answered chunks that one cycle commits; a chunk at least."""
 INTERVAL_RUNS_KEPT_MAX = 4096
 """Interval models whose last run a partition remembers; beyond, those that are not there any more are forgotten."""

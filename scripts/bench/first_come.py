@@ -15,7 +15,7 @@ if str(ROOT) not in sys.path:
 
 from node.kernel.types import URGENT  # noqa: E402
 from tenants import pool  # noqa: E402
-from tenants.scheduler import Dispatch, Part, Scheduler, _Flow  # noqa: E402
+from tenants.scheduler import Dispatch, Part, Scheduler, _Flow, _Tenant  # noqa: E402
 
 QUANTUM_SECONDS = 3600.0
 """A batch is as long as its ticket."""
@@ -63,6 +63,9 @@ class FirstCome(Scheduler):
 
     def lend(self, dispatch: Dispatch, lent: bool) -> None:
         """Nothing goes before the queue's head has ended."""
+
+    def _may_run_beside(self, tenant: _Tenant) -> bool:
+        return False
 
     def _take(self, flow: _Flow, rows_max: int) -> tuple[tuple[Part, ...], int]:
         """The oldest ticket, as much of it as a call's deadline allows."""
