@@ -103,8 +103,9 @@ class Node:
         self._options = client_options(config.kafka, config.node.name)
         self._data = Path(config.node.data_dir)
         self._environment = RocksEnvironment.of(config.state.block_cache_mb * MIB, config.state.write_buffer_mb * MIB)
+        kafka = config.kafka
         self._outputs = OutputTopics(
-            config.kafka.inferences_topic, config.kafka.changelog_topic, config.kafka.dead_letters_topic
+            kafka.inferences_topic, kafka.changelog_topic, kafka.dead_letters_topic, kafka.rows_topic
         )
         blobs = BlobStore(self._data / "blobs")
         table_files = BlobStore(self._data / "tables" / "files", TABLE_FILE_BYTES_MAX)
@@ -235,6 +236,12 @@ class Node:
             self._outputs.inferences: {},
             self._outputs.dead_letters: {},
             self._outputs.changelog: {"cleanup.policy": "delete", "retention.ms": "-1", "retention.bytes": "-1"},
+            self._outputs.rows: {
+                "cleanup.policy": "delete",
+                "retention.ms": str(config.kafka.rows_retention_h * 3_600_000),
+                "retention.bytes": str(config.kafka.rows_retention_mb * MIB),
+                "segment.bytes": str(min(256, config.kafka.rows_retention_mb // 4) * MIB),
+            },
         }
         interval_seconds = config.cycle.commit_interval_ms / 1000
         if clustering is not None:
