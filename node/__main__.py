@@ -577,6 +577,38 @@ def export_training(
         typer.echo(line)
 
 
+@app.command("check-training")
+def check_training(
+    model: ModelPath,
+    config: ConfigPath,
+    from_time: FromTime = "",
+    to_time: ToTime = "",
+    rows_max: Annotated[int, typer.Option(min=1, help="Of each partition: the first ones.")] = 200_000,
+    as_json: AsJson = False,
+) -> None:
+    """Compute rows that a model was fed anew, from the events, and compare every bit.
+
+    By the code that nodes run, over the source topics and the changelog; nodes do not notice. What is found is in the
+    model's status on the node of --config. Exits 1 if anything differs, or nothing could be compared.
+    """
+    from node import console, training_check, training_console
+    from node.training.times import time_ms
+
+    try:
+        name = training_console.model_name(model)
+        wanted = training_console.Wanted(name, time_ms(from_time, 0), time_ms(to_time, 1 << 62))
+    except HeadraceError as error:
+        _fail(str(error))
+    found = _operate(training_check.check(_loaded(config), wanted, rows_max))
+    if as_json:
+        typer.echo(console.encoded(found))
+    else:
+        for line in training_check.lines(found):
+            typer.echo(printable(line))
+    if not found.sound or not found.compared:
+        raise typer.Exit(1)
+
+
 def _operate(command: Coroutine[Any, Any, Outcome]) -> Outcome:
     import asyncio
 
