@@ -544,6 +544,71 @@ def table_list(url: Url = NODE_URL, as_json: AsJson = False) -> None:
         _fail(str(error))
 
 
+exports = typer.Typer(no_args_is_help=True, help="Write what the platform has to files.")
+app.add_typer(exports, name="export")
+FromTime = Annotated[str, typer.Option("--from", help="Event time, 2026-01-31T06:00 or ms; the first there is.")]
+ToTime = Annotated[str, typer.Option("--to", help="Event time up to which, not included; all there is.")]
+
+
+@exports.command("training")
+def export_training(
+    model: ModelPath,
+    config: ConfigPath,
+    from_time: FromTime = "",
+    to_time: ToTime = "",
+    out: Annotated[Path | None, typer.Option(help="A new folder; <tenant>.<model>.training by default.")] = None,
+    version: VersionDigits = "",
+) -> None:
+    """Write the rows that a model was fed, with its outputs, as Parquet: a file for each version.
+
+    Those that its manifest's log_rows has kept, bit for bit. They are read from Kafka, so nodes need not run, and do
+    not notice if they do.
+    """
+    from node import training_console
+    from node.training.times import time_ms
+
+    try:
+        name = training_console.model_name(model)
+        wanted = training_console.Wanted(name, time_ms(from_time, 0), time_ms(to_time, 1 << 62), version)
+    except HeadraceError as error:
+        _fail(str(error))
+    folder = out or Path(f"{name.tenant}.{name.model}.training")
+    for line in _operate(training_console.export(_loaded(config), wanted, folder)):
+        typer.echo(line)
+
+
+@app.command("check-training")
+def check_training(
+    model: ModelPath,
+    config: ConfigPath,
+    from_time: FromTime = "",
+    to_time: ToTime = "",
+    rows_max: Annotated[int, typer.Option(min=1, help="Of each partition: the first ones.")] = 200_000,
+    as_json: AsJson = False,
+) -> None:
+    """Compute rows that a model was fed anew, from the events, and compare every bit.
+
+    By the code that nodes run, over the source topics and the changelog; nodes do not notice. What is found is in the
+    model's status on the node of --config. Exits 1 if anything differs, or nothing could be compared.
+    """
+    from node import console, training_check, training_console
+    from node.training.times import time_ms
+
+    try:
+        name = training_console.model_name(model)
+        wanted = training_console.Wanted(name, time_ms(from_time, 0), time_ms(to_time, 1 << 62))
+    except HeadraceError as error:
+        _fail(str(error))
+    found = _operate(training_check.check(_loaded(config), wanted, rows_max))
+    if as_json:
+        typer.echo(console.encoded(found))
+    else:
+        for line in training_check.lines(found):
+            typer.echo(printable(line))
+    if not found.sound or not found.compared:
+        raise typer.Exit(1)
+
+
 def _operate(command: Coroutine[Any, Any, Outcome]) -> Outcome:
     import asyncio
 
@@ -574,7 +639,10 @@ def _summary(config: Config) -> list[tuple[str, str]]:
         ("node", f"{config.node.name}, data in {config.node.data_dir}"),
         ("kafka", f"{', '.join(kafka.bootstrap)}, transactions {config.transactions}"),
         ("reads", f"{', '.join(kafka.topics)}; partitions: {partitions}"),
-        ("writes", ", ".join((kafka.inferences_topic, kafka.changelog_topic, kafka.dead_letters_topic))),
+        (
+            "writes",
+            ", ".join((kafka.inferences_topic, kafka.changelog_topic, kafka.dead_letters_topic, kafka.rows_topic)),
+        ),
         ("event types", ", ".join(events.types)),
         ("fields", fields or "none"),
         ("profile", ", ".join(config.profile) or "none"),

@@ -40,6 +40,7 @@ from node.serving.operator_token import make_token
 from node.serving.server import HttpServer
 from node.serving.tables import TableEndpoints
 from node.serving.view import (
+    ConsistencyStatus,
     MemoryStatus,
     ModelCost,
     ModelDetail,
@@ -56,7 +57,7 @@ from node.serving.view import (
     TenantStatus,
 )
 from node.session import ChangelogReader, PartitionSession, Parts, open_session
-from node.stage_view import Judged, detail, infos, stage_status
+from node.stage_view import Checked, Judged, consistency_status, detail, infos, stage_status
 from node.state.folder import StateFolder, StateFolders
 from node.state.layout import Layout
 from node.state.rocksdb import RocksEnvironment, RocksStore
@@ -64,6 +65,7 @@ from node.steps import StepTimes
 from node.tables.library import TableLibrary
 from node.tables.local import LocalTables
 from node.tables.service import Files, TableLedger, TableService
+from node.training.verdicts import Verdicts
 from node.view import LocalView
 from node.waiting import Bound
 from replication.blobs import BlobStore
@@ -103,8 +105,9 @@ class Node:
         self._options = client_options(config.kafka, config.node.name)
         self._data = Path(config.node.data_dir)
         self._environment = RocksEnvironment.of(config.state.block_cache_mb * MIB, config.state.write_buffer_mb * MIB)
+        kafka = config.kafka
         self._outputs = OutputTopics(
-            config.kafka.inferences_topic, config.kafka.changelog_topic, config.kafka.dead_letters_topic
+            kafka.inferences_topic, kafka.changelog_topic, kafka.dead_letters_topic, kafka.rows_topic
         )
         blobs = BlobStore(self._data / "blobs")
         table_files = BlobStore(self._data / "tables" / "files", TABLE_FILE_BYTES_MAX)
@@ -128,7 +131,7 @@ class Node:
             schema,
             evaluate_profile(schema),
             self._partitions,
-            Tenants(self._tenants),
+            Tenants(self._tenants, Verdicts(self._data).get),
             self._tenants if self._clustering is None else self._clustering.models,
             self._supervisor,
             clock,
@@ -235,6 +238,12 @@ class Node:
             self._outputs.inferences: {},
             self._outputs.dead_letters: {},
             self._outputs.changelog: {"cleanup.policy": "delete", "retention.ms": "-1", "retention.bytes": "-1"},
+            self._outputs.rows: {
+                "cleanup.policy": "delete",
+                "retention.ms": str(config.kafka.rows_retention_h * 3_600_000),
+                "retention.bytes": str(config.kafka.rows_retention_mb * MIB),
+                "segment.bytes": str(min(256, config.kafka.rows_retention_mb // 4) * MIB),
+            },
         }
         interval_seconds = config.cycle.commit_interval_ms / 1000
         if clustering is not None:
@@ -303,8 +312,9 @@ class Node:
 class Tenants:
     """The tenants' side in the words of the HTTP interface."""
 
-    def __init__(self, service: TenantService) -> None:
+    def __init__(self, service: TenantService, checked: Checked) -> None:
         self._service = service
+        self._checked = checked
 
     def plan(self) -> FeaturePlan:
         return self._service.plan()
@@ -315,13 +325,13 @@ class Tenants:
 
     def models(self) -> list[ModelInfo]:
         costs, judged, models = self._costs(), self._judged(), self._service.watcher.snapshot.models
-        return [info for _, entry in sorted(models.items()) for info in infos(entry, costs, judged)]
+        return [info for _, entry in sorted(models.items()) for info in infos(entry, costs, judged, self._checked)]
 
     def model(self, name: ModelName) -> ModelDetail:
         entry = self._service.watcher.snapshot.models.get(name)
         if entry is None:
             raise NotFound(f"there is no model {printable(str(name))}; /v1/models lists those that are")
-        return detail(entry, self._costs(), self._judged())
+        return detail(entry, self._costs(), self._judged(), self._checked)
 
     async def move_stage(self, name: ModelName, move: StageMove) -> None:
         judging = self._service.judging
@@ -375,7 +385,11 @@ class Tenants:
         pool, refusals = self._service.statistics().pool, self._service.watcher.refusals
         total = sum(tenant.cpu_seconds for tenant in pool.tenants)
         stages: dict[str, list[StageStatus]] = {}
+        checked: dict[str, list[ConsistencyStatus]] = {}
         for _, entry in sorted(self._service.watcher.snapshot.models.items()):
+            found = consistency_status(entry.name, self._checked) if entry.live is not None else None
+            if found is not None:
+                checked.setdefault(entry.name.tenant, []).append(found)
             if entry.staged is not None:
                 stages.setdefault(entry.name.tenant, []).append(stage_status(entry.staged, self._judged()))
         return [
@@ -392,6 +406,7 @@ class Tenants:
                 sandbox=None if tenant.worker is None else sandbox_status(tenant.worker.sandbox),
                 refused=refusals(tenant.tenant),
                 stages=stages.get(tenant.tenant, []),
+                consistency=checked.get(tenant.tenant, []),
             )
             for tenant in pool.tenants
         ]

@@ -249,7 +249,7 @@ def _type_text_problems(types: Sequence[str], texts: Mapping[str, str]) -> Itera
 def _topic_problems(kafka: KafkaSection) -> Iterator[str]:
     yield from _list_problems("[kafka] topics", kafka.topics)
     users = dict.fromkeys(kafka.topics, "topics")
-    for name in ("inferences_topic", "changelog_topic", "dead_letters_topic"):
+    for name in ("inferences_topic", "changelog_topic", "dead_letters_topic", "rows_topic"):
         topic = getattr(kafka, name)
         if topic in (".", "..") or _value_problem("", topic, Topic):
             yield f"[kafka] {name} is {_shown(topic)}; allowed: {allowed(Topic)}"

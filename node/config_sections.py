@@ -107,6 +107,31 @@ class KafkaSection(Section, frozen=True):
     dead_letters_topic: Annotated[
         TopicTemplate, Meta(description="Records that could not be used, whole, with the reason in the headers.")
     ] = "{application}.dead-letters"
+    rows_topic: Annotated[
+        TopicTemplate,
+        Meta(
+            description="Training data: the rows that models with `log_rows` were fed, with their outputs, until the "
+            "topic's retention deletes them."
+        ),
+    ] = "{application}.rows"
+    rows_retention_h: Annotated[
+        int,
+        Meta(
+            ge=1,
+            le=87_600,
+            description="How long the rows topic that the node creates keeps rows; of one that is there, the broker's "
+            "setting holds.",
+        ),
+    ] = 168
+    rows_retention_mb: Annotated[
+        int,
+        Meta(
+            ge=64,
+            le=16_777_216,
+            description="The most that each partition of the rows topic that the node creates takes on disk: the "
+            "oldest rows go first.",
+        ),
+    ] = 4096
     transactions: Annotated[
         Literal["auto", "required", "off"],
         Meta(
@@ -156,7 +181,7 @@ class KafkaSection(Section, frozen=True):
     ] = ""
 
     def __post_init__(self) -> None:
-        for name in ("inferences_topic", "changelog_topic", "dead_letters_topic"):
+        for name in ("inferences_topic", "changelog_topic", "dead_letters_topic", "rows_topic"):
             topic = getattr(self, name).replace("{application}", self.application)
             msgspec.structs.force_setattr(self, name, topic)
 

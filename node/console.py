@@ -93,6 +93,11 @@ def as_json(answer: Mapping[str, Any]) -> bytes:
     return msgspec.json.encode(answer)
 
 
+def encoded(answer: object) -> bytes:
+    """As JSON."""
+    return msgspec.json.encode(answer)
+
+
 def show(*parts: RenderableType) -> None:
     console = Console(highlight=False)
     if not console.is_terminal:

@@ -37,6 +37,7 @@ from node.state.fold import FoldResult, fold
 from node.state.layout import Layout
 from node.state.outputs import read_output, write_outputs
 from node.steps import StepTimes
+from node.training.row_log import RowLog
 from node.triggers import Outcome, run_triggers, select
 
 log = structlog.get_logger(__name__)
@@ -106,6 +107,7 @@ class Cycle:
         self._state = state
         self._steps = steps
         self._clock = clock
+        self._row_log = RowLog(origin.topics, origin.schema.types)
         self._idle = False
         """Nothing but an event, or the end of an interval, which may wait, can make work for the next cycle."""
 
@@ -218,6 +220,7 @@ class Cycle:
         for answer in outcome.answers:
             letters += failed_letters(origin, answer)
             inferences += answered_records(origin, answer)
+        rows_fed = self._row_log.records(outcome.answers, state.plan or self._engine.plans(), state.counters)
         runs, event_time_ms = state.intervals.committing(decoded.events, state.counters)
         frame = Frame(
             progress=polled.progress,
@@ -231,7 +234,7 @@ class Cycle:
             runs=runs,
             event_time_ms=event_time_ms,
         )
-        return Outgoing(frame, inferences, letters)
+        return Outgoing(frame, inferences, letters, rows_fed)
 
 
 class _Reads:

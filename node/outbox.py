@@ -39,6 +39,12 @@ class OutputTopics:
     inferences: str
     changelog: str
     dead_letters: str
+    rows: str = ""
+    """Where the rows that models were fed go as training data; '': nowhere."""
+
+    @property
+    def all(self) -> tuple[str, ...]:
+        return tuple(filter(None, (self.inferences, self.dead_letters, self.rows, self.changelog)))
 
 
 @dataclass(slots=True)
@@ -57,6 +63,7 @@ class Outgoing:
     frame: Frame
     inferences: list[tuple[bytes, bytes]] = field(default_factory=list)
     dead_letters: list[tuple[bytes | None, bytes | None, Headers]] = field(default_factory=list)
+    rows: Sequence[tuple[bytes, bytes]] = ()
 
 
 class Outbox:
@@ -148,7 +155,7 @@ class Outbox:
         """
         for _ in range(2):
             await producer.begin_transaction()
-            for topic in (self._topics.inferences, self._topics.dead_letters, self._topics.changelog):
+            for topic in self._topics.all:
                 # Adding a partition without a record to it is what no public call of the client does.
                 producer._txn_manager.maybe_add_partition_to_txn(TopicPartition(topic, self._partition))
             await producer.commit_transaction()
@@ -170,6 +177,9 @@ class Outbox:
         inferences: Iterable[Record] = ((key, value, []) for key, value in outgoing.inferences)
         sent = await self._enqueue(producer, self._topics.inferences, inferences)
         sent += await self._enqueue(producer, self._topics.dead_letters, outgoing.dead_letters)
+        if outgoing.rows:
+            fed: Iterable[Record] = ((key, value, []) for key, value in outgoing.rows)
+            sent += await self._enqueue(producer, self._topics.rows, fed)
         if not self.transactional:  # the frame says that the rest is out: it must not overtake it
             await _delivered(sent)
         sent += await self._enqueue(producer, self._topics.changelog, parts)

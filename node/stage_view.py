@@ -2,23 +2,33 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 
-from node.serving.view import ModelCost, ModelDetail, ModelInfo, StageStatus, VersionChange
+from node.kernel.types import ModelName
+from node.serving.view import ConsistencyStatus, ModelCost, ModelDetail, ModelInfo, StageStatus, VersionChange
+from node.training.consistency import Consistency
 from tenants.comparison import Figures
 from tenants.judge import Verdict
 from tenants.registry import Entry, Staged
 
 Judged = tuple[Mapping[str, Figures], Mapping[str, Verdict]]
 """By version: what this node has seen, and what was last judged."""
+Checked = Callable[[ModelName], Consistency | None]
+"""What the last check of a model's training data found on this node."""
 
 
-def infos(entry: Entry, costs: Mapping[str, ModelCost], judged: Judged) -> Iterator[ModelInfo]:
+def infos(
+    entry: Entry, costs: Mapping[str, ModelCost], judged: Judged, checked: Checked = lambda name: None
+) -> Iterator[ModelInfo]:
     """The live version first, then what runs beside it, then the pair found last if that is another."""
     if entry.live is not None:
         version, failing = entry.live.version, entry.live.failing
         yield ModelInfo.of(
-            version, "failing" if failing else "live", [failing] if failing else [], costs.get(version.version)
+            version,
+            "failing" if failing else "live",
+            [failing] if failing else [],
+            costs.get(version.version),
+            consistency=consistency_status(entry.name, checked),
         )
     staged = entry.staged
     if staged is not None:
@@ -41,14 +51,34 @@ def infos(entry: Entry, costs: Mapping[str, ModelCost], judged: Judged) -> Itera
         )
 
 
-def detail(entry: Entry, costs: Mapping[str, ModelCost], judged: Judged) -> ModelDetail:
+def detail(
+    entry: Entry, costs: Mapping[str, ModelCost], judged: Judged, checked: Checked = lambda name: None
+) -> ModelDetail:
     history = [
         VersionChange(at_ms=one.at_ms, version=one.version, to=one.to, who=one.who, reason=one.reason)
         for one in entry.history
     ]
     name = entry.name
     return ModelDetail(
-        tenant=name.tenant, model=name.model, versions=list(infos(entry, costs, judged)), history=history
+        tenant=name.tenant, model=name.model, versions=list(infos(entry, costs, judged, checked)), history=history
+    )
+
+
+def consistency_status(name: ModelName, checked: Checked) -> ConsistencyStatus | None:
+    found = checked(name)
+    if found is None:
+        return None
+    return ConsistencyStatus(
+        tenant=name.tenant,
+        model=name.model,
+        checked_at_ms=found.checked_at_ms,
+        share=found.share,
+        logged=found.logged,
+        compared=found.compared,
+        different=found.different,
+        unchecked=found.unchecked,
+        state_rows=found.state_rows,
+        state_different=found.state_different,
     )
 
 

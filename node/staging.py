@@ -1,39 +1,25 @@
 """(P) Which triggers of a micro-batch a canary answers in place of the live version, and which a shadow is shown.
 
-A customer's place is the crc32 of its id, started with that of the model's name and mixed (the finalizer of
-MurmurHash3, Appleby 2011), as a share of 2^32: the same on every node and for every version, and a canary whose share
-grows keeps the customers it has.
+A canary's customers are chosen by the model's name (`node.sampling`): the same on every node and for every version.
 """
 
 from __future__ import annotations
 
-import zlib
 from collections.abc import Mapping, Sequence
-from typing import Final, TypeAlias
-
-import numpy as np
+from typing import TypeAlias
 
 from node.kernel.ports import FeaturePlan, Shadows
 from node.kernel.types import Bools, EventColumns, ModelName, ModelVersion, Triggers
 from node.ordering import Shown
+from node.sampling import sampled
 from node.waiting import Answering
-
-_FIRST: Final = np.uint32(0x85EBCA6B)
-_SECOND: Final = np.uint32(0xC2B2AE35)
 
 Selections: TypeAlias = Mapping[ModelName, Bools]
 
 
 def of_canary(customers: Sequence[str], model: ModelName, share: float) -> Bools:
     """bool[len(customers)]: whether a canary of the model with that share serves each of them."""
-    seed = zlib.crc32(str(model).encode())
-    places = np.fromiter((zlib.crc32(one.encode(), seed) for one in customers), np.uint32, len(customers))
-    places ^= places >> np.uint32(16)
-    places *= _FIRST
-    places ^= places >> np.uint32(13)
-    places *= _SECOND
-    places ^= places >> np.uint32(16)
-    return places < share * 2.0**32
+    return sampled(customers, str(model), share)
 
 
 def divided(plan: FeaturePlan, events: EventColumns, selections: Selections) -> Selections:

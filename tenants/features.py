@@ -30,6 +30,7 @@ from node.kernel.types import (
     Floats,
     Ints,
     ModelName,
+    ModelSource,
     ModelVersion,
     StagedVersion,
     StoredOutput,
@@ -437,6 +438,8 @@ class CompiledFeatures:
         timer: Callable[[], float] | None = None,
     ) -> None:
         self._models = tuple(version for version, _ in models)
+        self._manifests = {version.version: (version.name, manifest) for version, manifest in models}
+        self._files = definitions.files
         profile = set(evaluate_profile(schema).values())
         self._aggregates = tuple(sorted(profile.union(*(definitions.aggregates(manifest) for _, manifest in models))))
         self._type_names = np.array(schema.types, dtype=object)
@@ -478,6 +481,15 @@ class CompiledFeatures:
     def inputs(self) -> Mapping[ModelName, tuple[StoredOutput, ...]]:
         """The outputs of other models here that each model uses, sorted; models that use none are not there."""
         return self._inputs
+
+    def source(self, version: str) -> ModelSource | None:
+        found = self._manifests.get(version)
+        if found is None:
+            return None
+        key, manifest = found
+        used = {output.name for output in self._inputs.get(key, ())}
+        inputs = {str(one.name): (one.outputs, one.ttl_ms) for one in self._models if one.name in used}
+        return ModelSource(manifest.text.decode(), self._files, inputs)
 
     def tables(self, name: ModelName) -> tuple[str, ...]:
         """The tables that the model's features read, sorted."""

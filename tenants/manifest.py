@@ -66,7 +66,7 @@ _FEATURE_BYTES_MAX: Final = 128
 _PROBLEMS_MAX: Final = 100
 _MODEL_KEYS: Final = (
     *("on", *INTERVAL_KEYS),
-    *("output", "method", "ttl", "deadline", "weight", "overload", "features", "shared_with", "rollout"),
+    *("output", "method", "ttl", "deadline", "weight", "overload", "features", "shared_with", "rollout", "log_rows"),
 )
 _KEY_PARTS_MAX: Final = 32
 _KEY_PART: Final = r"""(?:[A-Za-z0-9_-]++|"(?:[^"\\\n]|\\.){0,256}+"|'[^'\n]{0,256}+')"""
@@ -123,6 +123,8 @@ class Manifest:
 
     rollout: tuple[Stage, ...] = ()
     """What a version goes through before it takes the live one's place; (): nothing."""
+    log_rows: float = 0.0
+    """The share of customers whose rows are kept, with the outputs, as training data."""
 
     @property
     def stored_bytes(self) -> int:
@@ -169,6 +171,7 @@ class Manifest:
             labels=labels,
             weight=self.weight,
             schedule=self.schedule,
+            log_rows=self.log_rows,
         )
 
 
@@ -394,6 +397,7 @@ def parse_manifest(
         schedule=read_schedule(reader) if interval else None,
         shared_with=reader.tenants("shared_with"),
         rollout=parse_rollout(reader.values["rollout"], reader.problem) if "rollout" in reader.values else (),
+        log_rows=reader.number("log_rows", 0.0, 0.0, 1.0),
     )
     if interval:
         if manifest.rollout:

@@ -12,6 +12,7 @@ from node.kernel.types import (
     EventSchema,
     FeatureRows,
     ModelName,
+    ModelSource,
     ModelVersion,
     StagedVersion,
     StoredOutput,
@@ -58,6 +59,9 @@ class StagedPlan:
     def inputs(self) -> Mapping[ModelName, tuple[StoredOutput, ...]]:
         """A staged version uses its own model's output of the event before, as it will once it is live."""
         return self._inputs
+
+    def source(self, version: str) -> ModelSource | None:
+        return self.compiled.source(version)
 
     def tables(self, name: ModelName) -> tuple[str, ...]:
         return self.compiled.tables(name)

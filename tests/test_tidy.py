@@ -30,6 +30,8 @@ WIRING = (
     "node.cluster_tables",
     "node.cluster_view",
     "node.cluster_console",
+    "node.training_console",
+    "node.training_check",
 )
 """May import from all three packages: the `cluster*` modules are the part of a node that is one of several. The command
 line may import the wiring, inside a function only."""

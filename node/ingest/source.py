@@ -143,18 +143,21 @@ class Source:
         longer one while such looks find something: events that just miss a cycle wait for the whole of it.
         """
         started = self._clock.monotonic()
-        records, topics = await self._take(events_max, wait_ms)
-        if records:
+        runs = await self._take(events_max, wait_ms)
+        count = sum(map(len, runs.values()))
+        if count:
             self._heard = self._clock.monotonic()
-            if self._heard - started < _AT_ONCE_SECONDS and len(records) < events_max:
-                more, of = await self._take(events_max - len(records), self._fresh_ms)
+            if self._heard - started < _AT_ONCE_SECONDS and count < events_max:
+                more = await self._take(events_max - count, self._fresh_ms)
                 self._fresh_ms = _FRESH_MS_MAX if more else _FRESH_MS_MIN
-                records, topics = records + more, topics + of
+                for place, records in more.items():
+                    runs[place] = runs.get(place, []) + records
         elif self._clock.monotonic() - self._heard > _SILENT_SECONDS:
             await self._probe()
-        return Polled(records, topics, dict(self.progress))
+        return Polled(*in_order(runs), dict(self.progress))
 
-    async def _take(self, records_max: int, wait_ms: int) -> tuple[list[Any], list[int]]:
+    async def _take(self, records_max: int, wait_ms: int) -> dict[int, list[Any]]:
+        """By position of the topic, each in the order of offsets."""
         assert self._consumer is not None
         call = self._consumer.getmany(timeout_ms=wait_ms, max_records=records_max)
         try:
@@ -167,7 +170,7 @@ class Source:
             self.progress[place.topic] = await broker_call("source position", self._consumer.position(place))
         if not polled:
             self._check_topics([topic for topic in self._topics if self._consumer.partitions_for_topic(topic)])
-        return self._in_order(polled)
+        return {self._topics.index(place.topic): records for place, records in polled.items() if records}
 
     async def _reset(self, places: Sequence[TopicPartition]) -> None:
         """Go on as the operator has said where the next offset is gone. Raises ProgressLost if that is to wait."""
@@ -176,16 +179,6 @@ class Source:
         ends = await broker_call("source end offsets", self._consumer.end_offsets(places))
         for place in places:
             self._go_to(place, self._reset_offset(place, self.progress[place.topic], starts[place], ends[place]))
-
-    def _in_order(self, polled: Mapping[TopicPartition, list[Any]]) -> tuple[list[Any], list[int]]:
-        """One list, by Kafka timestamp where there are several topics."""
-        runs = [(self._topics.index(place.topic), records) for place, records in polled.items() if records]
-        if len(runs) == 1:
-            position, records = runs[0]
-            return records, [position] * len(records)
-        tagged = [(record.timestamp, position, record) for position, records in runs for record in records]
-        tagged.sort(key=lambda entry: entry[:2])
-        return [entry[2] for entry in tagged], [entry[1] for entry in tagged]
 
     async def _probe(self) -> None:
         assert self._consumer is not None
@@ -211,3 +204,17 @@ class Source:
         if self._consumer is not None:
             consumer, self._consumer = self._consumer, None
             await close_quietly("source", consumer.stop())
+
+
+def in_order(runs: Mapping[int, list[Any]]) -> tuple[list[Any], list[int]]:
+    """Records of one micro-batch and the position of each one's topic: by Kafka timestamp where there are several.
+
+    `runs` are by topic, in the order of offsets. It follows from the records alone, whatever came of them first, so
+    that who reads them again has them in the same order.
+    """
+    if len(runs) == 1:
+        ((position, records),) = runs.items()
+        return records, [position] * len(records)
+    tagged = [(record.timestamp, position, record) for position, records in runs.items() for record in records]
+    tagged.sort(key=lambda entry: entry[:2])
+    return [entry[2] for entry in tagged], [entry[1] for entry in tagged]

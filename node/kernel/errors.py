@@ -87,6 +87,10 @@ class TableRefused(HeadraceError):
         self.problems = tuple(problems)
 
 
+class ExportFailed(HeadraceError):
+    """An export could not be written, or there is nothing to export; what was there before is untouched."""
+
+
 class BrokerUnavailable(HeadraceError):
     """Kafka did not answer within its bound; the partition waits and retries by itself."""
 

@@ -38,6 +38,14 @@ DEAD_LETTER_DETAIL_BYTES_MAX = KIB
 RECORD_BYTES_MAX = 900 * KIB
 """Of one Kafka record; brokers take 1 MiB unless set otherwise. A larger frame is split into parts."""
 FRAME_PARTS_MAX = 4096
+EXPORT_GROUP_BYTES = 64 * MIB
+"""Of rows that an export holds before it writes them; each version's are held apart."""
+EXPORT_VERSIONS_MAX = 64
+"""Of one model, in one export."""
+DIFFERENCES_TOLD_MAX = 20
+"""Of one check of training data; all are counted."""
+ROW_LOG_COMMITS_MAX = 1024
+"""After so many commits with rows of a version, the rows topic says again what they follow from."""
 FRAME_BYTES_MAX = 1024 * MIB
 
 ROW_SLOTS_MAX = 4096

@@ -19,6 +19,7 @@ from node.kernel.types import (
     IntervalRun,
     ModelName,
     ModelOutputs,
+    ModelSource,
     ModelVersion,
     SequenceChunk,
     StagedVersion,
@@ -126,6 +127,10 @@ class FeaturePlan(Protocol):
     @property
     def inputs(self) -> Mapping[ModelName, tuple[StoredOutput, ...]]:
         """The outputs of other models here that each model uses, sorted; those that use none are left out."""
+        ...
+
+    def source(self, version: str) -> ModelSource | None:
+        """What the features of a version, live or staged, follow from; None for one that is not here."""
         ...
 
     def tables(self, name: ModelName) -> tuple[str, ...]:

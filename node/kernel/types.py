@@ -218,11 +218,24 @@ class ModelVersion:
     weight: float = 1.0
     schedule: Schedule | None = None
     """Of an interval model, which has no `events`."""
+    log_rows: float = 0.0
+    """The share of customers whose rows are kept as training data, with the outputs."""
 
     @property
     def short_version(self) -> str:
         """The first 12 hex digits: 48 bits, so it fits a float64 slot exactly."""
         return self.version[:12]
+
+
+@dataclass(frozen=True, slots=True)
+class ModelSource:
+    """What the features of one version follow from, for somebody who computes them elsewhere."""
+
+    manifest: str
+    definitions: Mapping[str, str]
+    """Tenant -> its features.toml, of all that were in force."""
+    inputs: Mapping[str, tuple[tuple[str, ...], int]]
+    """By the text of its name, each other model whose outputs it uses -> its outputs, and their time to live in ms."""
 
 
 StageKind: TypeAlias = Literal["shadow", "canary"]

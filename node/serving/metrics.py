@@ -48,6 +48,7 @@ class _StatusCollector(Collector):
         yield from _counted_metrics(status.partitions)
         yield from _tenant_metrics(status)
         yield from _stage_metrics(status.tenants)
+        yield from _training_metrics(status.tenants)
         if status.http is not None:
             yield from _http_metrics(status.http)
         parts = status.cluster_parts.items()
@@ -83,7 +84,7 @@ def _partition_metrics(partitions: list[PartitionStatus]) -> Iterator[Metric]:
 def _counted_metrics(partitions: list[PartitionStatus]) -> Iterator[Metric]:
     """Counters are named `<what> <of which>`; all partitions together."""
     counted: dict[str, Counter[tuple[str, ...]]] = {"dead_letters": Counter(), "inferences": Counter()}
-    counted |= {"failed": Counter(), "shed": Counter()}
+    counted |= {"failed": Counter(), "shed": Counter(), "logged": Counter(), "unlogged": Counter()}
     counted |= {"intervals": Counter(), "intervals_late": Counter(), "intervals_skipped": Counter()}
     for partition in partitions:
         for name, value in partition.counters.items():
@@ -94,6 +95,8 @@ def _counted_metrics(partitions: list[PartitionStatus]) -> Iterator[Metric]:
     yield _counter("dead_letters", "Records that could not be used.", ("reason",), counted["dead_letters"])
     yield _counter("inferences", "Inferences committed.", model, counted["inferences"])
     yield _counter("model_failures", "Triggers a model failed on.", model, counted["failed"])
+    yield _counter("training_rows", "Rows kept as training data.", model, counted["logged"])
+    yield _counter("training_rows_too_large", "Rows that no record can hold.", model, counted["unlogged"])
     yield _counter("sheds", "Triggers given up.", ("reason", *model), counted["shed"])
     yield _counter("intervals", "Interval runs finished.", model, counted["intervals"])
     yield _counter("intervals_late", "Interval runs that outlasted it.", model, counted["intervals_late"])
@@ -162,6 +165,18 @@ def _stage_metrics(tenants: list[TenantStatus]) -> Iterator[Metric]:
     yield _gauge("stage_p99_ms", "99th percentile of its calls.", label, by_stage(lambda one: one.p99_ms), max)
     ratio = by_stage(lambda one: one.cost_ratio)
     yield _gauge("stage_cost_ratio", "CPU time a row, in the live version's.", label, ratio, max)
+
+
+def _training_metrics(tenants: list[TenantStatus]) -> Iterator[Metric]:
+    """Of models whose training data was checked on this node."""
+    checks = {(one.tenant, one.model): one for tenant in tenants for one in tenant.consistency}
+    label = ("tenant", "model")
+    compared: Series = {labels: one.compared for labels, one in checks.items()}
+    different: Series = {labels: one.different for labels, one in checks.items()}
+    state: Series = {labels: one.state_different for labels, one in checks.items()}
+    yield _gauge("training_rows_compared", "Rows computed anew by the last check.", label, compared)
+    yield _gauge("training_rows_different", "Of these, rows that differ from those fed.", label, different)
+    yield _gauge("training_state_different", "Rows of state that differ from the changelog's.", label, state)
 
 
 def _http_metrics(http: HttpStatus) -> Iterator[Metric]:

@@ -176,6 +176,24 @@ class VersionChange(Body, frozen=True):
     reason: str
 
 
+class ConsistencyStatus(Body, frozen=True):
+    """What the last `headrace check-training` on this node found of a model's training data."""
+
+    tenant: str
+    model: str
+    checked_at_ms: int
+    share: float | None
+    """Of the rows compared, those that the events give bit for bit; null: none could be compared."""
+    logged: int
+    compared: int
+    different: int
+    unchecked: dict[str, int]
+    """Why other rows were not compared -> how many."""
+    state_rows: int
+    state_different: int
+    """Rows of state computed anew, and those that differ from the changelog's."""
+
+
 class ModelInfo(Body, frozen=True):
     """One version of one model, whatever its state."""
 
@@ -204,6 +222,10 @@ class ModelInfo(Body, frozen=True):
     """Of all versions of the model, told with the first of them."""
     stage: StageStatus | None = None
     """While it runs beside the live version."""
+    log_rows: float = 0.0
+    """The share of customers whose rows are kept as training data."""
+    consistency: ConsistencyStatus | None = None
+    """Of all versions of the model, told with the live one; null before its training data was checked here."""
 
     @staticmethod
     def of(
@@ -212,6 +234,7 @@ class ModelInfo(Body, frozen=True):
         reasons: Sequence[str] = (),
         cost: ModelCost | None = None,
         stage: StageStatus | None = None,
+        consistency: ConsistencyStatus | None = None,
     ) -> ModelInfo:
         return ModelInfo(
             tenant=version.name.tenant,
@@ -231,6 +254,8 @@ class ModelInfo(Body, frozen=True):
             weight=version.weight,
             cost=cost or ModelCost(),
             stage=stage,
+            log_rows=version.log_rows,
+            consistency=consistency,
         )
 
 
@@ -511,6 +536,7 @@ class TenantStatus(Body, frozen=True):
     """Of its worker; null while it has none."""
     waiting: Waiting = Waiting()
     stages: list[StageStatus] = []
+    consistency: list[ConsistencyStatus] = []
     refused: dict[str, int] = {}
     """Quota -> pairs of files refused because of it, since the node started."""
 
