@@ -72,7 +72,7 @@ class _Version:
     last_error: str = ""
     rows_failed: int = 0
     fatal_rows: deque[float] = field(default_factory=lambda: deque(maxlen=limits.FATAL_ROWS_MAX))
-    """When single rows were given up that took workers along."""
+    """When single rows were given up that took workers along; of a version beside the live one, when any did."""
     rate: FailureRate = field(default_factory=FailureRate)
     parked: bool = False
     """It is failing, and what is queued waits for the version that takes over."""
@@ -583,11 +583,7 @@ class ModelPool:
             removed = self._tenants.get(tenant.name) is not tenant
             pieces = [batch.piece()] if removed else self._died(known, batch.piece(), str(error))
             if self._is_fatal(known) and not removed:
-                reason = (
-                    f"{limits.FATAL_ROWS_MAX} rows each took their worker along twice within"
-                    f" {limits.FATAL_ROWS_MS / 60_000:g} minutes; the last time: {error}"
-                )
-                self._failing(tenant, known, reason)
+                self._failing(tenant, known, _fatal_reason(known, str(error)))
         finally:
             look.end()
             self._ended(tenant, known, dispatch, max(used, 0.0), learn, pieces)
@@ -660,19 +656,22 @@ class ModelPool:
 
     def _is_fatal(self, known: _Version) -> bool:
         """Whether so many rows were fatal lately that the model is to blame, and no more are to be tried."""
-        recent = known.fatal_rows
-        whole = len(recent) == limits.FATAL_ROWS_MAX and known.state != "failing"
-        return whole and self._clock.monotonic() - recent[0] < limits.FATAL_ROWS_MS / 1000
+        recent, most = known.fatal_rows, _fatal_max(known)
+        whole = len(recent) >= most and known.state != "failing"
+        return whole and self._clock.monotonic() - recent[-most] < limits.FATAL_ROWS_MS / 1000
 
     def _died(self, known: _Version, piece: Piece, reason: str) -> list[Piece]:
         """What to try after the worker was lost with the piece: the same again, then its halves, at last none."""
         known.last_error = reason
         piece.losses += 1
+        if known.beside:  # which rows are to blame is not worth another worker
+            known.fatal_rows.append(self._clock.monotonic())
         if piece.losses < LOSSES_MAX:
             return [piece]
         if len(piece.rows) == 1:
             known.rows_failed += 1
-            known.fatal_rows.append(self._clock.monotonic())
+            if not known.beside:
+                known.fatal_rows.append(self._clock.monotonic())
             if piece.isolation is not None:
                 piece.isolation.verdict.close(known.rate, 1, 0, 0)
             piece.answer(None, {0: f"the worker was lost {piece.losses} times with this row: {reason}"}, 0.0)
@@ -689,6 +688,17 @@ class ModelPool:
 async def _watch(tenant: _Tenant, worker: WorkerProcess) -> None:
     await worker.lost.wait()
     tenant.changed.set()
+
+
+def _fatal_max(known: _Version) -> int:
+    return limits.BESIDE_LOSSES_MAX if known.beside else limits.FATAL_ROWS_MAX
+
+
+def _fatal_reason(known: _Version, last: str) -> str:
+    minutes = f"within {limits.FATAL_ROWS_MS / 60_000:g} minutes; the last time: {last}"
+    if known.beside:
+        return f"beside the live version it took their common worker along {_fatal_max(known)} times {minutes}"
+    return f"{_fatal_max(known)} rows each took their worker along twice {minutes}"
 
 
 def _half(piece: Piece, at: Ints) -> Piece:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 
 from node.kernel.errors import BoundExceeded
@@ -27,6 +27,8 @@ class _Watched:
     canary: bool
     rows_open: int = 0
     """Given to the shadow, or to be once the live version has answered."""
+    calls: set[asyncio.Future[ModelOutputs]] = field(default_factory=set)
+    """Of the shadow."""
 
     def is_of(self, live: ModelVersion, staged: Staged) -> bool:
         known = (self.live, self.staged, self.comparison.stage)
@@ -41,7 +43,7 @@ class StagedRunner:
         self._watched: dict[ModelName, _Watched] = {}
 
     def observe(self, snapshot: Snapshot) -> None:
-        """Watch what is staged now, and nothing else."""
+        """Watch what is staged now, and nothing else: what waits for a shadow that is over would only hold up others."""
         before, self._watched = self._watched, {}
         for name, entry in snapshot.models.items():
             staged, live = entry.staged, entry.live
@@ -54,6 +56,10 @@ class StagedRunner:
                 canary = asked.kind == "canary"
                 known = _Watched(live.version.version, staged.version.version, comparison, canary)
             self._watched[name] = known
+        for ended in before.values():
+            if ended not in self._watched.values():
+                for call in list(ended.calls):
+                    call.cancel()
 
     def figures(self) -> Mapping[str, Figures]:
         """Of each staged version, as this node has seen it in its present stage."""
@@ -90,6 +96,7 @@ class StagedRunner:
             except BoundExceeded:
                 pass
             else:
+                known.calls.add(shadow)
                 shadow.add_done_callback(partial(_both_gave, known, live.result(), len(rows)))
                 return
         known.rows_open -= len(rows)
@@ -107,6 +114,7 @@ def _one_gave(known: _Watched, version: str, answering: asyncio.Future[ModelOutp
 
 def _both_gave(known: _Watched, live: ModelOutputs, rows: int, shadow: asyncio.Future[ModelOutputs]) -> None:
     known.rows_open -= rows
+    known.calls.discard(shadow)
     if _has_outputs(shadow):
         known.comparison.both_gave(live, shadow.result())
     else:

@@ -139,6 +139,8 @@ FATAL_ROWS_MAX = 5
 FATAL_ROWS_MS = 600_000
 WORKER_NICENESS = 10
 """Added to the node's: its loop serves all tenants, and goes before any one tenant's model."""
+BESIDE_LOSSES_MAX = 2
+"""Workers that a shadow or canary may take along within FATAL_ROWS_MS: the live version is in the same worker."""
 WORKER_THREADS_MAX = 1
 """A worker is one thread: what it uses is then at most a core, and only while a call that is charged for runs."""
 WORKER_MEMORY_EXTRA_BYTES = 64 * MIB

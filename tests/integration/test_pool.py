@@ -23,10 +23,17 @@ from sklearn.preprocessing import OneHotEncoder
 
 from node.kernel.clock import ManualClock, SystemClock
 from node.kernel.errors import BoundExceeded, NotFound
-from node.kernel.limits import FAILED_ROWS_MIN, FATAL_ROWS_MAX, ISOLATION_CALLS_MAX, KIB, WORKER_BACKOFF_MS_MAX
+from node.kernel.limits import (
+    BESIDE_LOSSES_MAX,
+    FAILED_ROWS_MIN,
+    FATAL_ROWS_MAX,
+    ISOLATION_CALLS_MAX,
+    KIB,
+    WORKER_BACKOFF_MS_MAX,
+)
 from node.kernel.ports import ModelRunner
 from node.kernel.supervise import Supervisor
-from node.kernel.types import FeatureRows, ModelName, ModelOutputs, ModelVersion
+from node.kernel.types import BACKGROUND, FeatureRows, ModelName, ModelOutputs, ModelVersion
 from tenants import messages
 from tenants import pool as pool_module
 from tenants.manifest import TenantSettings
@@ -271,6 +278,25 @@ async def test_a_version_with_too_many_fatal_rows_is_failing_and_takes_no_more_w
     healthy = running.models.add(LINEAR, name="other")
     assert not (await answered(running.pool.submit(healthy, rows_of(X)))).errors
     assert running.tenant().restarts <= restarts + 1, "the last death may be told only now"
+
+
+async def test_a_version_beside_the_live_one_takes_two_workers_along_at_most(running: Running) -> None:
+    """However many of its rows do, and whatever it answers in between: the live version shares the worker."""
+    words = ["ab aab", "aaab", "xab ab", "b"] * 20
+    model = make_pipeline(CountVectorizer(token_pattern=r"(?:a+)+b"), MultinomialNB()).fit(words, [0, 1, 1, 0] * 20)
+    live, beside = running.models.add(LINEAR), running.models.add(model, features=("query",), deadline_ms=200)
+    running.pool.admit(live)
+    running.pool.admit(beside, beside=True)
+    assert not (await answered(running.pool.submit(live, rows_of(X)))).errors
+    texts: list[str | None] = ["ab", "a" * 60] * 32
+    rows = FeatureRows(("query",), np.full((64, 1), np.nan), {"query": texts})
+    shadow = await answered(running.pool.submit(beside, rows, BACKGROUND))
+    assert not (await answered(running.pool.submit(live, rows_of(X)))).errors
+    assert running.tenant().restarts == BESIDE_LOSSES_MAX
+    ((name, failed, reason),) = running.failing
+    assert (name, failed) == (beside.name, beside.version)
+    assert "beside the live version" in reason
+    assert len(shadow.errors) == 64
 
 
 def raising(count: int) -> FeatureRows:

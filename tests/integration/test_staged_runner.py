@@ -124,3 +124,29 @@ async def test_what_canary_and_live_version_give_is_kept_apart_and_begins_anew_w
     onwards = Staged(staged.manifest, staged.version, REPORT, 1, 5, "auto")
     runner.observe(Snapshot(2, {NAME: Entry(NAME, live, staged=onwards)}))
     assert (runner.figures()[staged.version.version].stage, runner.figures()[staged.version.version].rows) == (1, 0)
+
+
+@pytest.mark.asyncio
+@pytest.mark.parametrize("onwards", [False, True], ids=["rolled back", "in its next stage"])
+async def test_what_waits_for_a_shadow_that_is_over_is_not_run(runner: StagedRunner, onwards: bool) -> None:
+    snapshot, live, staged = running('{ stage = "shadow" }, { stage = "canary", share = 0.5 }')
+    runner.observe(snapshot)
+    answering: asyncio.Future[ModelOutputs] = asyncio.get_running_loop().create_future()
+    for _ in range(4):
+        runner.follow(staged.beside, ROWS, answering)
+    answering.set_result(ModelOutputs(np.zeros((len(ROWS), 1))))
+    await asyncio.sleep(0)
+    assert rows_of(runner, staged) == (4 * len(ROWS), 0), "they wait for the worker to load it"
+    after = Staged(staged.manifest, staged.version, REPORT, 1, 5, "auto") if onwards else None
+    runner.observe(Snapshot(2, {NAME: Entry(NAME, live, staged=after)}))
+    await asyncio.sleep(0)
+    assert rows_of(runner, staged) == (0, 0)
+    assert (await runner.submit(live.version, ROWS)).values[:, 0].tolist() == list(range(8))
+    assert rows_of(runner, staged) == (0, 0)
+
+
+def rows_of(runner: StagedRunner, staged: Staged) -> tuple[int, int]:
+    """That wait for a version, and that it has done."""
+    versions = [one for tenant in runner._pool.statistics().tenants for one in tenant.versions]
+    ((queued, done),) = [(one.rows_queued, one.rows) for one in versions if one.version == staged.version.version]
+    return queued, done
