@@ -130,7 +130,9 @@ def _put_again(catalog: Catalog, model: Model, command: PutVersion) -> Outcome:
     key, known = model_key(model.tenant, model.model), model.versions[command.version]
     if (known.blob, known.manifest) != (command.blob, command.manifest):
         return f"version {command.version[:12]} of {key} is known with other contents"
-    waiting = any(version.state == "passed" for version in model.versions.values())
+    # To wish for the live version again takes back what is staged beside it, too.
+    replaced: tuple[VersionState, ...] = ("passed", "staged") if known.state == "live" else ("passed",)
+    waiting = any(version.state in replaced for version in model.versions.values())
     if known.state == "passed" or (known.state in ("live", "staged") and not waiting):
         return catalog
     text_bytes = catalog.text_bytes + _size(command.report) - _size(known.report)
@@ -140,8 +142,12 @@ def _put_again(catalog: Catalog, model: Model, command: PutVersion) -> Outcome:
         return reason
     state: VersionState = "passed" if known.state in ENDED else known.state
     renewed = replace(_passed(catalog, command), state=state, served_revision=known.served_revision, stage=known.stage)
-    versions = _without_passed(model.versions, command.who, command.at_ms) | {known.version: renewed}
+    versions = _without(replaced, model.versions, command.who, command.at_ms) | {known.version: renewed}
     changed = replace(model, versions=versions, revision=catalog.revision + 1)
+    staged = model.staged
+    if staged is not None and versions[staged.version].state != "staged":
+        change = _change(staged, "retired", command, "the live version was put again")
+        changed = _remembering(changed, change)
     return advanced(catalog, models=put(catalog.models, key, changed), text_bytes=text_bytes)
 
 
@@ -194,9 +200,16 @@ def _lacking(catalog: Catalog, version: Version, holders: tuple[str, ...]) -> st
 
 
 def _change(
-    version: Version, to: str, command: GoLive | StageVersion | QuarantineVersion | RetireVersion, reason: str = ""
+    version: Version,
+    to: str,
+    command: PutVersion | GoLive | StageVersion | QuarantineVersion | RetireVersion,
+    reason: str = "",
 ) -> Change:
     return Change(command.at_ms, version.version, to, command.who, reason[: limits.STAGE_REASON_BYTES_MAX])
+
+
+def _remembering(model: Model, *changes: Change) -> Model:
+    return replace(model, history=(*model.history, *changes)[-limits.STAGE_HISTORY_MAX :])
 
 
 def _with_live(
@@ -278,8 +291,8 @@ def _with_model(
         live=live,
         live_revision=live_revision,
         revision=catalog.revision + 1,
-        history=(*model.history, *changes)[-limits.STAGE_HISTORY_MAX :],
     )
+    changed = _remembering(changed, *changes)
     return advanced(catalog, models=put(catalog.models, model_key(model.tenant, model.model), changed))
 
 

@@ -11,6 +11,7 @@ from typing import TypeAlias
 from node.kernel import limits
 from node.kernel.types import ModelVersion, StageChange
 from tenants.registry import (
+    AUTOMATIC,
     TENANT,
     Action,
     Entry,
@@ -113,8 +114,21 @@ def roll_back(entry: Entry, event: RollBack) -> Stepped | None:
         entry, live=replace(good, live_since_ms=event.at_ms), newest=newest, previous=None, quarantined=quarantined
     )
     again = StageChange(event.at_ms, good.version.version, "live", event.who, "the version after it was quarantined")
-    actions = (GoLive(good.version, text_features(good.manifest)), Retire(live.version), WriteStatus(entry.name))
-    return after.remembering(change, again), actions
+    after = after.remembering(change, again)
+    actions = [GoLive(good.version, text_features(good.manifest)), Retire(live.version), WriteStatus(entry.name)]
+    if staged is not None and (why := unlike(good.version, staged.version)):
+        after, gone = taken_back(after, staged, AUTOMATIC, why, event.at_ms)
+        actions += gone
+    return after, tuple(actions)
+
+
+def taken_back(entry: Entry, staged: Staged, who: str, reason: str, at_ms: int) -> Stepped:
+    """The staged version runs no more, without blame."""
+    newest = entry.newest
+    if newest is not None and newest.version == staged.version.version:
+        newest = replace(newest, state="refused", problems=(f"{entry.name.model}.toml: {reason}",))
+    change = _changed(staged, "retired", who, reason, at_ms)
+    return replace(entry, staged=None, newest=newest).remembering(change), (Retire(staged.version),)
 
 
 def _changed(staged: Staged, to: str, who: str, reason: str, at_ms: int) -> StageChange:

@@ -94,9 +94,9 @@ def _(event: PairSeen, snapshot: Snapshot, schema: EventSchema) -> Step:
         if known is not None:
             return known
     elif entry.live is not None and entry.live.version.version == version.version:
-        if entry.newest is None:
+        if entry.newest is None and entry.staged is None:
             return snapshot, ()
-        return snapshot.with_entry(replace(entry, newest=None)), (WriteStatus(event.name),)
+        return _live_again(snapshot, entry, entry.live, event)
     elif entry.staged is not None and entry.staged.version.version == version.version:
         newest = stages.found_again(entry.staged, event.at_ms)
         same = entry.newest is not None and entry.newest.says(newest)
@@ -111,6 +111,17 @@ def _(event: PairSeen, snapshot: Snapshot, schema: EventSchema) -> Step:
         return snapshot.with_entry(replace(entry, newest=found)), (WriteStatus(event.name),)
     newest = Newest("candidate", version.version, event.blob, event.at_ms, manifest=manifest)
     return _tried(snapshot.with_entry(replace(entry, newest=newest)), event.name)
+
+
+def _live_again(snapshot: Snapshot, entry: Entry, live: Live, event: PairSeen) -> Step:
+    """The live pair was put back: nothing is to replace it any more."""
+    actions: list[Action] = []
+    after = replace(entry, newest=None)
+    if entry.staged is not None:
+        why = "the live version's files were put back"
+        after, gone = stages.taken_back(after, entry.staged, TENANT, why, event.at_ms)
+        actions = [GoLive(live.version, text_features(live.manifest)), *gone]
+    return snapshot.with_entry(after), (*actions, WriteStatus(event.name))
 
 
 @_apply.register

@@ -128,6 +128,33 @@ def test_outputs_that_mean_something_else_can_not_stand_beside_the_live_ones() -
     assert "its output differ from the live version's" in str(status(run.snapshot, BID)["problems"])
 
 
+def test_putting_back_the_live_pair_takes_the_staged_version_back() -> None:
+    run, first, second = shadowed()
+    assert kinds(run.seen(BID, manifest(), 1)) == [GoLive, Retire, WriteStatus]
+    assert (run.live[BID], run.state(BID), run.snapshot.beside) == (first, "live", ())
+    assert changes(run)[-1] == ("retired", "tenant")
+    assert promote(run, second, 0) == []
+    run.seen(BID, manifest(extra=STAGED), 2)
+    assert run.state(BID) == "candidate", "without blame: it may be tried again"
+
+
+def test_a_live_version_that_gives_way_to_one_of_other_outputs_takes_the_staged_one_along() -> None:
+    run = Run()
+    run.seen(BID, manifest(), 1)
+    run.passed(BID)
+    first = run.live[BID]
+    run.seen(BID, manifest(extra='output = "risk"'), 2)
+    run.passed(BID)
+    live = run.live[BID]
+    run.seen(BID, manifest(extra=f'output = "risk"\n{STAGED}'), 3)
+    run.passed(BID)
+    assert run.snapshot.beside
+    assert kinds(run(RollBack(BID, live, "eve", "sales fell", 9))) == [GoLive, Retire, WriteStatus, Retire]
+    assert (run.live[BID], run.snapshot.beside, run.state(BID)) == (first, (), "refused")
+    assert "its output differ from the live version's" in str(status(run.snapshot, BID)["problems"])
+    assert changes(run)[-2:] == [("live", "eve"), ("retired", "auto")]
+
+
 @pytest.mark.parametrize("stage", [0, 1])
 def test_a_restart_goes_on_with_the_stage_it_was_in(stage: int) -> None:
     run, first, second = shadowed()
@@ -224,6 +251,17 @@ def test_a_staged_version_is_rolled_back_on_all_nodes() -> None:
         assert node.snapshot.beside == ()
         assert node.pool[BID] == cluster.version_of(BID, (manifest(), 1))
     assert "too slow" in str(status(one.snapshot, BID)["problems"])
+
+
+def test_putting_back_the_live_pair_at_any_node_takes_the_staged_version_back_on_all() -> None:
+    made, one, two, _ = clustered()
+    first = cluster.version_of(BID, (manifest(), 1))
+    one.directory[BID] = (manifest(), 1)
+    cluster.settle(made, [one, two])
+    for node in (one, two):
+        assert (node.pool[BID], node.snapshot.beside) == (first, ())
+        assert node.snapshot.models[BID].history[-1].to == "retired"
+    assert status(one.snapshot, BID)["state"] == "live"
 
 
 def test_a_node_that_can_not_run_a_staged_version_says_so_and_it_is_rolled_back() -> None:
