@@ -285,13 +285,7 @@ def _with_model(
 ) -> Catalog:
     if not live:  # nothing is left to run beside
         versions = _without(("staged",), versions, changes[-1].who if changes else "", 0)
-    changed = replace(
-        model,
-        versions=versions,
-        live=live,
-        live_revision=live_revision,
-        revision=catalog.revision + 1,
-    )
+    changed = replace(model, versions=versions, live=live, live_revision=live_revision, revision=catalog.revision + 1)
     changed = _remembering(changed, *changes)
     return advanced(catalog, models=put(catalog.models, model_key(model.tenant, model.model), changed))
 

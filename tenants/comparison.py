@@ -6,7 +6,8 @@ functions, here at the histogram's edges: 0 for equal outputs, 1 for outputs tha
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Final
 
@@ -20,6 +21,10 @@ _STEPS_PER_OCTAVE: Final = 8
 _GRID: Final = 2.0 ** (np.arange(-20 * _STEPS_PER_OCTAVE, 30 * _STEPS_PER_OCTAVE + 1) / _STEPS_PER_OCTAVE)
 _EDGES: Final = np.concatenate((-_GRID[::-1], [0.0], _GRID))
 """An upper edge is at most 9% above what it counts, from 1e-6 to 1e9, on either side of 0."""
+_P99_ROWS_MIN: Final = 100
+"""Of fewer rows, the 99th percentile is the slowest call."""
+_CHANCE: Final = 1.95
+"""Kolmogorov-Smirnov test (Smirnov 1948): equal distributions differ by more than this once in a thousand times."""
 
 
 class Figures(msgspec.Struct, frozen=True, array_like=True):
@@ -52,6 +57,13 @@ class Figures(msgspec.Struct, frozen=True, array_like=True):
         return self.agreed / self.compared if self.compared else None
 
     @property
+    def drift_chance(self) -> float:
+        """How much drift two equal versions may show, when each answers other customers."""
+        if not self.rows or not self.live_rows:
+            return 1.0
+        return _CHANCE * math.sqrt(1 / self.rows + 1 / self.live_rows)
+
+    @property
     def cost_ratio(self) -> float | None:
         """CPU time a row, in that of the live version; None while either is not known."""
         if not self.rows or not self.live_rows or self.live_cpu_seconds <= 0.0:
@@ -60,13 +72,23 @@ class Figures(msgspec.Struct, frozen=True, array_like=True):
 
 
 def merged(figures: Sequence[Figures], stage: int) -> Figures:
-    """Of several nodes: counts and times added up; drift and p99 of the node where they are worst."""
+    """Of several nodes: counts and times added up; p99 of the node where it is worst, among those that saw enough rows
+    to have one; drift weighted by rows, which is not below that of all rows together while nodes split them alike."""
     found = [one for one in figures if one.stage == stage]
     if not found:
         return Figures(stage)
-    worst = {"drift", "p99_ms", "live_p99_ms"}
-    names = [name for name in Figures.__struct_fields__ if name != "stage"]
-    return Figures(stage, *((max if name in worst else sum)(getattr(one, name) for one in found) for name in names))
+    apart = {"stage", "drift", "p99_ms", "live_p99_ms"}
+    sums = {name: sum(getattr(one, name) for one in found) for name in Figures.__struct_fields__ if name not in apart}
+    drift = sum(one.drift * one.rows for one in found) / max(1, sums["rows"])
+    p99_ms = _worst((one.rows, one.p99_ms) for one in found)
+    live_p99_ms = _worst((one.live_rows, one.live_p99_ms) for one in found)
+    return Figures(stage, **sums, drift=drift, p99_ms=p99_ms, live_p99_ms=live_p99_ms)
+
+
+def _worst(found: Iterable[tuple[int, float]]) -> float:
+    """Of rows and p99 by node; where no node saw enough rows, of all."""
+    told = list(found)
+    return max(p99 for rows, p99 in told if rows >= _P99_ROWS_MIN or all(other < _P99_ROWS_MIN for other, _ in told))
 
 
 class Sketch:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from node.kernel.limits import FAILED_ROWS_MIN
+from node.kernel.limits import BESIDE_LOSSES_MAX, FAILED_ROWS_MIN, FATAL_ROWS_MAX, FATAL_ROWS_MS
 
 
 @dataclass(slots=True)
@@ -44,3 +44,15 @@ class BatchVerdict:
         self.failed += failed
         if self.rows_open <= 0:
             rate.add(self.rows, self.failed)
+
+
+def fatal_max(beside: bool) -> int:
+    """How many rows, or of a version beside the live one how many batches, may take workers along in FATAL_ROWS_MS."""
+    return BESIDE_LOSSES_MAX if beside else FATAL_ROWS_MAX
+
+
+def fatal_reason(beside: bool, last: str) -> str:
+    minutes = f"within {FATAL_ROWS_MS / 60_000:g} minutes; the last time: {last}"
+    if beside:
+        return f"beside the live version it took their common worker along {fatal_max(beside)} times {minutes}"
+    return f"{fatal_max(beside)} rows each took their worker along twice {minutes}"

@@ -25,7 +25,7 @@ from node.kernel.types import URGENT, FeatureRows, Ints, ModelName, ModelOutputs
 from tenants.batch import Batch, Piece, Submission, fail
 from tenants.cost import CostEstimate
 from tenants.cpu_time import cpu_seconds
-from tenants.failure_rate import BatchVerdict, FailureRate
+from tenants.failure_rate import BatchVerdict, FailureRate, fatal_max, fatal_reason
 from tenants.isolation import Isolation, first_pieces, halves, judge
 from tenants.lending import SlotLook
 from tenants.manifest import TenantSettings
@@ -583,7 +583,7 @@ class ModelPool:
             removed = self._tenants.get(tenant.name) is not tenant
             pieces = [batch.piece()] if removed else self._died(known, batch.piece(), str(error))
             if self._is_fatal(known) and not removed:
-                self._failing(tenant, known, _fatal_reason(known, str(error)))
+                self._failing(tenant, known, fatal_reason(known.beside, str(error)))
         finally:
             look.end()
             self._ended(tenant, known, dispatch, max(used, 0.0), learn, pieces)
@@ -656,7 +656,7 @@ class ModelPool:
 
     def _is_fatal(self, known: _Version) -> bool:
         """Whether so many rows were fatal lately that the model is to blame, and no more are to be tried."""
-        recent, most = known.fatal_rows, _fatal_max(known)
+        recent, most = known.fatal_rows, fatal_max(known.beside)
         whole = len(recent) >= most and known.state != "failing"
         return whole and self._clock.monotonic() - recent[-most] < limits.FATAL_ROWS_MS / 1000
 
@@ -688,17 +688,6 @@ class ModelPool:
 async def _watch(tenant: _Tenant, worker: WorkerProcess) -> None:
     await worker.lost.wait()
     tenant.changed.set()
-
-
-def _fatal_max(known: _Version) -> int:
-    return limits.BESIDE_LOSSES_MAX if known.beside else limits.FATAL_ROWS_MAX
-
-
-def _fatal_reason(known: _Version, last: str) -> str:
-    minutes = f"within {limits.FATAL_ROWS_MS / 60_000:g} minutes; the last time: {last}"
-    if known.beside:
-        return f"beside the live version it took their common worker along {_fatal_max(known)} times {minutes}"
-    return f"{_fatal_max(known)} rows each took their worker along twice {minutes}"
 
 
 def _half(piece: Piece, at: Ints) -> Piece:

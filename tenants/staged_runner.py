@@ -43,7 +43,7 @@ class StagedRunner:
         self._watched: dict[ModelName, _Watched] = {}
 
     def observe(self, snapshot: Snapshot) -> None:
-        """Watch what is staged now, and nothing else: what waits for a shadow that is over would only hold up others."""
+        """Watch what is staged now, and nothing else: what waits for a shadow that is over would hold up others."""
         before, self._watched = self._watched, {}
         for name, entry in snapshot.models.items():
             staged, live = entry.staged, entry.live

@@ -115,7 +115,11 @@ def roll_back(entry: Entry, event: RollBack) -> Stepped | None:
     )
     again = StageChange(event.at_ms, good.version.version, "live", event.who, "the version after it was quarantined")
     after = after.remembering(change, again)
-    actions = [GoLive(good.version, text_features(good.manifest)), Retire(live.version), WriteStatus(entry.name)]
+    actions: list[Action] = [
+        GoLive(good.version, text_features(good.manifest)),
+        Retire(live.version),
+        WriteStatus(entry.name),
+    ]
     if staged is not None and (why := unlike(good.version, staged.version)):
         after, gone = taken_back(after, staged, AUTOMATIC, why, event.at_ms)
         actions += gone

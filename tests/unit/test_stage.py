@@ -145,8 +145,17 @@ def test_figures_of_nodes_add_up_and_the_worst_latency_counts() -> None:
     one = Figures(1, rows=10, errors=1, cpu_seconds=0.5, p99_ms=3.0, drift=0.5)
     other = Figures(1, rows=30, errors=0, cpu_seconds=1.5, p99_ms=9.0, drift=0.1)
     found = merged([one, Figures(0, rows=999), other], 1)
-    assert (found.rows, found.errors, found.cpu_seconds, found.p99_ms, found.drift) == (40, 1, 2.0, 9.0, 0.5)
+    assert (found.rows, found.errors, found.cpu_seconds, found.p99_ms, found.drift) == (40, 1, 2.0, 9.0, 0.2)
     assert merged([], 2) == Figures(2)
+
+
+def test_a_node_that_saw_next_to_nothing_tells_next_to_nothing_of_drift_and_latency() -> None:
+    many = Figures(1, rows=1000, live_rows=1000, drift=0.02, p99_ms=5.0, live_p99_ms=4.0)
+    found = merged([many, Figures(1, rows=1, live_rows=1, drift=1.0, p99_ms=900.0, live_p99_ms=800.0)], 1)
+    assert found.drift == pytest.approx(0.02, abs=0.001)
+    assert (found.p99_ms, found.live_p99_ms) == (5.0, 4.0)
+    few = [Figures(1, rows=rows, p99_ms=p99) for rows, p99 in ((3, 7.0), (5, 2.0))]
+    assert merged(few, 1).p99_ms == 7.0, "of few rows in all, the worst"
 
 
 # What follows
@@ -172,6 +181,11 @@ def test_a_version_that_holds_every_condition_goes_on_once_time_has_passed() -> 
     assert decision(GOOD, 4.0) == ("keep", "4 of 5 s passed")
     assert decision(changed(rows=99)) == ("keep", "99 of 100 rows seen")
     assert decision(changed(compared=0, agreed=0))[0] == "keep"
+    assert decision(changed(compared=1, agreed=1)) == ("keep", "1 of 100 rows compared"), (
+        "the live one failed on others"
+    )
+    assert decision(changed(compared=1, agreed=0))[0] == "keep", "one row says nothing"
+    assert decision(changed(compared=40, agreed=29))[0] == "roll back", "though all the rest agreed"
 
 
 @pytest.mark.parametrize(
@@ -193,6 +207,23 @@ def test_a_version_that_breaks_a_condition_is_rolled_back_with_the_reason(
     assert said == "roll back"
     assert reason.startswith(f"in stage {stage}: ")
     assert why in reason
+
+
+def test_drift_of_a_canary_counts_as_far_as_it_is_not_chance_since_others_are_its_customers() -> None:
+    stage = Stage("canary", 0.9, rows_min=100, drift_max=0.1)
+    assert decision(changed(live_rows=2, drift=0.8), stage=stage)[0] == "promote"
+    assert decision(changed(rows=9000, live_rows=1000, drift=0.12), stage=stage)[0] == "promote"
+    assert decision(changed(rows=9000, live_rows=1000, drift=0.2), stage=stage)[0] == "roll back"
+
+
+@settings(deadline=None, max_examples=30, derandomize=True)  # one in a thousand may differ
+@given(st.integers(1, 400), st.integers(1, 400), st.integers(0, 1000))
+def test_equal_versions_drift_by_chance_alone(mine: int, others: int, seed: int) -> None:
+    random, one, other = np.random.default_rng(seed), Sketch(), Sketch()
+    one.add(random.normal(size=mine))
+    other.add(random.normal(size=others))
+    seen = Figures(0, rows=mine, live_rows=others, drift=one.distance(other))
+    assert judge(Stage("canary", 0.5, rows_min=1, drift_max=0.0), seen, 1).decision == "promote"
 
 
 def test_what_can_not_be_known_is_no_reason_against_a_version() -> None:
