@@ -310,6 +310,7 @@ def test_a_version_is_staged_beside_the_live_one_and_promoted() -> None:
     canary = apply(shadow, stage(shadow, SHAS[1], 1))
     assert canary.models["t/m"].versions[SHAS[1]].stage == 1
     assert apply(canary, stage(shadow, SHAS[1], 0)).models == canary.models, "late and repeated: no way back"
+    assert apply(canary, stage(canary, SHAS[1], 0)).models == canary.models, "nor by who knows the newest"
     assert "2 stages" in problem(canary, stage(canary, SHAS[1], 2))
     newer = apply(canary, version(canary.revision, SHAS[2]))
     promoted = apply(newer, live(newer, SHAS[1]))
