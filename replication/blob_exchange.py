@@ -191,10 +191,11 @@ class BlobExchange:
         wanted, held, now_s = self.wanted(), set(self._held), self._clock.monotonic()
         here = wanted & set(await asyncio.to_thread(self._blobs.names))
         await asyncio.to_thread(self._blobs.delete_parts, wanted | self._fetches.keys())
-        for sha256 in held - here:
-            del self._held[sha256]
+        for sha256 in (held - here) & self._held.keys():  # a call may have found out meanwhile
             if sha256 in wanted:
                 self._lose(sha256)
+            else:
+                del self._held[sha256]
         for sha256 in self._retries.keys() - wanted:
             del self._retries[sha256]
         self._fetch_some(wanted - here - self._held.keys(), now_s)
@@ -297,11 +298,12 @@ class BlobExchange:
         return retry is None or retry.at_s <= now_s
 
     async def _compare(self, sha256: str) -> None:
+        was_held = sha256 in self._held
         try:
             if await asyncio.to_thread(self._blobs.check, sha256):
                 self._held[sha256] = self._clock.monotonic()
                 self._retries.pop(sha256, None)
-            else:
+            elif sha256 in self._held or not was_held:  # else a call has found out meanwhile
                 self._lose(sha256)
         except StoreUnavailable as failure:
             self._fail(sha256, failure)

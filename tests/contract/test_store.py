@@ -321,17 +321,22 @@ def test_a_crash_between_the_families_of_a_flush_leaves_the_offset_behind(tmp_pa
 
 def test_a_copy_taken_while_frames_come_in_is_as_of_one_frame(tmp_path: Path) -> None:
     store = RocksStore(tmp_path / "state", ENVIRONMENT)
-    done = threading.Event()
+    done, applied = threading.Event(), threading.Event()
 
     def write() -> None:
         for number in itertools.count(1):
             store.apply(frame([b"%03d" % c for c in range(200)], float(number), progress={"e": number}), number)
+            applied.set()
             if done.is_set():
                 return
 
     writer = threading.Thread(target=write)
     writer.start()
-    offsets = [store.checkpoint(tmp_path / f"copy-{number}") for number in range(5)]
+    offsets = []
+    for number in range(5):
+        applied.clear()
+        offsets.append(store.checkpoint(tmp_path / f"copy-{number}"))
+        assert applied.wait(60)
     done.set()
     writer.join()
     store.close()

@@ -195,7 +195,7 @@ def test_quotas_are_changed_while_events_flow_and_kept(node: Node) -> None:
     ran = quota(node, "clear")
     assert "models_max = 64 (as the config allows all tenants, it has 1" in ran.out
     assert "set by" not in ran.out
-    node.live("shop/late")
+    wait_until(lambda: status_file(node.models, "shop/late").get("state") == "live", "the refused model is taken now")
 
 
 def test_mistakes_at_the_command_line_are_a_line_each(node: Node) -> None:
