@@ -5,12 +5,15 @@ Imports are inside the commands, so that each starts as quickly as what it does 
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Coroutine
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, NoReturn, TypeVar
+from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 
 import typer
 
+from node import table_commands
+from node.command_line import NODE_URL, WAIT_S, AsJson, ConfigPath, NodeUrl, Url, WaitSeconds, fail, loaded
 from node.kernel.errors import ConfigError, HeadraceError, printable
 
 if TYPE_CHECKING:
@@ -18,9 +21,6 @@ if TYPE_CHECKING:
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False, rich_markup_mode=None)
 
-ConfigPath = Annotated[Path, typer.Option("--config", help="The node's TOML file.")]
-Url = Annotated[str, typer.Option("--url", help="Address of the node's HTTP interface.")]
-AsJson = Annotated[bool, typer.Option("--json", help="Print the node's answer as it is.")]
 NodeName = Annotated[str, typer.Argument(metavar="NODE", help="Name of a node, as its [node] name.")]
 RaftAddress = Annotated[str, typer.Argument(metavar="RAFT_ADDRESS", help="HOST:PORT of the new node for Raft.")]
 PartitionNumbers = Annotated[
@@ -28,9 +28,6 @@ PartitionNumbers = Annotated[
 ]
 Outcome = TypeVar("Outcome")
 Wait = Annotated[bool, typer.Option("--wait", help="End only once it is done.")]
-WaitSeconds = Annotated[float, typer.Option("--wait-s", min=1.0, help="Give up waiting after so many seconds.")]
-WAIT_S = 600.0
-NODE_URL = "http://127.0.0.1:8080"
 
 
 def _version(wanted: bool) -> None:
@@ -60,16 +57,20 @@ def run(config: ConfigPath) -> None:
 
     It ends on SIGTERM or SIGINT, after it has finished its cycles and committed them.
     """
-    settings = _loaded(config)
-    from node.logs import configure_logging
-
-    configure_logging(settings.node.log_format, settings.node.log_level, settings.node.name)
-    from node.app import run as run_node
+    settings = loaded(config)
+    from node.warming import warmed
 
     try:
-        code = run_node(settings)
+        warm = warmed(settings.tenants)  # before the imports below: it takes longest of all, and runs beside them
+        from node.logs import configure_logging
+
+        configure_logging(settings.node.log_format, settings.node.log_level, settings.node.name)
+        from node.app import run as run_node
+
+        gc.freeze()  # what was imported stays
+        code = run_node(settings, warm)
     except HeadraceError as error:
-        _fail(str(error))
+        fail(str(error))
     raise typer.Exit(code)
 
 
@@ -79,7 +80,7 @@ def check(config: ConfigPath) -> None:
 
     Prints a line for each mistake and exits 1, or a summary of what the node would do.
     """
-    settings = _loaded(config)
+    settings = loaded(config)
     typer.echo(f"{config}: no mistakes")
     for name, value in _summary(settings):
         typer.echo(f"  {name:<13}{value}")
@@ -101,7 +102,7 @@ def status(url: Url = NODE_URL, as_json: AsJson = False) -> None:
         else:
             console.show(*console.status_view(answer), *(console.cluster_view(cluster) if cluster else ()))
     except HeadraceError as error:
-        _fail(str(error))
+        fail(str(error))
 
 
 @app.command()
@@ -118,7 +119,7 @@ def features(url: Url = NODE_URL, as_json: AsJson = False) -> None:
         else:
             console.show(*console.features_view(console.fetch_object(url, "/v1/features")))
     except HeadraceError as error:
-        _fail(str(error))
+        fail(str(error))
 
 
 @app.command()
@@ -135,7 +136,7 @@ def models(url: Url = NODE_URL, as_json: AsJson = False) -> None:
         else:
             console.show(*console.models_view(console.fetch_object(url, "/v1/models")))
     except HeadraceError as error:
-        _fail(str(error))
+        fail(str(error))
 
 
 @app.command()
@@ -156,7 +157,7 @@ def tenant_log(
         else:
             console.show(*console.log_view(console.fetch_object(url, path)))
     except HeadraceError as error:
-        _fail(str(error))
+        fail(str(error))
 
 
 @app.command()
@@ -181,13 +182,12 @@ def explain_share(
         else:
             console.show(*console.share_view(console.fetch_object(url, path)))
     except HeadraceError as error:
-        _fail(str(error))
+        fail(str(error))
 
 
 quota = typer.Typer(no_args_is_help=True, help="Show or change what operators allow one tenant.")
 app.add_typer(quota, name="quota")
 TenantName = Annotated[str, typer.Argument(metavar="TENANT", help="Its name; it need not be there yet.")]
-NodeUrl = Annotated[str, typer.Option("--url", help="Address of the node's HTTP interface; the config's by default.")]
 
 
 @quota.command("show")
@@ -203,7 +203,7 @@ def show_quota(tenant: TenantName, url: Url = NODE_URL, as_json: AsJson = False)
             for line in quota_console.lines(console.fetch_object(url, path)):
                 typer.echo(printable(line))
     except HeadraceError as error:
-        _fail(str(error))
+        fail(str(error))
 
 
 @quota.command("set")
@@ -231,7 +231,7 @@ def set_quota(
     }
     changes: dict[str, float | None] = {name: value for name, value in given.items() if value is not None}
     if not changes:
-        _fail("nothing to set; name a limit, such as --weight 2, or see `headrace quota show`")
+        fail("nothing to set; name a limit, such as --weight 2, or see `headrace quota show`")
     _change_quota(tenant, config, url, changes)
 
 
@@ -248,7 +248,7 @@ def clear_quota(
 
     unknown = [name for name in names or () if name not in QUOTAS]
     if unknown:
-        _fail(f"{unknown[0]} is no quota; there are {', '.join(QUOTAS)}")
+        fail(f"{unknown[0]} is no quota; there are {', '.join(QUOTAS)}")
     _change_quota(tenant, config, url, dict.fromkeys(names or QUOTAS))
 
 
@@ -256,12 +256,12 @@ def _change_quota(tenant: str, config: Path, url: str, changes: dict[str, float 
     from node import quota_console
 
     try:
-        for line in quota_console.lines(quota_console.change(_loaded(config, secrets=False), url, tenant, changes)):
+        for line in quota_console.lines(quota_console.change(loaded(config, secrets=False), url, tenant, changes)):
             typer.echo(printable(line))
     except ConfigError as error:
-        _fail(*error.problems)
+        fail(*error.problems)
     except HeadraceError as error:
-        _fail(str(error))
+        fail(str(error))
 
 
 ModelPath = Annotated[str, typer.Argument(metavar="TENANT/MODEL", help="The model.")]
@@ -282,7 +282,7 @@ def rollout(model: ModelPath, url: Url = NODE_URL, as_json: AsJson = False) -> N
             for line in rollout_console.lines(console.fetch_object(url, path)):
                 typer.echo(printable(line))
     except HeadraceError as error:
-        _fail(str(error))
+        fail(str(error))
 
 
 @app.command()
@@ -316,12 +316,12 @@ def _move(model: str, config: Path, url: str, **wish: object) -> None:
     from node import rollout_console
 
     try:
-        for line in rollout_console.lines(rollout_console.move(_loaded(config, secrets=False), url, model, **wish)):
+        for line in rollout_console.lines(rollout_console.move(loaded(config, secrets=False), url, model, **wish)):
             typer.echo(printable(line))
     except ConfigError as error:
-        _fail(*error.problems)
+        fail(*error.problems)
     except HeadraceError as error:
-        _fail(str(error))
+        fail(str(error))
 
 
 @app.command()
@@ -336,7 +336,7 @@ def sandbox_report(config: ConfigPath, as_json: AsJson = False) -> None:
     from node.app import sandbox_report as probe
     from node.logs import configure_logging
 
-    settings = _loaded(config)
+    settings = loaded(config)
     configure_logging("console", "warning", settings.node.name)
     report = _operate(probe(settings))
     if as_json:
@@ -356,7 +356,7 @@ def drain(node: NodeName, config: ConfigPath, wait: Wait = False, wait_s: WaitSe
     """
     from node import cluster_console
 
-    _operate(cluster_console.drain(_loaded(config), node, wait_s if wait else 0, typer.echo))
+    _operate(cluster_console.drain(loaded(config), node, wait_s if wait else 0, typer.echo))
 
 
 @app.command()
@@ -364,7 +364,7 @@ def undrain(node: NodeName, config: ConfigPath) -> None:
     """Let a drained node own partitions again."""
     from node import cluster_console
 
-    _operate(cluster_console.undrain(_loaded(config), node, typer.echo))
+    _operate(cluster_console.undrain(loaded(config), node, typer.echo))
 
 
 @app.command()
@@ -377,7 +377,7 @@ def join(
     """
     from node import cluster_console
 
-    _operate(cluster_console.join(_loaded(config), node, raft_address, wait_s if wait else 0, typer.echo))
+    _operate(cluster_console.join(loaded(config), node, raft_address, wait_s if wait else 0, typer.echo))
 
 
 @app.command()
@@ -393,7 +393,7 @@ def leave(
     """
     from node import cluster_console
 
-    _operate(cluster_console.leave(_loaded(config), node, dead, wait_s, typer.echo))
+    _operate(cluster_console.leave(loaded(config), node, dead, wait_s, typer.echo))
 
 
 @app.command("accept-loss")
@@ -405,7 +405,7 @@ def accept_loss(config: ConfigPath) -> None:
     """
     from node import cluster_console
 
-    _operate(cluster_console.accept_loss(_loaded(config, secrets=False), typer.echo))
+    _operate(cluster_console.accept_loss(loaded(config, secrets=False), typer.echo))
 
 
 @app.command()
@@ -430,7 +430,7 @@ def settings(
         "moves_max": moves_max,
         "builds_max": builds_max,
     }
-    _operate(cluster_console.settings(_loaded(config), changes, typer.echo))
+    _operate(cluster_console.settings(loaded(config), changes, typer.echo))
 
 
 @app.command()
@@ -438,7 +438,7 @@ def snapshot(partitions: PartitionNumbers = None, *, config: ConfigPath) -> None
     """Take a snapshot of partitions now, or of all: on each node that has them."""
     from node import cluster_console
 
-    _operate(cluster_console.snapshot(_loaded(config), partitions or (), typer.echo))
+    _operate(cluster_console.snapshot(loaded(config), partitions or (), typer.echo))
 
 
 @app.command()
@@ -449,7 +449,7 @@ def verify(partitions: PartitionNumbers = None, *, config: ConfigPath, as_json: 
     """
     from node import cluster_console
 
-    if not _operate(cluster_console.verify(_loaded(config), partitions or (), as_json, typer.echo)):
+    if not _operate(cluster_console.verify(loaded(config), partitions or (), as_json, typer.echo)):
         raise typer.Exit(1)
 
 
@@ -467,83 +467,10 @@ def restore(
     """
     from node import cluster_console
 
-    _operate(cluster_console.restore(_loaded(config, secrets=False), partition, source, typer.echo))
+    _operate(cluster_console.restore(loaded(config, secrets=False), partition, source, typer.echo))
 
 
-tables = typer.Typer(no_args_is_help=True, help="Tables: global data that features look up, in versions.")
-app.add_typer(tables, name="table")
-TableName = Annotated[str, typer.Argument(metavar="TABLE", help="Its name, as in tables.<name>.")]
-
-
-@tables.command("put")
-def table_put(
-    name: TableName,
-    file: Annotated[Path, typer.Argument(metavar="FILE", help="Parquet, CSV with a header, or NDJSON.")],
-    config: ConfigPath,
-    key: Annotated[str, typer.Option(help="The key column; needed of a new table.")] = "",
-    file_format: Annotated[str, typer.Option("--format", help="parquet, csv or ndjson; else by the name.")] = "",
-    column: Annotated[list[str] | None, typer.Option(help="Take only such columns.")] = None,
-    kind: Annotated[
-        list[str] | None, typer.Option("--type", help="NAME=number, text or boolean; else inferred.")
-    ] = None,
-    default: Annotated[list[str] | None, typer.Option(help="NAME=VALUE: what a missing value gives.")] = None,
-    url: NodeUrl = "",
-    wait_s: WaitSeconds = WAIT_S,
-) -> None:
-    """Put a file as a table's next version, and wait until it is live on all nodes.
-
-    It is checked whole: a file with a mistake is refused with its rows, and the table stays as it is.
-    """
-    from node import table_console
-
-    settings = _loaded(config)
-    query = {"key": key, "columns": ",".join(column or ()), "types": ",".join(kind or ())}
-    query["defaults"] = ",".join(default or ())
-    try:
-        query["format"] = table_console.format_of(file, file_format)
-        typer.echo(table_console.put(settings, url or table_console.url_of(settings), name, file, query, wait_s))
-    except HeadraceError as error:
-        _fail(str(error))
-
-
-@tables.command("rollback")
-def table_rollback(name: TableName, config: ConfigPath, url: NodeUrl = "", wait_s: WaitSeconds = WAIT_S) -> None:
-    """Go back to the version that was live before; again, and it is the newer one once more."""
-    from node import table_console
-
-    settings = _loaded(config)
-    try:
-        typer.echo(table_console.rollback(settings, url or table_console.url_of(settings), name, wait_s))
-    except HeadraceError as error:
-        _fail(str(error))
-
-
-@tables.command("drop")
-def table_drop(name: TableName, config: ConfigPath, url: NodeUrl = "") -> None:
-    """Drop a table that no live model reads, with all its versions."""
-    from node import table_console
-
-    settings = _loaded(config)
-    try:
-        typer.echo(table_console.drop(settings, url or table_console.url_of(settings), name))
-    except HeadraceError as error:
-        _fail(str(error))
-
-
-@tables.command("list")
-def table_list(url: Url = NODE_URL, as_json: AsJson = False) -> None:
-    """Show the tables of a running node, with their versions."""
-    from node import console, table_console
-
-    try:
-        if as_json:
-            typer.echo(console.fetch(url, "/v1/tables"))
-        else:
-            console.show(*table_console.tables_view(console.fetch_object(url, "/v1/tables")))
-    except HeadraceError as error:
-        _fail(str(error))
-
-
+app.add_typer(table_commands.tables, name="table")
 exports = typer.Typer(no_args_is_help=True, help="Write what the platform has to files.")
 app.add_typer(exports, name="export")
 FromTime = Annotated[str, typer.Option("--from", help="Event time, 2026-01-31T06:00 or ms; the first there is.")]
@@ -571,9 +498,9 @@ def export_training(
         name = training_console.model_name(model)
         wanted = training_console.Wanted(name, time_ms(from_time, 0), time_ms(to_time, 1 << 62), version)
     except HeadraceError as error:
-        _fail(str(error))
+        fail(str(error))
     folder = out or Path(f"{name.tenant}.{name.model}.training")
-    for line in _operate(training_console.export(_loaded(config), wanted, folder)):
+    for line in _operate(training_console.export(loaded(config), wanted, folder)):
         typer.echo(line)
 
 
@@ -598,8 +525,8 @@ def check_training(
         name = training_console.model_name(model)
         wanted = training_console.Wanted(name, time_ms(from_time, 0), time_ms(to_time, 1 << 62))
     except HeadraceError as error:
-        _fail(str(error))
-    found = _operate(training_check.check(_loaded(config), wanted, rows_max))
+        fail(str(error))
+    found = _operate(training_check.check(loaded(config), wanted, rows_max))
     if as_json:
         typer.echo(console.encoded(found))
     else:
@@ -615,20 +542,11 @@ def _operate(command: Coroutine[Any, Any, Outcome]) -> Outcome:
     try:
         return asyncio.run(command)
     except ConfigError as error:
-        _fail(*error.problems)
+        fail(*error.problems)
     except HeadraceError as error:
-        _fail(str(error))
+        fail(str(error))
     except KeyboardInterrupt:
-        _fail("stopped waiting; what was asked for goes on, `headrace status` shows how far")
-
-
-def _loaded(path: Path, secrets: bool = True) -> Config:
-    from node.config import load_config
-
-    try:
-        return load_config(path, secrets)
-    except ConfigError as error:
-        _fail(*(f"{path}: {problem}" for problem in error.problems))
+        fail("stopped waiting; what was asked for goes on, `headrace status` shows how far")
 
 
 def _summary(config: Config) -> list[tuple[str, str]]:
@@ -660,13 +578,12 @@ def _cluster_summary(config: Config) -> str:
     return f"Raft at {cluster.listen}, peers at {cluster.peer_listen}; with {', '.join(others) or 'no other node yet'}"
 
 
-def _fail(*lines: str) -> NoReturn:
-    for line in lines:
-        typer.echo(line, err=True)
-    raise typer.Exit(1)
+_GARBAGE_THRESHOLDS = (50_000, 20, 50)
 
 
 def main() -> None:
+    # Imports leave many objects and next to no garbage; to look for it as often as usual takes a seventh of their time.
+    gc.set_threshold(*_GARBAGE_THRESHOLDS)
     app(prog_name="headrace")
 
 

@@ -21,8 +21,9 @@ from node.clustering import Clustering
 from node.config_sections import Config, KafkaSection
 from node.cycle import CycleSettings, Engine
 from node.ingest.decode import EventDecoder
+from node.ingest.history import TopicHistory
 from node.ingest.source import Source
-from node.ingest.topics import Topics, TopicSettings
+from node.ingest.topics import KEPT_WHOLE, Topics, TopicSettings
 from node.kernel.broker import ClientOptions
 from node.kernel.clock import Clock, SystemClock
 from node.kernel.errors import BoundExceeded, NotFound, printable
@@ -62,12 +63,14 @@ from node.state.folder import StateFolder, StateFolders
 from node.state.layout import Layout
 from node.state.rocksdb import RocksEnvironment, RocksStore
 from node.steps import StepTimes
+from node.tables.feeds import TableFeeds
 from node.tables.library import TableLibrary
 from node.tables.local import LocalTables
 from node.tables.service import Files, TableLedger, TableService
 from node.training.verdicts import Verdicts
 from node.view import LocalView
 from node.waiting import Bound
+from node.warming import sandbox_settings
 from replication.blobs import BlobStore
 from replication.changelog import Changelog
 from replication.frame import encode_frame
@@ -80,6 +83,7 @@ from tenants.manifest import TenantCaps
 from tenants.pool_statistics import VersionStatistics
 from tenants.sandbox import SandboxReport, SandboxSettings
 from tenants.service import ServiceSettings, TenantService
+from tenants.warm_process import WarmProcess
 from tenants.watch import Blobs, WatchSettings
 from tenants.workers import WarmServer, WorkerStatistics
 
@@ -96,7 +100,7 @@ _GARBAGE_THRESHOLDS = (50_000, 20, 50)
 class Node:
     """One node: partitions, tenants and HTTP, over one event loop; with a [cluster], one of several."""
 
-    def __init__(self, config: Config, clock: Clock) -> None:
+    def __init__(self, config: Config, clock: Clock, warm: WarmProcess | None = None) -> None:
         self._config = config
         self._clock = clock
         self._supervisor = Supervisor()
@@ -115,7 +119,7 @@ class Node:
         publish = None if self._clustering is None else self._clustering.models
         self._library = TableLibrary(table_files.path, self._supervisor)
         schema = replace(config.schema(), tables=self._library.schemas)
-        self._tenants = _tenant_service(config, schema, self._data, blobs, clock, self._supervisor, publish)
+        self._tenants = _tenant_service(config, schema, self._data, blobs, clock, self._supervisor, publish, warm)
         self._tables = self._table_service(table_files)
         self._engine = Engine(
             EventDecoder(config.events),
@@ -139,7 +143,9 @@ class Node:
             self._library.current,
         )
         cluster_view = None if self._clustering is None else self._clustering.view
-        token, tables = make_token(self._data), TableEndpoints(self._tables)
+        leads = (lambda: True) if self._clustering is None else self._clustering.leads
+        self._feeds = TableFeeds(self._tables, self._options, clock, leads)
+        token, tables = make_token(self._data), TableEndpoints(self._tables, self._feeds, clock)
         self._http = HttpServer(view, config.http, clock, cluster=cluster_view, token=token, more=tables.routes())
 
     async def run(self, stopping: asyncio.Event) -> int:
@@ -159,6 +165,7 @@ class Node:
             self._clustering.own()
         else:
             self._supervisor.start("partitions", self._partitions.run())
+        self._supervisor.start("table feeds", self._feeds.run())
         sdnotify.SystemdNotifier().notify("READY=1")
         _settle_garbage_collector()
         log.info("node started", address=self._http.address, data_dir=str(self._data))
@@ -189,7 +196,7 @@ class Node:
         service = TableService(
             config.node.name,
             folder,
-            Files(files.put, files.names, files.delete),
+            Files(files.put, files.path, files.names, files.delete),
             self._library,
             ledger,
             self._table_users,
@@ -237,7 +244,7 @@ class Node:
         outputs: dict[str, TopicSettings] = {
             self._outputs.inferences: {},
             self._outputs.dead_letters: {},
-            self._outputs.changelog: {"cleanup.policy": "delete", "retention.ms": "-1", "retention.bytes": "-1"},
+            self._outputs.changelog: KEPT_WHOLE,
             self._outputs.rows: {
                 "cleanup.policy": "delete",
                 "retention.ms": str(config.kafka.rows_retention_h * 3_600_000),
@@ -296,6 +303,7 @@ class Node:
                 clock,
             ),
             changelog=lambda: changelog or Changelog(self._options, self._outputs.changelog, number, clock),
+            history=lambda: TopicHistory(self._options, config.kafka.topics, number, self._engine.decoder, clock),
             versions=self._tenants.version,
             bound=self._bound,
             cache_bytes=config.state.row_cache_mb * MIB,
@@ -467,6 +475,7 @@ def _tenant_service(
     clock: Clock,
     supervisor: Supervisor,
     publish: ModelPublisher | None,
+    warm: WarmProcess | None,
 ) -> TenantService:
     tenants = config.tenants
     caps = TenantCaps(
@@ -489,23 +498,13 @@ def _tenant_service(
             tenants.rescan_s * 1000,
             row_refusal,
         ),
-        sandbox=SandboxSettings(
-            required=frozenset(tenants.sandbox_required),
-            libraries=frozenset(tenants.allow),
-            extra_globals=tuple(allowed_global(name) for name in tenants.allow_globals),
-        ),
+        sandbox=sandbox_settings(tenants),
         versions=data / "versions",
         parallel=tenants.workers_parallel or max(1, (os.cpu_count() or 2) - 1),
         quantum_seconds=tenants.quantum_ms / 1000,
     )
     kept = Blobs(blobs.put, blobs.get, blobs.names, blobs.delete)
-    return TenantService(settings, schema, kept, clock, supervisor, publish)
-
-
-def allowed_global(dotted: str) -> str:
-    """A line of the workers' list of globals; what an operator adds may be called too."""
-    module, _, name = dotted.rpartition(".")
-    return f"{module} {name} call"
+    return TenantService(settings, schema, kept, clock, supervisor, publish, warm)
 
 
 async def sandbox_report(config: Config) -> dict[str, object]:
@@ -567,7 +566,7 @@ async def _first(*waits: Awaitable[object]) -> None:
         task.cancel()
 
 
-def run(config: Config) -> int:
+def run(config: Config, warm: WarmProcess) -> int:
     """Run a node until SIGTERM or SIGINT; gives the exit code. Raises ConfigError."""
 
     async def main() -> int:
@@ -575,6 +574,6 @@ def run(config: Config) -> int:
         loop = asyncio.get_running_loop()
         for number in (signal.SIGTERM, signal.SIGINT):
             loop.add_signal_handler(number, stopping.set)
-        return await Node(config, SystemClock()).run(stopping)
+        return await Node(config, SystemClock(), warm).run(stopping)
 
     return uvloop.run(main())

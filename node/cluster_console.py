@@ -10,7 +10,7 @@ import asyncio
 from collections.abc import AsyncIterator, Callable, Iterable, Mapping, Sequence
 from contextlib import asynccontextmanager
 from pathlib import Path
-from typing import Any, Final, TypeAlias
+from typing import TYPE_CHECKING, Any, Final, TypeAlias
 
 import msgspec
 
@@ -18,15 +18,13 @@ from node.config_sections import ClusterSection, Config
 from node.kernel.clock import SystemClock
 from node.kernel.errors import ConfigError, HeadraceError, NotFound, PeerUnavailable
 from node.serving.cluster import ClusterMember, ClusterPartition, ClusterStatus
-from node.state.inspection import changelog_offset_of
-from replication.offline_restore import PeerSource, Source, StoreSource, stopped
-from replication.offline_restore import restore as restore_stopped
 from replication.operators import OPERATORS_PATH, STATUS_PATH, Job, JoinBody, NodeBody, PartitionBody, SettingsBody
-from replication.peers import PeerClient
+from replication.peer_client import PeerClient
 from replication.raft_journal import accept_loss as accept_loss_of
 from replication.raft_types import address_problems
-from replication.snapshot_folder import SnapshotFolder
-from replication.snapshot_store import SnapshotStore
+
+if TYPE_CHECKING:
+    from replication.offline_restore import Source
 
 OPERATOR: Final = "operator"
 """The name that operators' calls are signed with."""
@@ -212,6 +210,8 @@ async def _another(operator: Operator, name: str) -> str:
 
 async def accept_loss(config: Config, say: Say) -> None:
     """Let this stopped node, whose disk was lost, vote again; see `replication.raft_journal.accept_loss`."""
+    from replication.offline_restore import stopped  # see `restore`
+
     _cluster_of(config)
     folder = Path(config.node.data_dir) / "cluster" / "raft"
     with stopped(folder / "lock"):
@@ -367,6 +367,12 @@ async def _verify_once(operator: Operator, partition: int) -> VerifiedPartition:
 
 async def restore(config: Config, partition: int, source: str, say: Say) -> None:
     """Replace a stopped node's store of a partition by a snapshot: of a peer (its HOST:PORT), a URL, or its own."""
+    # Here and in `_source`, as what they import would make every other command wait.
+    from node.state.inspection import changelog_offset_of
+    from replication.offline_restore import restore as restore_stopped
+    from replication.offline_restore import stopped
+    from replication.snapshot_folder import SnapshotFolder
+
     _cluster_of(config)
     data, changelog, name = Path(config.node.data_dir), config.kafka.changelog_topic, config.node.name
     clock = SystemClock()
@@ -387,6 +393,9 @@ async def restore(config: Config, partition: int, source: str, say: Say) -> None
 @asynccontextmanager
 async def _source(config: Config, source: str, clock: SystemClock) -> AsyncIterator[Source | None]:
     """Only a peer is asked with the secret: systemd takes it away from a unit that is stopped."""
+    from replication.offline_restore import PeerSource, StoreSource
+    from replication.snapshot_store import SnapshotStore
+
     changelog = config.kafka.changelog_topic
     if not source:
         yield None

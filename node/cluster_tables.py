@@ -6,8 +6,9 @@ from collections.abc import Mapping
 
 from node.cluster_models import Proposer, insist
 from node.kernel.errors import NotFound
-from node.kernel.table_versions import Table, TableVersion
-from replication.commands import DropTable, PutTable
+from node.kernel.table_versions import Feed, Table, TableVersion
+from replication.catalog_tables import waiting_held
+from replication.commands import DropTable, FollowTopic, PutTable, UnfollowTopic
 
 
 class CatalogTables:
@@ -24,6 +25,9 @@ class CatalogTables:
             return []
         return sorted(catalog.nodes.keys() - catalog.holders.get(table.passed.version, {}).keys())
 
+    def held(self, name: str) -> bool:
+        return waiting_held(self._cluster.catalog, name)
+
     async def put(self, name: str, version: TableVersion) -> None:
         await self._cluster.agreed()
         await insist(
@@ -37,8 +41,29 @@ class CatalogTables:
                 bytes=version.bytes,
                 who=version.who,
                 at_ms=version.at_ms,
+                feed=version.feed,
+                offsets=version.offsets,
             ),
         )
+
+    async def follow(self, name: str, feed: Feed) -> None:
+        await self._cluster.agreed()
+        await insist(
+            self._cluster,
+            lambda catalog: FollowTopic(
+                revision=catalog.revision,
+                name=name,
+                topic=feed.topic,
+                schema=feed.schema,
+                every_ms=feed.every_ms,
+                who=feed.who,
+                at_ms=feed.at_ms,
+            ),
+        )
+
+    async def unfollow(self, name: str) -> None:
+        await self._cluster.agreed()
+        await insist(self._cluster, lambda catalog: UnfollowTopic(revision=catalog.revision, name=name))
 
     async def drop(self, name: str) -> None:
         if name not in (await self._cluster.agreed()).tables:

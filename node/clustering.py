@@ -38,7 +38,6 @@ from replication.ownership import Progress
 from replication.peers import PeerCall, PeerClient, PeerReply, PeerRoute, PeerServer
 from replication.raft_types import RaftSettings
 from replication.snapshot_folder import SnapshotFolder
-from replication.snapshot_store import SnapshotStore
 from replication.snapshots import Snapshots, Sources
 from replication.standby import StandbyFolder
 from replication.verification import Inspection, Verification
@@ -79,6 +78,9 @@ class CatalogOwnership:
 
     async def may_forget(self, partition: int) -> bool:
         return await self._snapshots.may_forget(partition)
+
+    def opened(self) -> None:
+        self._cluster.report_now()
 
     async def released(self, partition: int, epoch: int, to: str, revision: int) -> None:
         """The leader is told too: it completes the move should this node fail before it has."""
@@ -123,7 +125,7 @@ class Clustering:
         self.tables = CatalogTables(self.cluster)
         self.follow_tables: Callable[[Mapping[str, Table]], None] = lambda tables: None
         """Hears of each change, before the models do."""
-        self._standbys = StandbyFolder(options, changelog, clock)
+        self._standbys = StandbyFolder(options, changelog, clock, caught_up=self.cluster.report_now)
         changelogs = Changelogs(options, changelog)
         sources = Sources(self._stores, changelog_offset_of, changelogs.bounds)
         self._snapshots = _snapshots(config, section, changelog, self.cluster, self._client, sources, clock)
@@ -169,6 +171,9 @@ class Clustering:
         around = Surroundings(ownership, self._standbys, open_session, commit_interval_seconds, self._clock)
         self._replicas = Replicas(around, folders, topics, sources, outputs, self._supervisor)
         return self._replicas
+
+    def leads(self) -> bool:
+        return self.cluster.leads
 
     async def start(self) -> None:
         """Take part, and stand by for partitions, before there are models. Raises ConfigError, CatalogCorrupt,
@@ -282,5 +287,7 @@ def _snapshots(
     folder = SnapshotFolder(Path(config.node.data_dir) / "snapshots", changelog, name, clock)
     store = None
     if section.snapshot_url:
+        from replication.snapshot_store import SnapshotStore  # as fsspec is imported with it, which others do without
+
         store = SnapshotStore(section.snapshot_url, config.kafka.application, changelog, name, clock)
     return Snapshots(folder, cluster, client, sources, clock, section.snapshot_interval_s, store)

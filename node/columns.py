@@ -49,8 +49,8 @@ def take(events: EventColumns, selection: Ints | Bools) -> EventColumns:
     )
 
 
-def where(events: EventColumns, mask: Bools) -> EventColumns:
-    """The events of the mask, their customers numbered as before: rows of the same state matrix."""
+def where(events: EventColumns, mask: Bools | Ints) -> EventColumns:
+    """The events of the mask, or at those positions, their customers numbered as before: rows of the same matrix."""
     return replace(
         events,
         types=events.types[mask],

@@ -13,7 +13,7 @@ from node.steps import StepTimes
 
 
 class Committer:
-    """Commits one partition's cycles in order, one at a time, while the next cycle is already computed.
+    """Commits one partition's cycles in order, one at a time; the next cycle may already be computed meanwhile.
 
     After any error the outcome is unknown: nothing more is committed, and the partition is opened again.
     """
@@ -30,6 +30,10 @@ class Committer:
     @property
     def idle(self) -> bool:
         return self._committing is None
+
+    def expect(self) -> None:
+        """Say that a cycle which will be submitted has begun."""
+        self._outbox.expect()
 
     async def submit(
         self,

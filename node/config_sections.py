@@ -102,7 +102,10 @@ class KafkaSection(Section, frozen=True):
         "{application}.inferences"
     )
     changelog_topic: Annotated[
-        TopicTemplate, Meta(description="The log that state is rebuilt from; never let retention delete it.")
+        TopicTemplate,
+        Meta(
+            description="The log that state is rebuilt from: with a retention or compaction of its own it is refused."
+        ),
     ] = "{application}.changelog"
     dead_letters_topic: Annotated[
         TopicTemplate, Meta(description="Records that could not be used, whole, with the reason in the headers.")
@@ -334,11 +337,14 @@ class TenantsSection(Section, frozen=True):
         int, Meta(ge=1, le=3600, description="Full rescan: finds what file-system notifications missed.")
     ] = 10
     workers_parallel: Annotated[
-        int, Meta(ge=0, le=1024, description="Workers that compute at once; 0: one less than the cores, for the node.")
+        int,
+        Meta(
+            ge=0, le=1024, description="Batches that compute at once, a short one besides; 0: one less than the cores."
+        ),
     ] = 0
     quantum_ms: Annotated[
         int, Meta(ge=1, le=1000, description="Model CPU time a turn: shorter is fairer, longer makes larger batches.")
-    ] = 10
+    ] = limits.QUANTUM_MS
     memory_mb_max: Annotated[
         int, Meta(ge=128, le=1_048_576, description="Address space of one tenant's worker; caps their own setting.")
     ] = 2048

@@ -128,6 +128,8 @@ def status_view(status: Mapping[str, Any]) -> list[RenderableType]:
             *(_count(counters.get("events", 0)), _count(counters.get("late", 0)), _count(dead), _count(backlog)),
             partition.get("reason"),
         )
+        for name, backfill in partition.get("backfills", {}).items():
+            reasons.extend(_history(_text(name), backfill, f", partition {partition.get('number')}"))
     tenants = _table(
         *(
             "tenant",
@@ -300,7 +302,26 @@ def models_view(answer: Mapping[str, Any]) -> list[RenderableType]:
             *(_count(cost.get("calls")), _count(cost.get("rows")), _count(cost.get("rows_queued")), *_waits(model)),
         )
         reasons.extend(Text(f"{name}: {_text(reason)}", style="yellow") for reason in model.get("reasons", ()))
+        reasons.extend(_history(name, model.get("backfill") or {}))
     return [models, *reasons]
+
+
+def _history(name: str, backfill: Mapping[str, Any], partition: str = "") -> list[Text]:
+    """What is not as the model asks for: windows that are not filled from history yet, or history that is gone."""
+    lines = []
+    taken = f"{float(backfill.get('percent', 0)):.1f}%, {_count(backfill.get('events'))} events"
+    if backfill.get("warming"):
+        lines.append(f"{name}{partition}: warming: its windows are being filled from history ({taken})")
+    if backfill.get("floor_ms"):
+        lines.append(
+            f"{name}{partition}: history was cut by the topics' retention: the oldest event there was is of "
+            f"{datetime.fromtimestamp(backfill['floor_ms'] / 1000, UTC):%Y-%m-%d %H:%M:%S} UTC"
+        )
+    if backfill.get("lost"):
+        lines.append(
+            f"{name}{partition}: {_count(backfill['lost'])} events were deleted before they could be read again"
+        )
+    return [Text(line, style="yellow") for line in lines]
 
 
 def features_view(answer: Mapping[str, Any]) -> list[RenderableType]:

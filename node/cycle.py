@@ -1,20 +1,24 @@
 """The heart of the node: one cycle of one partition.
 
-A cycle takes a micro-batch of events from the source and hands all its consequences to the committer, as one; the
-next cycle is computed while they are committed. After an error the partition is opened again from what was
-committed. Everything between is columns.
+A cycle takes a micro-batch of events from the source and hands all its consequences to the committer, as one. If the
+micro-batch was full, the next cycle is computed while they are committed. After an error the partition is opened again
+from what was committed. Everything between is columns.
 """
 
 from __future__ import annotations
 
+import asyncio
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 
 import numpy as np
 import structlog
 
+from node.backfilling import Backfilling, Taken
 from node.backlog import Answer, Backlog
+from node.closing import Idle, RoundFold, close_idle, session_triggers
 from node.columns import where
 from node.commit import Committer
 from node.ingest.decode import Decoded, EventDecoder
@@ -61,6 +65,7 @@ class PartitionState:
     cache: RowCache
     backlog: Backlog
     intervals: Intervals
+    backfilling: Backfilling
     counters: Counter[str]
     """As of the newest cycle."""
     committed: Mapping[str, int]
@@ -117,31 +122,42 @@ class Cycle:
         with steps.measure("poll"):  # 1. Poll a micro-batch.
             wait_ms = max(engine.settings.wait_ms, IDLE_POLL_MS) if self._idle else engine.settings.wait_ms
             polled = await self._source.poll(engine.settings.events_max, wait_ms)
-        settled, ran = state.backlog.settle(), state.intervals.settle()
-        if not polled.records and not settled.cursors and not ran.due and not self._progress_due(polled):
+        settled, ran, fills = state.backlog.settle(), state.intervals.settle(), state.backfilling
+        if not (polled.records or settled.cursors or ran.due or fills.due or self._progress_due(polled)):
             self._committer.check()
             state.backlog.pump()
-            self._run_intervals()
-            self._idle = self._committer.idle and state.backlog.empty and not state.intervals.running
+            self._run_aside()
+            waits = state.intervals.running or fills.running
+            self._idle = self._committer.idle and state.backlog.empty and not waits
             return False
         self._idle = False
+        self._committer.expect()
         settled.answers += ran.answers
         with steps.measure("decode"):  # 2. Decode it into columns; what can't be is a dead letter.
-            decoded = self._decode(polled)
+            decoded = self._engine.decoder.records(polled.records, polled.topics)
         with steps.measure("load"):  # 3, 4. One row for each customer seen, in one matrix.
             plan = self._plan()
-            customers, positions, lasting = _customers(decoded.events, settled.answers)
+            warming = fills.warming
+            taken = fills.take(decoded.events, polled.progress)
+            customers, positions, lasting = _customers(decoded.events, settled.answers, taken, ran.idle)
             rows = state.cache.load(customers)
         with steps.measure("fold"):  # 5. Fold the events into the matrix, each as of itself.
-            selections = divided(plan, decoded.events, select(plan, decoded.events, self._origin.schema))
+            held = frozenset(name for name in warming if plan.histories[name][0].hold)
+            selections = divided(plan, decoded.events, select(plan, decoded.events, self._origin.schema), held)
             wanted = _union(selections, len(decoded.events))
-            folded = self._fold(plan, decoded.events, rows, wanted)
+            ending = state.intervals.closers(plan, state.layout, held)
+            folding = RoundFold(ending, rows, decoded.events, wanted, partial(self._fold, plan))
+            for _ in folding.rounds():
+                await asyncio.sleep(0)
+            folded, closed = folding.result, [*folding.closed, *close_idle(ending, ran.idle, rows, positions)]
+            fills.fold(taken, state.layout, rows, positions, plan, self._origin.schema.types)
         with steps.measure("features"):  # 6. Each distinct feature once, then each model's rows.
             triggering = where(decoded.events, wanted)
             tables = _pinned(engine.tables(), plan)
             reads = _Reads(plan, state.layout, rows, triggering.rows, triggering.times_ms, folded.values, tables)
-            ordering = Ordering(plan, triggering, {name: mask[wanted] for name, mask in selections.items()}, reads)
-            work = ordering.ready()
+            masks = {name: mask[wanted] for name, mask in selections.items()}
+            ordering = Ordering(plan, triggering, masks, reads, warming)
+            work = [*ordering.ready(), *session_triggers(plan, state.layout, closed, tables, warming)]
         with steps.measure("trigger"):  # 7. Models answer, or their triggers go to the sequence log.
             seconds = engine.settings.deadline_seconds
             outcome = await run_triggers(state.backlog, work, settled, seconds, ordering, engine.shadows)
@@ -150,7 +166,7 @@ class Cycle:
             outgoing = self._outgoing(polled, decoded, customers, rows, outcome, folded.late)
         state.progress, state.submitted = polled.progress, self._clock.monotonic()
         await self._committer.submit(outgoing, customers, rows, lambda: self._applied(outgoing), lasting)  # 8. Commit.
-        self._run_intervals()
+        self._run_aside()
         return len(polled.records) >= engine.settings.events_max
 
     def _progress_due(self, polled: Polled) -> bool:
@@ -161,26 +177,22 @@ class Cycle:
             return True
         return polled.progress != state.progress and self._clock.monotonic() - state.submitted > _PROGRESS_SECONDS
 
-    def _run_intervals(self) -> None:
-        """Read on for interval models, from the store, which has what is committed."""
+    def _run_aside(self) -> None:
+        """Read on for interval models, from the store, which has what is committed, and of history."""
+        fills = self._state.backfilling
+        if self._engine.plans().histories or fills.behind:
+            self._plan()
+        fills.pump(self._state.progress)
         if self._state.intervals.running or any(version.schedule for version in self._engine.plans().models):
             plan = self._plan()
-            self._state.intervals.pump(plan, self._state.layout, _pinned(self._engine.tables(), plan))
+            tables = _pinned(self._engine.tables(), plan)
+            self._state.intervals.pump(plan, self._state.layout, tables, fills.warming)
 
     def _applied(self, outgoing: Outgoing) -> None:
         self._state.layout_committed = max(self._state.layout_committed, outgoing.frame.layout_id)
         self._state.committed = outgoing.frame.counters
         self._state.backlog.stored(outgoing.frame.appended)
         self._state.backlog.pump()
-
-    def _decode(self, polled: Polled) -> Decoded:
-        records, count = polled.records, len(polled.records)
-        return self._engine.decoder.decode(
-            [record.value for record in records],
-            np.fromiter([record.timestamp for record in records], np.int64, count),
-            np.fromiter(polled.topics, np.int64, count),
-            np.fromiter([record.offset for record in records], np.int64, count),
-        )
 
     def _plan(self) -> FeaturePlan:
         """The plan for this cycle; one that asks for more state than rows hold grows the layout first.
@@ -189,10 +201,12 @@ class Cycle:
         if there is none before it.
         """
         plan, state = self._engine.plans(), self._state
+        if state.plan is None or state.backfilling.behind:
+            self._grow(state.backfilling.opened(state.layout))
         if plan is state.plan:
             return plan
         try:
-            grown = state.layout.grown(plan.aggregates, plan.stored_models)
+            grown = state.backfilling.grown(plan, state.layout)
         except BoundExceeded as failure:
             if state.plan is None:
                 raise
@@ -201,12 +215,15 @@ class Cycle:
             state.refused = str(failure)
             return state.plan
         state.plan, state.refused = plan, ""
-        if grown is not state.layout:
-            state.layout = grown
-            state.cache.grow(grown)
+        self._grow(grown)
         return plan
 
-    def _fold(self, plan: FeaturePlan, events: EventColumns, rows: Floats, wanted: Bools) -> FoldResult:
+    def _grow(self, grown: Layout) -> None:
+        if grown is not self._state.layout:
+            self._state.layout = grown
+            self._state.cache.grow(grown)
+
+    def _fold(self, plan: FeaturePlan, rows: Floats, events: EventColumns, wanted: Bools) -> FoldResult:
         layout, types = self._state.layout, self._origin.schema.types
         return fold(layout, rows, events, plan.masks(events), wanted, types, plan.aggregates)
 
@@ -233,6 +250,7 @@ class Cycle:
             counters=dict(state.counters),
             runs=runs,
             event_time_ms=event_time_ms,
+            backfill=state.backfilling.committing(),
         )
         return Outgoing(frame, inferences, letters, rows_fed)
 
@@ -275,15 +293,21 @@ def _pinned(tables: TableSet, plan: FeaturePlan) -> TableSet:
     return tables
 
 
-def _customers(events: EventColumns, answers: Sequence[Answer]) -> tuple[list[str], dict[str, int], int]:
+def _customers(
+    events: EventColumns, answers: Sequence[Answer], taken: Taken, idle: Sequence[Idle]
+) -> tuple[list[str], dict[str, int], int]:
     """All customers of this commit, those of the events first, the position of each, and how many come before those
-    that only an interval run concerns; answers of such runs must be the last."""
+    that only an interval run, the end of a session or history concerns; answers of such runs must be the last."""
     positions = dict.fromkeys(events.customers, 0)
     lasting = len(positions)
     for answer in answers:
         positions.update(dict.fromkeys(answer.triggers.customers, 0))
-        if not answer.triggers.interval:
+        if answer.triggers.kind != "interval":
             lasting = len(positions)
+    for one in idle:
+        positions.update(dict.fromkeys(one.customers, 0))
+    for batch in taken.batches:
+        positions.update(dict.fromkeys(batch.customers, 0))
     customers = list(positions)
     return customers, dict(zip(customers, range(len(customers)), strict=True)), lasting
 

@@ -4,10 +4,11 @@
 `id` is the same whenever the same trigger is run again, so a reader of a broker without transactions can
 drop duplicates. A missing output is null. Of a model that uses others' outputs there is also `"inputs"`: each of them
 -> `"fresh"`, of the same event, or `"stored"`, before it; of one that reads tables `"tables"`: name -> version it was
-fed from.
+fed from. `"warming": true` is there while windows that its model asks history for are not filled from it.
 
 Those of an interval run are of no event: `interval`, its end, stands in place of topic, offset and type, and the id is
-`<tenant>/<model>/interval/<end>/<customer>`.
+`<tenant>/<model>/interval/<end>/<customer>`. So are those of closed sessions: `session` is the time of the event that
+began it, `time` that of its newest.
 """
 
 from __future__ import annotations
@@ -37,8 +38,8 @@ def encode_inferences(
     """
     if not len(triggers):
         return []
-    if triggers.interval:
-        return _interval_records(version, triggers, outputs, partition)
+    if triggers.kind != "event":
+        return _eventless_records(version, triggers, outputs, partition)
     name = orjson.dumps(str(triggers.name))[1:-1]
     sources = [orjson.dumps(topic)[1:-1] + b"/%d/" % partition for topic in topics]
     topics_json = [b'","topic":' + orjson.dumps(topic) + b',"partition":%d' % partition for topic in topics]
@@ -50,7 +51,7 @@ def encode_inferences(
     )
     customers = _json_texts(triggers.customers)
     head = b'{"id":"' + name + b"/"
-    outputs_key = _tables(triggers) + b',"outputs":{'
+    outputs_key = _tables(triggers) + _warming(triggers) + b',"outputs":{'
     records = [
         (
             key,
@@ -81,25 +82,32 @@ def _tables(triggers: Triggers) -> bytes:
     return b',"tables":' + orjson.dumps(dict(triggers.tables)) if triggers.tables else b""
 
 
-def _interval_records(version: ModelVersion, triggers: Triggers, outputs: ModelOutputs, partition: int) -> list[Record]:
-    name = orjson.dumps(str(triggers.name))[1:-1]
+def _warming(triggers: Triggers) -> bytes:
+    return b',"warming":true' if triggers.warming else b""
+
+
+def _eventless_records(
+    version: ModelVersion, triggers: Triggers, outputs: ModelOutputs, partition: int
+) -> list[Record]:
+    name, kind = orjson.dumps(str(triggers.name))[1:-1], triggers.kind.encode()
     model = b'","tenant":%s,"model":%s,"version":"%s","customer":"' % (
         orjson.dumps(triggers.name.tenant),
         orjson.dumps(triggers.name.model),
         triggers.version.encode(),
     )
-    tables = _tables(triggers)
+    tables = _tables(triggers) + _warming(triggers)
     records = [
         (
             key,
             b"".join(
-                (b'{"id":"', name, b"/interval/", time, b"/", customer, model, customer, b'","interval":', time,
-                 b',"partition":%d' % partition, b',"time":', time, tables, b',"outputs":{', values, b"}}")
+                (b'{"id":"', name, b"/", kind, b"/", moment, b"/", customer, model, customer, b'","', kind, b'":',
+                 moment, b',"partition":%d' % partition, b',"time":', time, tables, b',"outputs":{', values, b"}}")
             ),
         )
-        for key, customer, time, values in zip(
+        for key, customer, moment, time, values in zip(
             [customer.encode() for customer in triggers.customers],
             _json_texts(triggers.customers),
+            _json_numbers(triggers.moments),
             _json_numbers(triggers.times_ms),
             _json_outputs(version, outputs.values),
             strict=True,

@@ -16,6 +16,7 @@ from node.kernel.types import (
     EventColumns,
     Floats,
     IntervalRun,
+    Ints,
     ModelName,
     ModelVersion,
     StoredOutput,
@@ -70,7 +71,15 @@ def chunk_rows(
     came_to = int(wanted[-1]) if cut else len(scanned) - 1
     customers = [scanned[row][0].decode() for row in wanted.tolist()]
     return ChunkRows(
-        _triggers(plan, layout, version, run, customers, np.ascontiguousarray(images[wanted].T), tables),
+        row_triggers(
+            plan,
+            layout,
+            version,
+            customers,
+            np.ascontiguousarray(images[wanted].T),
+            np.full(len(customers), run.due_ms),
+            tables,
+        ),
         events[wanted],
         scanned[came_to][0] if scanned else run.cursor,
         whole_scan and not cut,
@@ -99,41 +108,46 @@ def _wanted(layout: Layout, name: ModelName, run: IntervalRun, images: Floats, e
     return np.not_equal(images[:, slot], events)
 
 
-def _triggers(
+def row_triggers(
     plan: FeaturePlan,
     layout: Layout,
     version: ModelVersion,
-    run: IntervalRun,
-    customers: list[str],
+    customers: Sequence[str],
     rows: Floats,
+    times_ms: Ints,
     tables: TableSet,
+    begun_ms: Ints | None = None,
 ) -> Triggers:
-    count = len(customers)
+    """Triggers without an event, of the customers whose `rows` [slots, customers] these are: of an interval that ended
+    at `times_ms` [customers], or of sessions whose newest event was then and which one of `begun_ms` began."""
+    count, of_interval = len(customers), begun_ms is None
     zeros = np.zeros(count, np.int64)
-    times_ms = zeros + run.due_ms
     # The fields of events are not there: a manifest whose features use them is refused.
-    nobody = EventColumns(zeros, times_ms, np.arange(count), customers, zeros, zeros, {})
-    reads = _Reads(plan, layout, rows, nobody, tables)
+    nobody = EventColumns(zeros, times_ms, np.arange(count), list(customers), zeros, zeros, {})
+    reads = _Reads(plan, layout, rows, nobody, tables, of_interval)
     features = plan.rows(nobody, reads, {version.name: np.ones(count, np.bool_)})[version.name]
     return Triggers(
         version.name,
         version.version,
         tuple(customers),
         zeros,
-        zeros,
+        zeros if begun_ms is None else begun_ms,
         zeros,
         times_ms,
         features,
-        interval=True,
+        "interval" if of_interval else "session",
         tables=tables.versions(plan.tables(version.name)),
     )
 
 
 class _Reads:
-    """`Reads` of rows [slots, customers] as of the end of the interval: no event is at hand."""
+    """`Reads` of rows [slots, customers] as of the times of `nobody`, or just before them: no event is at hand."""
 
-    def __init__(self, plan: FeaturePlan, layout: Layout, rows: Floats, nobody: EventColumns, tables: TableSet) -> None:
+    def __init__(
+        self, plan: FeaturePlan, layout: Layout, rows: Floats, nobody: EventColumns, tables: TableSet, before: bool
+    ) -> None:
         self.tables = tables
+        self._before = before
         self._ttls = {version.name: version.ttl_ms for version in plan.stored_models}
         self._layout = layout
         self._rows = rows
@@ -144,7 +158,7 @@ class _Reads:
     def aggregate(self, aggregate: Aggregate) -> Floats:
         if self._values is None:
             times_ms = self._nobody.times_ms
-            self._values = read(self._layout, self._rows, times_ms, self._aggregates, ending_before=True)
+            self._values = read(self._layout, self._rows, times_ms, self._aggregates, ending_before=self._before)
         return self._values[aggregate]
 
     def stored(self, output: StoredOutput) -> Floats:

@@ -15,17 +15,19 @@ import asyncio
 import math
 from collections import Counter, deque
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import structlog
 
 from node.backlog import Answer
+from node.closing import Closer, Idle, closer_of, closers, idle_customers
 from node.interval_rows import ChunkRows, chunk_rows
 from node.kernel.clock import Clock
 from node.kernel.errors import BoundExceeded
 from node.kernel.limits import (
     INTERVAL_CHUNK_ROWS_MAX,
     INTERVAL_LOOK_MS,
+    INTERVAL_REST_BESIDE_EVENTS_FACTOR,
     INTERVAL_REST_FACTOR,
     INTERVAL_ROWS_SETTLED_MAX,
     INTERVAL_RUNS_KEPT_MAX,
@@ -33,7 +35,7 @@ from node.kernel.limits import (
 )
 from node.kernel.ports import FeaturePlan, ModelRunner, StateStore
 from node.kernel.tables import NO_TABLES, TableSet
-from node.kernel.types import BACKGROUND, EventColumns, IntervalRun, ModelVersion, Statistics
+from node.kernel.types import BACKGROUND, EventColumns, IntervalRun, ModelName, ModelVersion, Statistics
 from node.kernel.zones import time_zone
 from node.schedule import decide, newest_interval, went_on
 from node.state.layout import Layout
@@ -45,13 +47,14 @@ log = structlog.get_logger(__name__)
 @dataclass(slots=True, eq=False)
 class _Chunk:
     version: ModelVersion
-    rows: ChunkRows
+    rows: ChunkRows | Idle
     answering: Answering | None = None
     """None: nothing to ask, or the runner has no room yet."""
 
     @property
     def done(self) -> bool:
-        return not len(self.rows) or (self.answering is not None and self.answering.done())
+        asks = isinstance(self.rows, ChunkRows) and len(self.rows)
+        return not asks or (self.answering is not None and self.answering.done())
 
 
 @dataclass(slots=True)
@@ -59,6 +62,8 @@ class Ran:
     """What runs add to a commit."""
 
     answers: list[Answer] = field(default_factory=list)
+    idle: list[Idle] = field(default_factory=list)
+    """Customers whose sessions seem to have ended."""
     due: bool = False
     """Worth a commit of its own."""
 
@@ -77,7 +82,7 @@ class Intervals:
         self._changed: dict[str, IntervalRun | None] = {}
         """To be in the next frame."""
         self._counted: Counter[str] = Counter()
-        self._due = False
+        self._due = self._beside_events = False
         self._looked = self._rested = -math.inf
 
     def settle(self) -> Ran:
@@ -94,10 +99,12 @@ class Intervals:
                 continue  # the runner stops: the chunk is read again
             rows += len(chunk.rows)
             self._came_to(name, chunk)
-            if chunk.answering is not None:
-                found = chunk.rows
+            found = chunk.rows
+            if isinstance(found, Idle):
+                ran.idle += [found] if len(found) else []
+            elif chunk.answering is not None:
                 ran.answers.append(Answer(chunk.version, found.triggers, chunk.answering.result(), found.marks))
-        ran.due = self._due = self._due or bool(ran.answers)
+        ran.due = self._due = self._due or bool(ran.answers or ran.idle)
         return ran
 
     def _came_to(self, name: str, chunk: _Chunk) -> None:
@@ -118,15 +125,24 @@ class Intervals:
     def committing(self, events: EventColumns, counters: Counter[str]) -> tuple[Mapping[str, IntervalRun | None], int]:
         """What the frame that is made now says of runs, and the newest event's time; `counters` are added to."""
         if len(events):
+            self._beside_events = True
             self._event_time_ms = max(self._event_time_ms, int(events.times_ms.max()))
         changed, self._changed, self._due = self._changed, {}, False
         counters.update(self._counted)
         self._counted.clear()
         return changed, self._event_time_ms
 
-    def pump(self, plan: FeaturePlan, layout: Layout, tables: TableSet = NO_TABLES) -> None:
-        """Begin the runs that are due, and read and hand out a chunk of one of those that have none on its way."""
-        versions = {str(version.name): version for version in plan.models if version.schedule is not None}
+    def pump(
+        self,
+        plan: FeaturePlan,
+        layout: Layout,
+        tables: TableSet = NO_TABLES,
+        warming: frozenset[ModelName] = frozenset(),
+    ) -> None:
+        """Begin the runs that are due, and read and hand out a chunk of one of those that have none on its way. Models
+        that are `warming`, and held until they are not, don't run."""
+        held = {name for name in warming if plan.histories[name][0].hold}
+        versions = {str(one.name): one for one in plan.models if one.schedule is not None and one.name not in held}
         if not versions and not self._chunks:
             return
         self._drop_deleted(versions)
@@ -144,9 +160,10 @@ class Intervals:
             self._turns.rotate(-1)
             run = self._runs.get(name)
             if name not in self._chunks and run is not None and not run.finished:
-                self._read(versions[name], plan, layout, tables)
+                self._read(versions[name], plan, layout, tables, versions[name].name in warming)
                 ended = self._clock.monotonic()
-                self._rested = ended + INTERVAL_REST_FACTOR * (ended - now)
+                factor = INTERVAL_REST_BESIDE_EVENTS_FACTOR if self._beside_events else INTERVAL_REST_FACTOR
+                self._rested, self._beside_events = ended + factor * (ended - now), False
                 return
 
     def _drop_deleted(self, versions: Mapping[str, ModelVersion]) -> None:
@@ -171,8 +188,8 @@ class Intervals:
         assert schedule is not None
         # Of events that the store has: a run must see all that came before those which closed its interval.
         now_ms = self._store.event_time_ms() if schedule.by_event else self._clock.now_ms()
-        if not now_ms:
-            return
+        if not now_ms and not schedule.gap_ms:
+            return  # the first events tell which interval is the first; of sessions there is none before them
         decision = decide(version, run, newest_interval(schedule, now_ms, time_zone(schedule.zone)))
         if decision.run is run:
             return
@@ -188,24 +205,37 @@ class Intervals:
             self._counted[f"intervals_skipped {name}"] += decision.skipped
         self._record(name, decision.run, due=True)
 
-    def _read(self, version: ModelVersion, plan: FeaturePlan, layout: Layout, tables: TableSet) -> None:
+    def _read(self, version: ModelVersion, plan: FeaturePlan, layout: Layout, tables: TableSet, warming: bool) -> None:
         name = str(version.name)
         run = self._runs[name]
         rows_max = max(1, min(INTERVAL_CHUNK_ROWS_MAX, self._runner.rows_queued_max(version.name)))
-        limit = rows_max if run.whole else INTERVAL_SCAN_ROWS_MAX
+        assert version.schedule is not None
+        closer, sessions = closer_of(layout, version, run), version.schedule.gap_ms > 0
+        if sessions and closer is None:
+            return
+        limit = rows_max if run.whole and not sessions else INTERVAL_SCAN_ROWS_MAX
         scanned = self._store.scan(run.cursor or None, limit)
         last = len(scanned) < limit
-        chunk = _Chunk(version, chunk_rows(plan, layout, version, run, scanned, last, rows_max, tables))
+        if closer is not None:
+            self._chunks[name] = _Chunk(version, idle_customers(closer, layout, run, scanned, last, rows_max))
+            return
+        rows = chunk_rows(plan, layout, version, run, scanned, last, rows_max, tables)
+        chunk = _Chunk(version, replace(rows, triggers=replace(rows.triggers, warming=warming)))
         self._chunks[name] = chunk
         if len(chunk.rows):
             self._submit(chunk)
 
     def _submit(self, chunk: _Chunk) -> None:
+        assert isinstance(chunk.rows, ChunkRows)
         try:
             answer = self._runner.submit(chunk.version, chunk.rows.triggers.rows, BACKGROUND)
         except BoundExceeded:
             return
         chunk.answering = asyncio.ensure_future(answer)
+
+    def closers(self, plan: FeaturePlan, layout: Layout, held: frozenset[ModelName] = frozenset()) -> list[Closer]:
+        """The models that closed sessions trigger now; those `held` are not."""
+        return closers(plan, layout, self._runs, held)
 
     @property
     def running(self) -> bool:

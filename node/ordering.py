@@ -87,9 +87,15 @@ class Ordering:
     """
 
     def __init__(
-        self, plan: FeaturePlan, events: EventColumns, selections: Mapping[ModelName, Bools], reads: Reads
+        self,
+        plan: FeaturePlan,
+        events: EventColumns,
+        selections: Mapping[ModelName, Bools],
+        reads: Reads,
+        warming: frozenset[ModelName] = frozenset(),
     ) -> None:
         self._plan = plan
+        self._warming = warming
         self._events = events
         self._selections = selections
         self._inputs = plan.inputs
@@ -167,6 +173,7 @@ class Ordering:
             *self._told(name),
             tables=self._reads.tables.versions(self._plan.tables(name)),
             line=line,
+            warming=name in self._warming,
         )
 
     def _told(self, name: ModelName) -> tuple[tuple[str, ...], Ints | None]:
@@ -189,6 +196,7 @@ def triggers_of(
     fresh: Ints | None = None,
     tables: Mapping[str, str] = NO_VERSIONS,
     line: str = "",
+    warming: bool = False,
 ) -> Triggers:
     """`tables` are the versions that `rows` were computed with."""
     at = np.flatnonzero(mask)
@@ -206,4 +214,5 @@ def triggers_of(
         fresh=fresh,
         tables=tables,
         line=line,
+        warming=warming,
     )

@@ -98,6 +98,7 @@ class Outbox:
         self._guard = guard
         self._producer: AIOKafkaProducer | None = None
         self._offsets_sent = 0.0
+        self._expected = self._infers = False
         self.transactional = transactions != "off"
 
     async def open(self) -> None:
@@ -160,6 +161,16 @@ class Outbox:
                 producer._txn_manager.maybe_add_partition_to_txn(TopicPartition(topic, self._partition))
             await producer.commit_transaction()
 
+    def expect(self) -> None:
+        """Say that a commit is coming: its topics join the transaction meanwhile, as soon as there is one, and the
+        commit need not wait for that round trip, nor for the markers of the transaction before."""
+        self._expected = True
+        producer = self._producer
+        if producer is not None and self.transactional and producer._txn_manager.is_in_transaction():
+            # Each topic gets a marker of the commit, records or not: so inferences only if there were some last time.
+            for topic in (self._topics.changelog, *([self._topics.inferences] if self._infers else [])):
+                producer._txn_manager.maybe_add_partition_to_txn(TopicPartition(topic, self._partition))
+
     async def send(self, outgoing: Outgoing) -> int:
         """Make `outgoing` durable, all of it or nothing; gives the changelog offset after its frame.
 
@@ -173,6 +184,7 @@ class Outbox:
 
     async def _send(self, producer: AIOKafkaProducer, outgoing: Outgoing) -> int:
         self._guard()
+        self._expected, self._infers = False, bool(outgoing.inferences)
         parts: Iterable[Record] = ((_FRAME_KEY, part, []) for part in self._encode(outgoing.frame))
         inferences: Iterable[Record] = ((key, value, []) for key, value in outgoing.inferences)
         sent = await self._enqueue(producer, self._topics.inferences, inferences)
@@ -191,12 +203,18 @@ class Outbox:
             self._guard()
             await producer.commit_transaction()
             await producer.begin_transaction()
+            if self._expected:
+                self.expect()
         return frame_end
 
     async def _enqueue(self, producer: AIOKafkaProducer, topic: str, records: Iterable[Record]) -> list[Delivery]:
         sent = []
         for batch in record_batches(records, self._compression, self.transactional):
-            future = await producer.send_batch(batch, topic, partition=self._partition)
+            try:
+                future = await producer.send_batch(batch, topic, partition=self._partition)
+            except kafka_errors.IllegalOperation:  # the transaction is over already, since `expect`: raise why
+                await producer._txn_manager.wait_for_transaction_end()
+                raise
             future.add_done_callback(_mark_seen)
             sent.append((future, batch))
         return sent

@@ -50,7 +50,8 @@ def refused_letters(
 
 def failed_letters(origin: Origin, answer: Answer) -> list[LetterRecord]:
     """The triggers a model failed on. The event itself is at its offset; the letter holds the model's input. A trigger
-    of an interval has no event: its letter names no topic, offset -1 and the interval's end as the timestamp."""
+    of an interval has no event: its letter names no topic, offset -1 and the interval's end as the timestamp. Nor has
+    that of a session, whose timestamp is its newest event's."""
     letters = []
     triggers = answer.triggers
     for row, detail in answer.outputs.errors.items():
@@ -62,9 +63,9 @@ def failed_letters(origin: Origin, answer: Answer) -> list[LetterRecord]:
         letter = DeadLetter(
             Reason.MODEL_FAILED,
             detail,
-            "" if triggers.interval else origin.topics[int(triggers.topics[row])],
+            origin.topics[int(triggers.topics[row])] if triggers.kind == "event" else "",
             origin.partition,
-            -1 if triggers.interval else int(triggers.offsets[row]),
+            int(triggers.offsets[row]) if triggers.kind == "event" else -1,
             int(triggers.times_ms[row]),
             customer.encode(),
             model_failure_value(customer, features),

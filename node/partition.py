@@ -100,7 +100,9 @@ class Partition:
         condition: Condition | None = None,
         fenced_retry_ms: int = FENCED_RETRY_MS,
         epoch: int = 0,
+        opened: Callable[[], None] = lambda: None,
     ) -> None:
+        """`opened` hears of each session."""
         self.number = number
         self.epoch = epoch
         self.condition = condition or Condition()
@@ -111,6 +113,7 @@ class Partition:
         self._interval = commit_interval_seconds
         self._clock = clock
         self._guard = guard
+        self._opened = opened
         self._fenced_retry_ms = fenced_retry_ms
         self._stopping = asyncio.Event()
 
@@ -137,6 +140,7 @@ class Partition:
         session = await self._open_session()
         try:
             self.session = session
+            self._opened()
             while not self._stopping.is_set():
                 started = self._clock.monotonic()
                 more = await session.cycle()

@@ -10,7 +10,7 @@ from typing import Literal
 import structlog
 
 from node.ingest.topics import Topics, TopicSettings
-from node.kernel.errors import BrokerUnavailable, TopicMissing
+from node.kernel.errors import BrokerUnavailable, TopicMissing, TopicUnfit
 from node.kernel.limits import BROKER_RETRY_MS_MAX, BROKER_RETRY_MS_MIN, STOP_MS_MAX
 from node.kernel.supervise import Supervisor
 from node.partition import Partition
@@ -49,7 +49,7 @@ class Partitions:
         while not self._stopping.is_set():
             try:
                 await self._look()
-            except (BrokerUnavailable, TopicMissing) as failure:
+            except (BrokerUnavailable, TopicMissing, TopicUnfit) as failure:
                 reason = f"{type(failure).__name__}: {failure}"
                 if reason != self.reason:
                     log.warning("topics not ready", reason=reason)

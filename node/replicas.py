@@ -28,6 +28,7 @@ from node.kernel.errors import (
     PeerUnavailable,
     StateCorrupt,
     TopicMissing,
+    TopicUnfit,
 )
 from node.kernel.limits import (
     BROKER_RETRY_MS_MAX,
@@ -50,7 +51,15 @@ log = structlog.get_logger(__name__)
 
 _LOOK_SECONDS = 15.0
 """How often the leader looks at the source topics for added partitions."""
-_NOT_LOOKED_UP = (BoundExceeded, BrokerUnavailable, TopicMissing, ClusterUnavailable, PeerRefused, PeerUnavailable)
+_NOT_LOOKED_UP = (
+    BoundExceeded,
+    BrokerUnavailable,
+    TopicMissing,
+    TopicUnfit,
+    ClusterUnavailable,
+    PeerRefused,
+    PeerUnavailable,
+)
 _TELL_SECONDS = 0.4
 """A release that could not be told is told again after this."""
 _LEASE_LOST = (
@@ -100,6 +109,10 @@ class Ownership(Protocol):
         TopicMissing, StoreUnavailable."""
         ...
 
+    def opened(self) -> None:
+        """A partition has just been opened here, which the cluster may be waiting to hear."""
+        ...
+
     async def released(self, partition: int, epoch: int, to: str, revision: int) -> None:
         """This owner has closed the partition, so the move may complete. Raises ClusterUnavailable, PeerUnavailable,
         BoundExceeded, or PeerRefused when the move is no more."""
@@ -112,6 +125,10 @@ class Ownership(Protocol):
 
 class Standbys(Protocol):
     """What folds changelogs into the stores of standbys."""
+
+    def expect(self, partition: int) -> None:
+        """It will be added once its state is here; until `add` or `remove`."""
+        ...
 
     def add(self, partition: int, store: StateStore, failed: Callable[[HeadraceError], None]) -> None: ...
 
@@ -297,6 +314,7 @@ class Replica:
             guard,
             self.condition,
             BROKER_RETRY_MS_MIN,
+            opened=around.ownership.opened,
         )
 
     # the standby
@@ -324,7 +342,13 @@ class Replica:
 
     async def _fold(self, duty: Duty) -> None:
         """Raises what the store, the changelog or restoring a snapshot raises."""
-        store = await self._opened(duty)
+        store = None
+        self._around.standbys.expect(self.number)
+        try:
+            store = await self._opened(duty)
+        finally:
+            if store is None:
+                await self._around.standbys.remove(self.number)
         if store is None:
             return
         failed: asyncio.Future[HeadraceError] = asyncio.get_running_loop().create_future()

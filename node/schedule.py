@@ -62,15 +62,20 @@ def decide(version: ModelVersion, run: IntervalRun | None, newest: Interval) -> 
     schedule = version.schedule
     assert schedule is not None
     if run is None or run.schedule != schedule:
-        return Decision(IntervalRun(schedule, newest.number, newest.due_ms))
+        same_sessions = run is not None and 0 < schedule.gap_ms == run.schedule.gap_ms
+        since_ms = run.since_ms if run is not None and same_sessions else newest.due_ms
+        return Decision(IntervalRun(schedule, newest.number, newest.due_ms, since_ms=since_ms))
     if not run.finished:
         late = newest.number > run.number
         return Decision(replace(run, late=True) if late and not run.late else run)
     if newest.number <= run.number:
         return Decision(run)
     whole = schedule.whole or run.version != version.version
-    begun = IntervalRun(schedule, newest.number, newest.due_ms, version.version, whole, finished=False)
-    return Decision(begun, True, newest.number - run.number - 1)
+    begun = IntervalRun(
+        schedule, newest.number, newest.due_ms, version.version, whole, finished=False, since_ms=run.since_ms
+    )
+    # Of sessions none is skipped: those that no run has found are still in the rows.
+    return Decision(begun, True, 0 if schedule.gap_ms else newest.number - run.number - 1)
 
 
 def went_on(run: IntervalRun, cursor: bytes, rows: int, finished: bool) -> IntervalRun:

@@ -10,6 +10,7 @@ from typing import Protocol
 
 import structlog
 
+from node.backfilling import Backfilling, HistoryReader
 from node.backlog import Backlog, Versions
 from node.commit import Committer
 from node.cycle import Cycle, Engine, PartitionState
@@ -60,6 +61,7 @@ class Parts:
     outbox: Callable[[], Outbox]
     source: Callable[[], Source]
     changelog: Callable[[], ChangelogReader]
+    history: Callable[[], HistoryReader]
     versions: Versions
     bound: Callable[[ModelName], Bound]
     cache_bytes: int
@@ -117,6 +119,7 @@ class PartitionSession:
         await self._committer.close()
         self.state.backlog.close()
         self.state.intervals.close()
+        await self.state.backfilling.close()
         await self.source.close()
         await self.outbox.close()
         self._close_store()
@@ -188,6 +191,7 @@ async def _state(store: StateStore, parts: Parts, engine: Engine, partition: int
         RowCache(store, layout, parts.cache_bytes),
         backlog,
         Intervals(engine.runner, store, clock, partition),
+        Backfilling(parts.history(), store.backfill(), clock, partition),
         Counter(counters),
         counters,
         store.progress(),

@@ -5,7 +5,7 @@ A canary's customers are chosen by the model's name (`node.sampling`): the same 
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import TypeAlias
 
 from node.kernel.ports import FeaturePlan, Shadows
@@ -22,14 +22,15 @@ def of_canary(customers: Sequence[str], model: ModelName, share: float) -> Bools
     return sampled(customers, str(model), share)
 
 
-def divided(plan: FeaturePlan, events: EventColumns, selections: Selections) -> Selections:
-    """With what runs beside live models, each by its key; a canary's events are no longer the live version's."""
-    if not plan.staged:
-        return selections
-    found = dict(selections)
+def divided(
+    plan: FeaturePlan, events: EventColumns, selections: Selections, held: Collection[ModelName] = ()
+) -> Selections:
+    """With what runs beside live models, each by its key; a canary's events are no longer the live version's. Those
+    `held` are left out: what a canary would have answered stays with the live version."""
+    found = {name: mask for name, mask in selections.items() if name not in held} if held else dict(selections)
     for name, staged in plan.staged.items():
-        mask = found.get(name)
-        if mask is None:
+        mask = selections.get(name)
+        if mask is None or staged.key in held:
             continue
         if staged.kind == "shadow":
             found[staged.key] = mask
@@ -37,7 +38,7 @@ def divided(plan: FeaturePlan, events: EventColumns, selections: Selections) -> 
         served = mask & of_canary(events.customers, name, staged.share)[events.rows]
         for key, part in ((staged.key, served), (name, mask & ~served)):
             found.pop(key, None)
-            if part.any():
+            if part.any() and key not in held:
                 found[key] = part
     return found
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import http.client
+import re
 import time
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -15,7 +16,7 @@ from typing import TYPE_CHECKING, Any, BinaryIO
 from urllib.parse import quote, urlencode
 
 import msgspec
-from rich.console import RenderableType
+from rich.console import Console, RenderableType
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 from rich.text import Text
 
@@ -79,6 +80,25 @@ def drop(config: Config, url: str, name: str) -> str:
     return f"{name}: dropped"
 
 
+def follow(config: Config, url: str, name: str, query: Mapping[str, str]) -> str:
+    asked = urlencode({key: value for key, value in query.items() if value})
+    answer = _ask(config, url, "POST", f"{_path(name)}/feed?{asked}")
+    return f"{name}: follows topic {answer['topic']}; `headrace table list` shows how far"
+
+
+def unfollow(config: Config, url: str, name: str) -> str:
+    _ask(config, url, "DELETE", f"{_path(name)}/feed")
+    return f"{name}: follows no topic any more"
+
+
+def milliseconds(text: str) -> str:
+    """Raises TableRefused for what is no number with ms, s, m or h."""
+    found = re.fullmatch(r"([0-9]{1,6})(ms|s|m|h)", text)
+    if not found:
+        raise TableRefused([f"--every is a time such as 10s or 5m, not {text!r}"])
+    return str(int(found[1]) * {"ms": 1, "s": 1_000, "m": 60_000, "h": 3_600_000}[found[2]])
+
+
 def tables_view(answer: Mapping[str, Any]) -> list[RenderableType]:
     shown = _table("table", "version", "state", "rows", "bytes", "key", "columns", "waits for", right=(3, 4))
     notes: list[RenderableType] = []
@@ -91,9 +111,20 @@ def tables_view(answer: Mapping[str, Any]) -> list[RenderableType]:
                 *(_count(version.get("bytes")), "" if number else f"{_text(table.get('key'))} {table.get('key_type')}"),
                 *("" if number else columns, ", ".join(table.get("waits_for", ())) if not number else ""),
             )
+        if table.get("feed"):
+            notes.append(Text(_feed_line(_text(table.get("name")), table["feed"])))
+            notes += [Text(f"  {_text(problem)}", style="yellow") for problem in table["feed"].get("problems", ())]
         if table.get("absent"):
             notes.append(Text(f"{_text(table.get('name'))}: {_text(table.get('absent'))}", style="yellow"))
     return [shown, *notes]
+
+
+def _feed_line(name: str, feed: Mapping[str, Any]) -> str:
+    line = f"{name} follows topic {_text(feed.get('topic'))}, as of offsets {_text(feed.get('offsets'))}"
+    if feed.get("by"):
+        line += f"; fed by {_text(feed['by'])}, {_count(feed.get('behind'))} behind"
+        line += f", {_count(feed.get('refused'))} records refused"
+    return line + (f"; {_text(feed['reason'])}" if feed.get("reason") else "")
 
 
 def _path(name: str) -> str:
@@ -102,7 +133,7 @@ def _path(name: str) -> str:
 
 def _progress() -> Progress:
     columns = (BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn())
-    return Progress(TextColumn("{task.description}"), *columns)
+    return Progress(TextColumn("{task.description}"), *columns, console=Console(stderr=True))
 
 
 def _pieces(file: BinaryIO, sent: Callable[[int], None]) -> Iterator[bytes]:

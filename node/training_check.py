@@ -29,7 +29,7 @@ from node.training.reader import RowReader
 from node.training.replay import Replay
 from node.training.verdicts import Verdicts
 from node.training_console import Wanted, progress
-from replication.frames import frames
+from replication.changelog import Changelog
 from tenants.definitions import compile_definitions
 from tenants.features import compile_plan
 from tenants.manifest import Manifest, parse_manifest
@@ -91,7 +91,7 @@ class _Checking:
         for name in logged.inputs():
             tenant, _, model = name.partition("/")
             async for record in reader.records(partition, ModelName(tenant, model)):
-                if isinstance(record, FedRows) and not record.triggers.interval:
+                if isinstance(record, FedRows) and record.triggers.kind == "event":
                     logged.add_input(record)
         return logged
 
@@ -105,6 +105,7 @@ class _Checking:
 
     async def partition(self, partition: int, logged: Logged, bar: Progress, task: TaskID) -> None:
         config, kafka = self._config, self._config.kafka
+        changelog = Changelog(self._options, kafka.changelog_topic, partition, self._clock)
         events = EventReader(self._options, kafka.topics, partition, EventDecoder(config.events), self._clock)
         with tempfile.TemporaryDirectory(prefix="headrace-check-") as folder:
             environment = RocksEnvironment.of(_CACHE_MB * MIB, _WRITE_MB * MIB)
@@ -113,7 +114,7 @@ class _Checking:
             before: Mapping[str, int] = {}
             try:
                 await events.open()
-                async for frame, offset, share in frames(self._options, kafka.changelog_topic, partition, self._clock):
+                async for frame, offset, share in changelog.frames():
                     first = checking is None
                     if checking is None:
                         whole = frame.counters.get("commits", 0) == 1

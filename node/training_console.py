@@ -9,13 +9,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
+from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 
 from node.app import client_options
 from node.kernel.clock import SystemClock
 from node.kernel.errors import ExportFailed, printable
 from node.kernel.types import ModelName
-from node.training.fed_rows import Described, FedRows
+from node.training.fed_rows import FedRows
 from node.training.files import TrainingFiles
 from node.training.reader import RowReader
 from node.training.row_log import picked
@@ -58,7 +59,7 @@ def model_name(text: str) -> ModelName:
 @contextlib.contextmanager
 def progress(what: str) -> Iterator[tuple[Progress, TaskID]]:
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*columns) as bar:
+    with Progress(*columns, console=Console(stderr=True)) as bar:
         yield bar, bar.add_task(what, total=None)
 
 
@@ -66,8 +67,7 @@ async def export(config: Config, wanted: Wanted, folder: Path) -> list[str]:
     """Write the files; lines for the operator. Raises ExportFailed, BrokerUnavailable, TopicMissing, StateCorrupt."""
     with TrainingFiles(folder) as files, progress(f"rows of {wanted.model}") as (bar, task):
         async for partition, rows in rows_of(config, wanted, bar, task):
-            if isinstance(rows, FedRows):
-                files.add(rows, partition)
+            files.add(rows, partition)
         written = files.finish()
     if not written:
         return [
@@ -77,10 +77,8 @@ async def export(config: Config, wanted: Wanted, folder: Path) -> list[str]:
     return [f"{folder}/{file}: {rows:,} rows" for file, rows in written.items()]
 
 
-async def rows_of(
-    config: Config, wanted: Wanted, bar: Progress, task: TaskID
-) -> AsyncIterator[tuple[int, FedRows | Described]]:
-    """What is wanted, with its partition, and before it what its version means; in order within a partition."""
+async def rows_of(config: Config, wanted: Wanted, bar: Progress, task: TaskID) -> AsyncIterator[tuple[int, FedRows]]:
+    """What is wanted, with its partition; in order within one."""
     async with RowReader(client_options(config.kafka, "headrace-export"), config.kafka.rows_topic, SystemClock()) as it:
         numbers = await it.partitions()
         for place, partition in enumerate(numbers):
@@ -89,6 +87,6 @@ async def rows_of(
                 bar.update(task, completed=before * total + done, total=len(numbers) * total)
 
             async for record in it.records(partition, wanted.model, passed):
-                rows = wanted.of(record) if isinstance(record, FedRows) else record
+                rows = wanted.of(record) if isinstance(record, FedRows) else None
                 if rows is not None:
                     yield partition, rows

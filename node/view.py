@@ -7,6 +7,7 @@ from typing import Any, Protocol
 
 import msgspec
 
+from node.backfill_view import backfills, with_backfill
 from node.kernel.clock import Clock
 from node.kernel.ports import FeaturePlan, StateStore
 from node.kernel.supervise import Supervisor
@@ -156,18 +157,18 @@ class LocalView:
         lags, told, infos = self._lags(), set(), []
         for info in self._tenants.models():
             name = f"{info.tenant}/{info.model}"
-            infos.append(info if name in told else msgspec.structs.replace(info, waiting=lags.model(name)))
+            info = info if name in told else msgspec.structs.replace(info, waiting=lags.model(name))
+            infos.append(with_backfill(info, self._sessions()))
             told.add(name)
         return infos
 
     def _lags(self) -> Lags:
         now_ms = self._clock.now_ms()
+        return Lags((session.state.backlog.statistics(now_ms), session.state.committed) for session in self._sessions())
+
+    def _sessions(self) -> list[PartitionSession]:
         sessions = [partition.session for partition in self._partitions.running.values()]
-        return Lags(
-            (session.state.backlog.statistics(now_ms), session.state.committed)
-            for session in sessions
-            if session is not None
-        )
+        return [session for session in sessions if session is not None]
 
     def shared_features(self) -> SharedFeatures:
         return self._tenants.shared_features()
@@ -183,7 +184,8 @@ class LocalView:
         detail = self._tenants.model(name)
         waiting = self._lags().model(str(name))
         first = [msgspec.structs.replace(one, waiting=waiting) for one in detail.versions[:1]]
-        return msgspec.structs.replace(detail, versions=[*first, *detail.versions[1:]])
+        versions = [with_backfill(one, self._sessions()) for one in [*first, *detail.versions[1:]]]
+        return msgspec.structs.replace(detail, versions=versions)
 
     async def move_stage(self, name: ModelName, move: StageMove) -> None:
         await self._tenants.move_stage(name, move)
@@ -236,5 +238,6 @@ def _status(partition: PartitionView, now_ms: int) -> PartitionStatus:
             model: BacklogStatus(**figures) for model, figures in session.state.backlog.statistics(now_ms).items()
         },
         intervals={model: IntervalStatus(**figures) for model, figures in session.state.intervals.statistics().items()},
+        backfills=backfills(session),
         cache=CacheStatus(**{name: cache[name] for name in ("hits", "misses", "rows", "bytes")}),
     )

@@ -130,6 +130,7 @@ def _summary(command: Command) -> str:
 
 def _join(catalog: Catalog, command: JoinNode) -> Outcome:
     before = catalog.nodes.get(command.name)
+    stays = before if before is not None and before.incarnation == command.incarnation else None
     node = Node(
         command.name,
         command.raft_address,
@@ -137,9 +138,10 @@ def _join(catalog: Catalog, command: JoinNode) -> Outcome:
         command.rack,
         command.weight,
         command.incarnation,
-        before.joined_ms if before and before.incarnation == command.incarnation else command.at_ms,
+        stays.joined_ms if stays else command.at_ms,
         before.draining if before else False,
         catalog.revision + 1,
+        stays.joined_revision if stays else catalog.revision + 1,
     )
     if before is None:
         if len(catalog.nodes) >= limits.NODES_MAX:
@@ -154,7 +156,7 @@ def _join(catalog: Catalog, command: JoinNode) -> Outcome:
     if stale:
         return stale
     nodes = put(catalog.nodes, node.name, node)
-    if node.incarnation == before.incarnation:
+    if stays:
         return advanced(catalog, nodes=nodes)
     return advanced(_without_holder(catalog, node.name), nodes=nodes)
 
@@ -192,6 +194,8 @@ def _renew(catalog: Catalog, command: RenewLease) -> Outcome:
     node = catalog.nodes.get(command.name)
     if node is None or node.incarnation != command.incarnation:
         return f"node {command.name} is no member as incarnation {command.incarnation}; join first"
+    if command.revision < node.joined_revision:
+        return f"node {command.name} has left and joined since it renewed this lease; it renews it again"
     if command.number <= catalog.leases.get(command.name, 0):
         return catalog
     return replace(catalog, leases={**catalog.leases, command.name: command.number})

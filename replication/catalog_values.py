@@ -35,6 +35,8 @@ class Node(Struct, frozen=True):
     joined_ms: int
     draining: bool = False
     revision: int = 0
+    joined_revision: int = 0
+    """Of the catalog that had it as this incarnation first."""
 
 
 class Tenant(Struct, frozen=True):

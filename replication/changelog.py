@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Mapping
+from collections.abc import AsyncIterator, Mapping
 from dataclasses import dataclass
 
 import structlog
@@ -11,9 +11,10 @@ from aiokafka import AIOKafkaConsumer, TopicPartition
 
 from node.kernel.broker import ClientOptions, broker_call, close_quietly
 from node.kernel.clock import Clock
-from node.kernel.errors import BrokerUnavailable, ChangelogCut, ProgressLost
-from node.kernel.limits import BROKER_CALL_MS_MAX, MIB
+from node.kernel.errors import ChangelogCut, ProgressLost
 from node.kernel.ports import StateStore
+from node.kernel.reading import committed_reader, polls_up_to
+from node.kernel.types import Frame
 from replication.frame import FrameAssembler
 
 log = structlog.get_logger(__name__)
@@ -47,15 +48,7 @@ class Changelog:
     async def connect(self) -> AIOKafkaConsumer:
         """Connect without reading yet, so that a fold need not wait for it. Raises BrokerUnavailable, TopicMissing."""
         if self._consumer is None:
-            self._consumer = AIOKafkaConsumer(
-                **self._options,
-                enable_auto_commit=False,
-                isolation_level="read_committed",
-                auto_offset_reset="none",
-                retry_backoff_ms=_RETRY_MS,
-                fetch_max_bytes=32 * MIB,
-                max_partition_fetch_bytes=8 * MIB,
-            )
+            self._consumer = committed_reader(self._options, retry_backoff_ms=_RETRY_MS)
             await broker_call(f"open changelog {self._name}", self._consumer.start())
             await self._bounds(self._consumer)
         return self._consumer
@@ -77,6 +70,18 @@ class Changelog:
         finally:
             await self.close()
 
+    async def frames(self) -> AsyncIterator[tuple[Frame, int, float]]:
+        """Each frame that is kept, up to the end as it is when this begins, the changelog offset after it, and the
+        share of the changelog that is read; the reader is closed then. Raises FrameCorrupt, BrokerUnavailable,
+        TopicMissing."""
+        try:
+            consumer = await self.connect()
+            start, end = await self._bounds(consumer)
+            async for frame, offset, _ in self._frames(consumer, start, end):
+                yield frame, offset, (offset - start) / (end - start)
+        finally:
+            await self.close()
+
     async def bounds(self) -> tuple[int, int]:
         """The first offset that is kept, and the end of what is committed. Raises BrokerUnavailable, TopicMissing."""
         try:
@@ -95,29 +100,26 @@ class Changelog:
         lost = progress_lost(self._at, position, start, end)
         if lost is not None:
             raise lost
+        frames = rows = size = 0
+        async for frame, offset, read in self._frames(consumer, position, end):
+            store.apply(frame, offset)
+            frames, rows, size = frames + 1, rows + len(frame.customers), read
+            await asyncio.sleep(0)
+        return FoldReport(frames, rows, size, self._clock.monotonic() - started)
+
+    async def _frames(
+        self, consumer: AIOKafkaConsumer, position: int, end: int
+    ) -> AsyncIterator[tuple[Frame, int, int]]:
+        """The frames between, the changelog offset after each, and the bytes read until then."""
         consumer.assign([self._at])
         consumer.seek(self._at, position)
-        assembler = FrameAssembler()
-        frames = rows = size = 0
-        heard = self._clock.monotonic()
-        while position < end:
-            what = f"read changelog {self._name}"
-            polled = await broker_call(
-                what, consumer.getmany(self._at, timeout_ms=_POLL_MS, max_records=_RECORDS_PER_POLL)
-            )
-            for record in polled.get(self._at, ()):
+        assembler, size, what = FrameAssembler(), 0, f"read changelog {self._name}"
+        async for records, _ in polls_up_to(consumer, self._at, end, what, self._clock, _POLL_MS, _RECORDS_PER_POLL):
+            for record in records:
                 size += len(record.value or b"")
-                frame = assembler.add(record.value)
+                frame = assembler.add(record.value) if record.offset < end else None
                 if frame is not None:
-                    store.apply(frame, record.offset + 1)
-                    frames, rows = frames + 1, rows + len(frame.customers)
-                    await asyncio.sleep(0)
-            reached = await broker_call(what, consumer.position(self._at))
-            if reached > position:
-                position, heard = reached, self._clock.monotonic()
-            elif self._clock.monotonic() - heard > BROKER_CALL_MS_MAX / 1000:
-                raise BrokerUnavailable(f"{what}: nothing came for {BROKER_CALL_MS_MAX} ms, {end - position} to go")
-        return FoldReport(frames, rows, size, self._clock.monotonic() - started)
+                    yield frame, record.offset + 1, size
 
     async def _bounds(self, consumer: AIOKafkaConsumer) -> tuple[int, int]:
         what, at = f"bounds of changelog {self._name}", [self._at]

@@ -224,6 +224,9 @@ class Cluster:
             self._book.begin(self._clock.monotonic())
         if self._lease is not None:
             self._lease.came_back(self.catalog.leases.get(self.name, 0))
+            if not self._had_lease and self.has_lease():
+                self._had_lease = True
+                self._report_now.set()
         told = (self.catalog.revision, status.leader, status.ready, self.leads, self.ready)
         if told == self._told:
             return
@@ -373,7 +376,7 @@ class Cluster:
     # --- what the leader is told
 
     def report_now(self) -> None:
-        """To be called when this node has opened or released a partition: a move may wait for it."""
+        """To be called when this node has opened, released or caught up with a partition: a move may wait for it."""
         self._report_now.set()
 
     def take_report(self, body: bytes) -> None:

@@ -177,6 +177,25 @@ class PutTable(_Command, frozen=True, kw_only=True, tag="put_table"):
     bytes: Number
     who: Text = ""
     at_ms: Number = 0
+    feed: Number = 0
+    offsets: Annotated[tuple[Number, ...], Meta(max_length=limits.TABLE_FEED_PARTITIONS_MAX)] = ()
+
+
+class FollowTopic(_Command, frozen=True, kw_only=True, tag="follow_topic"):
+    """Have a table follow a topic of rows, in place of files and of any other topic."""
+
+    name: Name
+    topic: Annotated[str, Meta(min_length=1, max_length=249)]
+    schema: Annotated[str, Meta(max_length=limits.TABLE_SCHEMA_BYTES_MAX)]
+    every_ms: Number
+    who: Text = ""
+    at_ms: Number = 0
+
+
+class UnfollowTopic(_Command, frozen=True, kw_only=True, tag="unfollow_topic"):
+    """Leave a table as it is from now on; one that has no version yet goes."""
+
+    name: Name
 
 
 class FlipTable(_Command, frozen=True, kw_only=True, tag="flip_table"):
@@ -285,6 +304,8 @@ Command: TypeAlias = (
     | RetireVersion
     | ForgetVersion
     | PutTable
+    | FollowTopic
+    | UnfollowTopic
     | FlipTable
     | ForgetTable
     | DropTable

@@ -13,6 +13,7 @@ import cramjam
 import msgspec
 import numpy as np
 
+from node.kernel.backfills import decode_backfill, encode_backfill
 from node.kernel.chunks import decode_chunk, encode_chunk
 from node.kernel.errors import BoundExceeded, FrameCorrupt, StateCorrupt
 from node.kernel.interval_runs import decode_run, encode_run
@@ -36,6 +37,7 @@ class _Body(msgspec.Struct, array_like=True, frozen=True):
     counters: dict[str, int]
     runs: dict[str, bytes | None] = {}
     event_time_ms: int = 0
+    backfill: bytes | None = None
 
 
 _encoder = msgspec.msgpack.Encoder()
@@ -60,6 +62,7 @@ def encode_frame(frame: Frame, record_bytes_max: int = RECORD_BYTES_MAX) -> list
             dict(frame.counters),
             {model: None if run is None else encode_run(run) for model, run in frame.runs.items()},
             frame.event_time_ms,
+            None if frame.backfill is None else encode_backfill(frame.backfill),
         )
     )
     if len(body) > FRAME_BYTES_MAX:
@@ -117,6 +120,7 @@ def _decode_body(packed: bytes, body_bytes: int) -> Frame:
         rows = np.frombuffer(body.rows, dtype="<f8").reshape(len(body.customers), body.slots)
         appended = [decode_chunk(chunk) for chunk in body.appended]
         runs = {model: None if run is None else decode_run(run) for model, run in body.runs.items()}
+        backfill = None if body.backfill is None else decode_backfill(body.backfill)
     except (cramjam.DecompressionError, msgspec.MsgspecError, ValueError, StateCorrupt) as failure:
         raise FrameCorrupt(f"a frame of {len(packed)} bytes can't be read: {failure}") from failure
     return Frame(
@@ -130,4 +134,5 @@ def _decode_body(packed: bytes, body_bytes: int) -> Frame:
         body.counters,
         runs,
         body.event_time_ms,
+        backfill,
     )

@@ -19,7 +19,7 @@ from node.kernel.errors import HeadraceError, NotFound, PeerRefused
 from node.kernel.limits import MOVES_MAX, NODES_MAX, OPERATOR_JOBS_KEPT_MAX, OPERATOR_JOBS_MAX, STANDBY_COUNT_MAX
 from replication.catalog import Catalog
 from replication.commands import Command, DrainNode, Name, SetSettings, Settings
-from replication.peers import PeerCall, PeerReply, PeerRoute
+from replication.peer_messages import PeerCall, PeerReply, PeerRoute
 
 log = structlog.get_logger(__name__)
 

@@ -173,6 +173,15 @@ class Replica(SyncObj):  # type: ignore[misc]
         super()._SyncObj__onBecomeLeader()
         self.awaited_index = self.log()[-1][1]
 
+    def next_index(self, node: Any) -> int | None:
+        """At the leader: the first entry of the log that this node is sent next."""
+        index: int | None = self._SyncObj__raftNextIndex.get(node)
+        return index
+
+    def send_soon(self) -> None:
+        """With the next round, if this node leads: somebody needs entries, and would wait for up to a heartbeat."""
+        self._SyncObj__newAppendEntriesTime = 0.0
+
     def wake(self) -> None:
         """Begin the next round now; called on the loop."""
         with contextlib.suppress(BlockingIOError):  # the pipe is full: the thread is awake
@@ -294,7 +303,15 @@ class _Transport(TCPTransport):  # type: ignore[misc]
         elif kind == "step_down":
             replica.transferLeadership()
             return
+        before = replica.next_index(node)
         super()._onMessageReceived(node, message)
+        if kind == "next_node_idx" and message["reset"] and replica.next_index(node) != before:
+            replica.send_soon()
+
+    def _onNodeConnected(self, node: Any) -> None:  # noqa: N802
+        """One that starts hears at once who leads, and by its answer gets the log: it would wait for two heartbeats."""
+        super()._onNodeConnected(node)
+        self._replica.send_soon()
 
     def _judge(self, message: dict[str, Any]) -> None:
         """A node whose own log is not trusted refuses its vote to any log but an empty one, and that if it has none."""

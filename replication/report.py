@@ -14,7 +14,7 @@ from typing import Final
 import msgspec
 
 from node.kernel.errors import PeerRefused
-from node.kernel.limits import CLUSTER_REPORT_BYTES_MAX
+from node.kernel.limits import CLUSTER_REPORT_BYTES_MAX, STANDBY_UNKNOWN_FRAMES
 from replication.catalog_machine import Agreed
 from replication.commands import Name
 from replication.lease import same_process
@@ -33,9 +33,12 @@ class PeerReport(msgspec.Struct, frozen=True):
     observed: dict[str, bytes] = {}
     """Staged version -> what the node has seen of it, for whoever judges it."""
 
-    def turning_points(self) -> dict[int, tuple[bool, int]]:
-        """What a plan may be waiting for."""
-        return {number: (held.serving, held.released_revision) for number, held in self.partitions.items()}
+    def turning_points(self) -> dict[int, tuple[bool, int, bool]]:
+        """What a plan may be waiting for: owners that opened or released a partition, standbys that know their end."""
+        return {
+            number: (held.serving, held.released_revision, held.frames_behind < STANDBY_UNKNOWN_FRAMES)
+            for number, held in self.partitions.items()
+        }
 
 
 _decoder = msgspec.msgpack.Decoder(PeerReport)

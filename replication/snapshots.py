@@ -14,7 +14,7 @@ from collections.abc import Awaitable, Callable, Collection, Iterator, Mapping, 
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Protocol, TypeGuard, TypeVar
+from typing import TYPE_CHECKING, Any, Protocol, TypeGuard, TypeVar
 
 import structlog
 
@@ -39,7 +39,9 @@ from replication.peers import PeerCall, PeerReply, PeerRoute
 from replication.retention import may_forget
 from replication.snapshot import Snapshot, SnapshotFile, decode_snapshot, encode_snapshot, superseded
 from replication.snapshot_folder import SnapshotFolder
-from replication.snapshot_store import SnapshotStore
+
+if TYPE_CHECKING:
+    from replication.snapshot_store import SnapshotStore
 
 log = structlog.get_logger(__name__)
 

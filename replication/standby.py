@@ -52,6 +52,8 @@ class _Fold:
     flushed_offset: int
     assembler: FrameAssembler = field(default_factory=FrameAssembler)
     assigned: bool = False
+    whole: bool = False
+    """The end has been reached once."""
     gap: int | None = None
     """Offsets between the reader and the last stable one, as of the last poll."""
     stamp: int | None = None
@@ -76,12 +78,22 @@ class StandbyFolder:
     """Keeps the stores of a node's standbys up to date. A partition that can't go on is dropped and reported; it never
     stops the others. A broker that is gone is waited for, and the lag in time grows meanwhile."""
 
-    def __init__(self, options: ClientOptions, topic: str, clock: Clock, flush_interval_seconds: float = 30.0) -> None:
+    def __init__(
+        self,
+        options: ClientOptions,
+        topic: str,
+        clock: Clock,
+        flush_interval_seconds: float = 30.0,
+        caught_up: Callable[[], None] = lambda: None,
+    ) -> None:
+        """`caught_up` is called when a partition that was added has been folded to its end for the first time."""
         self._options = options
         self._topic = topic
         self._clock = clock
         self._flush_interval = flush_interval_seconds
+        self._caught_up = caught_up
         self._folds: dict[int, _Fold] = {}
+        self._expected: set[int] = set()
         self._added = asyncio.Event()
         self._stale = False
         """The consumer's assignment is not what it should be."""
@@ -95,6 +107,11 @@ class StandbyFolder:
 
     # what is folded
 
+    def expect(self, partition: int) -> None:
+        """It will be added once its state has been fetched: the reader connects meanwhile. Until `add` or `remove`."""
+        self._expected.add(partition)
+        self._added.set()
+
     def add(self, partition: int, store: StateStore, failed: Failed) -> None:
         """Fold into `store` from its changelog offset on; nobody else may write to it until `remove` has returned.
 
@@ -103,11 +120,15 @@ class StandbyFolder:
         """
         now = self._clock.monotonic()
         self._folds[partition] = _Fold(store, failed, now, now, store.changelog_offset())
+        self._expected.discard(partition)
         self._added.set()
         self._reassign()
 
     async def remove(self, partition: int) -> None:
         """Stop to fold; the store stays open and is as of the end of a frame. A partition not folded is no mistake."""
+        if partition in self._expected:
+            self._expected.discard(partition)
+            self._added.set()  # the reader may have waited for this one only
         fold = self._folds.pop(partition, None)
         if fold is None:
             return
@@ -226,7 +247,11 @@ class StandbyFolder:
                 raise TopicMissing(f"changelog topic {self._topic} does not exist: create it, standbys go on")
             await broker_call("look up changelogs", asker.end_offsets([TopicPartition(self._topic, 0)]))
             self._reader, self._asker, self._stale = reader, asker, True
-            while self._folds:
+            while self._folds or self._expected:
+                if not self._folds:
+                    self._added.clear()
+                    await self._added.wait()
+                    continue
                 if self._stale:
                     self._assign(reader)
                 await self._fold(await self._poll(reader), reader)
@@ -299,15 +324,19 @@ class StandbyFolder:
                 await self._apply(place.partition, fold, records)
             except HeadraceError as failure:
                 self._drop(place.partition, fold, failure)
+        caught_up = False
         for fold, gap in gaps.items():
             fold.gap = gap
             if gap == 0:
                 fold.ended = now
+                caught_up, fold.whole = caught_up or not fold.whole, True
         for fold, position in positions.items():
             if fold.assigned and not fold.held:
                 fold.reached = position
                 if fold.wanted is not None and position >= fold.wanted[0] and not fold.wanted[1].done():
                     fold.wanted[1].set_result(None)
+        if caught_up:
+            self._caught_up()
 
     def _assigned(self, consumer: AIOKafkaConsumer) -> list[tuple[TopicPartition, _Fold]]:
         found = ((place, self._folds.get(place.partition)) for place in consumer.assignment())

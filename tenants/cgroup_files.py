@@ -14,7 +14,10 @@ CONTROLLERS = ("cpu", "memory", "pids")
 NODE = "node"
 """The group of the node itself and its warm server: a group that has groups below it may hold no process."""
 WORKER_PREFIX = "worker-"
+NOT_ASKED = "no control groups were made here"
 _CPU_WEIGHT_DEFAULT, _CPU_WEIGHT_MAX = 100, 10_000
+NODE_FILES = {"cpu.weight": str(_CPU_WEIGHT_MAX)}
+"""The node's loop serves all tenants, and goes before any one tenant's model: niceness holds inside a group only."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -23,6 +26,14 @@ class WorkerLimits:
 
     weight: float
     memory_bytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class Place:
+    """Of one worker: the group's folder, or '' and why there is none."""
+
+    folder: str = ""
+    missing: str = NOT_ASKED
 
 
 def own_group(cgroups: str) -> str:

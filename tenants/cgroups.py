@@ -8,27 +8,13 @@ from __future__ import annotations
 import contextlib
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
-import structlog
-
 from tenants import cgroup_files
-from tenants.cgroup_files import CONTROLLERS, NODE, WORKER_PREFIX, WorkerLimits
+from tenants.cgroup_files import CONTROLLERS, NODE, NOT_ASKED, WORKER_PREFIX, Place, WorkerLimits
 
-log = structlog.get_logger(__name__)
-
-NOT_ASKED = "no control groups were made here"
 _OPTIONAL = frozenset({"memory.swap.max", "memory.oom.group"})
 """Not there without swap accounting, or in older kernels."""
-
-
-@dataclass(frozen=True, slots=True)
-class Place:
-    """Of one worker: the group's folder, or '' and why there is none."""
-
-    folder: str = ""
-    missing: str = NOT_ASKED
 
 
 class ControlGroups:
@@ -74,6 +60,7 @@ class ControlGroups:
         (node / "cgroup.procs").write_text(own)
         if self._controllers:
             (root / "cgroup.subtree_control").write_text(cgroup_files.enabling(self._controllers))
+        self._write(node, cgroup_files.NODE_FILES)
         for left in root.glob(f"{WORKER_PREFIX}*"):
             self._remove(str(left))
         return ""
@@ -107,6 +94,9 @@ class ControlGroups:
             try:
                 (Path(folder) / "cpu.weight").write_text(str(cgroup_files.cpu_weight(weight)))
             except OSError as error:
+                import structlog  # as late as this: groups are made before the node imports what takes it long
+
+                log = structlog.get_logger(__name__)
                 log.warning("weight of a control group not changed", folder=folder, error=str(error))
 
     def remove(self, folder: str) -> None:

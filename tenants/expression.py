@@ -6,7 +6,8 @@
     is_missing(x)    hour(t) weekday(t): of a time in seconds, UTC, Monday is 0
     event.<field>, event.time (seconds), event.type (text); event['odd-name'] for any other name
     count(<type>, '1h', where=…); sum mean min max std last first distinct (<type>.<field>, '30d', where=…);
-    without a window: for ever; the type `any` is every type; 'odd-type' in quotes is a type too
+    session='30m' in place of a window: of the session, of events at most that apart; with neither: for ever;
+    the type `any` is every type; 'odd-type' in quotes is a type too
     seconds_since(<type>)    profile.<name>    models.<tenant>.<model>.<output>    features defined above
     features.<tenant>.<name>, features.<tenant>.<name>.v2: what a tenant shares (tenants.shared_names)
     tables.<table>[key].<column>: of the row with that key; the column's default, else missing, where there is none
@@ -625,13 +626,14 @@ class _Parser:
             if len(node.args) > 1 or node.keywords:
                 raise self._mistake(node, "seconds_since takes an event type and nothing else")
             return AggregateValue(Aggregate("since", self._event_name(node.args[0])))
-        if len(node.args) > 2 or any(keyword.arg != "where" for keyword in node.keywords) or len(node.keywords) > 1:
-            raise self._mistake(
-                node, f"{name} takes what to aggregate, a window such as '1h', and where=…; nothing else"
-            )
+        options = {keyword.arg: keyword.value for keyword in node.keywords}
+        windows = [*node.args[1:], *(value for key, value in options.items() if key == "session")]
+        if len(windows) > 1 or not options.keys() <= {"session", "where"} or len(options) < len(node.keywords):
+            said = f"{name} takes what to aggregate, a window such as '1h' or session='30m', and where=…; nothing else"
+            raise self._mistake(node, said)
         event, name_of_field = self._subject(node.args[0], name)
-        window_ms = self._window(node.args[1]) if len(node.args) == 2 else 0
-        where = self._where(node.keywords[0].value) if node.keywords else ""
+        window_ms = self._window(windows[0]) * (-1 if "session" in options else 1) if windows else 0
+        where = self._where(options["where"]) if "where" in options else ""
         return self._aggregate_value(Aggregate(cast("AggregateFunction", name), event, name_of_field, window_ms, where))
 
     def _aggregate_value(self, aggregate: Aggregate) -> AggregateValue:

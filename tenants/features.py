@@ -22,6 +22,7 @@ from node.kernel.tables import NO_TABLES, TableSet, no_values
 from node.kernel.types import (
     EVENT_TIME,
     Aggregate,
+    Backfill,
     Bools,
     Column,
     EventColumns,
@@ -35,6 +36,7 @@ from node.kernel.types import (
     StagedVersion,
     StoredOutput,
     Texts,
+    session_newest,
 )
 from tenants.definitions import NOTHING_SHARED, Definitions
 from tenants.expression import (
@@ -441,7 +443,11 @@ class CompiledFeatures:
         self._manifests = {version.version: (version.name, manifest) for version, manifest in models}
         self._files = definitions.files
         profile = set(evaluate_profile(schema).values())
-        self._aggregates = tuple(sorted(profile.union(*(definitions.aggregates(manifest) for _, manifest in models))))
+        used = [(version, definitions.aggregates(manifest)) for version, manifest in models]
+        self._aggregates = tuple(sorted(profile.union(*(asked for _, asked in used))))
+        self._histories = {one.name: (one.backfill, asked) for one, asked in used if one.backfill and asked}
+        current = [asked for version, asked in used if version.backfill is None]
+        self._current = frozenset(profile.union(*current, _closing(self._models)))
         self._type_names = np.array(schema.types, dtype=object)
         self._outputs, self._unresolved, self._inputs = _resolve(models, definitions)
         numbering = _Numbering(definitions)
@@ -471,6 +477,14 @@ class CompiledFeatures:
     def staged(self) -> Mapping[ModelName, StagedVersion]:
         """None; see `tenants.staged_plan`."""
         return {}
+
+    @property
+    def histories(self) -> Mapping[ModelName, tuple[Backfill, frozenset[Aggregate]]]:
+        return self._histories
+
+    @property
+    def current(self) -> frozenset[Aggregate]:
+        return self._current
 
     @property
     def unresolved(self) -> tuple[StoredOutput, ...]:
@@ -563,6 +577,12 @@ class FeatureBatch:
         }
         gathering = _Gathering(values, list(wanted.values()))
         return {name: gathering.rows(columns, within) for name, (columns, within) in wanted.items()}
+
+
+def _closing(models: Iterable[ModelVersion]) -> set[Aggregate]:
+    """What tells when sessions close, which trigger models: also while the windows that these read are filled."""
+    gaps_ms = {version.schedule.gap_ms for version in models if version.schedule is not None}
+    return {session_newest(gap_ms) for gap_ms in gaps_ms if gap_ms}
 
 
 def _of_outputs(steps: Sequence[_Step]) -> frozenset[int]:

@@ -1,4 +1,4 @@
-"""(P) What a manifest says of intervals: `every` or `at`, and `zone`, `by`, `grace`, `all`."""
+"""(P) What a manifest says of intervals: `every` or `at`, and `zone`, `by`, `grace`, `all`; or `session`."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from node.kernel.zones import time_zone
 from tenants.expression import EventField, Node, walk
 from tenants.wording import shown
 
-INTERVAL_KEYS: Final = ("every", "at", "zone", "by", "grace", "all")
+INTERVAL_KEYS: Final = ("every", "at", "zone", "by", "grace", "all", "session")
 _TIME: Final = re.compile(r"([01][0-9]|2[0-3]):([0-5][0-9])")
 
 
@@ -38,12 +38,11 @@ def read_schedule(reader: Reader) -> Schedule:
     """When the model runs. Mistakes are noted in the reader."""
     values = reader.values
     if "on" in values:
-        reader.problem("a model has either on (event types) or every or at (intervals); leave one out")
+        reader.problem("a model has either on (event types) or every or at (intervals) or session; leave one out")
+    if "session" in values:
+        return _sessions(reader)
     if ("every" in values) == ("at" in values):
         reader.problem('an interval model has either every = "15m" or at = "06:00"')
-    every_ms = reader.duration("every", "15m", WINDOW_MS_MAX) if "every" in values else 0
-    if "every" in values and 0 < every_ms < INTERVAL_MS_MIN:
-        reader.problem(f"every must be at least {INTERVAL_MS_MIN} ms")
     by_event = "by" in values and reader.choice("by", ("clock", "event")) == "event"
     for key, needed, given in (
         ("zone", "at", "at" in values),
@@ -53,13 +52,33 @@ def read_schedule(reader: Reader) -> Schedule:
         if key in values and not given:
             reader.problem(f"{key} says something only beside {needed}; leave it out")
     return Schedule(
-        every_ms=every_ms,
+        every_ms=_every(reader, 0),
         at_ms=_time_of_day(reader) if "at" in values else 0,
         zone=_zone(reader) if "zone" in values else "UTC",
         by_event=by_event,
         grace_ms=reader.duration("grace", "1h", WINDOW_MS_MAX) if by_event and "grace" in values else 0,
         whole=_flag(reader, "all"),
     )
+
+
+def _sessions(reader: Reader) -> Schedule:
+    """Looked for by event time: as often as their gap is long, unless `every` says how often."""
+    for key in ("at", "zone", "by", "all"):
+        if key in reader.values:
+            reader.problem(f"{key} says nothing beside session, which goes by the time of events; leave it out")
+    gap_ms = reader.duration("session", "30m", WINDOW_MS_MAX)
+    every_ms = _every(reader, max(gap_ms, INTERVAL_MS_MIN))
+    grace_ms = reader.duration("grace", "1h", WINDOW_MS_MAX) if "grace" in reader.values else 0
+    return Schedule(every_ms, by_event=True, grace_ms=grace_ms, gap_ms=gap_ms)
+
+
+def _every(reader: Reader, otherwise_ms: int) -> int:
+    if "every" not in reader.values:
+        return otherwise_ms
+    every_ms = reader.duration("every", "15m", WINDOW_MS_MAX)
+    if 0 < every_ms < INTERVAL_MS_MIN:
+        reader.problem(f"every must be at least {INTERVAL_MS_MIN} ms")
+    return every_ms
 
 
 def _time_of_day(reader: Reader) -> int:

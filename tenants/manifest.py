@@ -34,6 +34,7 @@ from node.kernel.limits import (
 )
 from node.kernel.types import (
     Aggregate,
+    Backfill,
     EventSchema,
     FieldType,
     ModelName,
@@ -41,7 +42,9 @@ from node.kernel.types import (
     OverloadPolicy,
     Schedule,
     StoredOutput,
+    session_newest,
 )
+from tenants.backfill_manifest import parse_backfill
 from tenants.expression import (
     AggregateValue,
     ExpressionError,
@@ -67,6 +70,7 @@ _PROBLEMS_MAX: Final = 100
 _MODEL_KEYS: Final = (
     *("on", *INTERVAL_KEYS),
     *("output", "method", "ttl", "deadline", "weight", "overload", "features", "shared_with", "rollout", "log_rows"),
+    "backfill",
 )
 _KEY_PARTS_MAX: Final = 32
 _KEY_PART: Final = r"""(?:[A-Za-z0-9_-]++|"(?:[^"\\\n]|\\.){0,256}+"|'[^'\n]{0,256}+')"""
@@ -125,6 +129,8 @@ class Manifest:
     """What a version goes through before it takes the live one's place; (): nothing."""
     log_rows: float = 0.0
     """The share of customers whose rows are kept, with the outputs, as training data."""
+    backfill: Backfill | None = None
+    """The history that its windows are filled from; None: they begin when it comes."""
 
     @property
     def stored_bytes(self) -> int:
@@ -134,7 +140,10 @@ class Manifest:
     @property
     def aggregates(self) -> tuple[Aggregate, ...]:
         """What the features need of the customer's row, sorted, each once; shared features need more."""
-        return tuple(sorted({node.aggregate for node in self._nodes() if isinstance(node, AggregateValue)}))
+        asked = {node.aggregate for node in self._nodes() if isinstance(node, AggregateValue)}
+        if self.schedule is not None and self.schedule.gap_ms:
+            asked.add(session_newest(self.schedule.gap_ms))
+        return tuple(sorted(asked))
 
     @property
     def stored_outputs(self) -> tuple[StoredOutput, ...]:
@@ -172,6 +181,7 @@ class Manifest:
             weight=self.weight,
             schedule=self.schedule,
             log_rows=self.log_rows,
+            backfill=self.backfill,
         )
 
 
@@ -398,6 +408,7 @@ def parse_manifest(
         shared_with=reader.tenants("shared_with"),
         rollout=parse_rollout(reader.values["rollout"], reader.problem) if "rollout" in reader.values else (),
         log_rows=reader.number("log_rows", 0.0, 0.0, 1.0),
+        backfill=parse_backfill(reader.values["backfill"], reader.problem) if "backfill" in reader.values else None,
     )
     if interval:
         if manifest.rollout:

@@ -109,9 +109,9 @@ class ModelPool:
 
     `fetch` gives the bytes of a model file by sha256; while it fails, the rows wait and it is tried again, for
     FETCH_SECONDS_MAX where the file is simply not there (NotFound).
-    `parallel` is the number of batches that run at once, one a CPU. `on_failing` hears of each version that
-    can't be run any more, with the reason, and with '' once it can again. Meanwhile its rows get that reason as their
-    error; another load is tried at a submission once WORKER_BACKOFF_MS_MAX has passed.
+    `parallel` is the number of batches that run at once, one a CPU; a short one may run beside them. `on_failing`
+    hears of each version that can't be run any more, with the reason, and with '' once it can again. Meanwhile its
+    rows get that reason as their error; another load is tried at a submission once WORKER_BACKOFF_MS_MAX has passed.
     """
 
     def __init__(
@@ -121,7 +121,7 @@ class ModelPool:
         clock: Clock,
         supervisor: Supervisor,
         parallel: int,
-        quantum_seconds: float = 0.010,
+        quantum_seconds: float = limits.QUANTUM_MS / 1000,
         on_failing: FailingCallback | None = None,
     ) -> None:
         self._server = server

@@ -24,7 +24,7 @@ import landlock
 
 from node.kernel.errors import SandboxUnavailable
 from node.kernel.limits import WORKER_THREADS_MAX
-from tenants.cgroups import Place
+from tenants.cgroup_files import Place
 
 try:
     import pyseccomp

@@ -163,7 +163,10 @@ class Scheduler:
     """
 
     def __init__(
-        self, parallel: int, quantum_seconds: float = 0.010, batch_rows_max: int = limits.SEQUENCE_CHUNK_ROWS_MAX
+        self,
+        parallel: int,
+        quantum_seconds: float = limits.QUANTUM_MS / 1000,
+        batch_rows_max: int = limits.SEQUENCE_CHUNK_ROWS_MAX,
     ) -> None:
         if parallel < 1 or not quantum_seconds > 0 or batch_rows_max < 1:
             raise ValueError("a scheduler needs at least one slot, a quantum above 0 and batches of at least one row")

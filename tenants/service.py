@@ -33,6 +33,7 @@ from tenants.staged_plan import plan_of
 from tenants.staged_runner import StagedRunner
 from tenants.tenant_log import LogLine
 from tenants.versions import VersionFolder, alike
+from tenants.warm_process import WarmProcess
 from tenants.watch import Blobs, ModelWatcher, WatchSettings, WatchStatistics
 from tenants.workers import WarmServer
 
@@ -83,7 +84,8 @@ class TenantService:
     """Without `publish` a node by itself: a pair that passes its trial is live. With it a node of a cluster: it is
     published, and what is live is what `agreed` says.
 
-    Raises ConfigError when the operator's profile in `schema` is wrong.
+    `warm` is the process of its workers where that was started ahead of the node, with `settings.sandbox`. Raises
+    ConfigError when the operator's profile in `schema` is wrong.
     """
 
     def __init__(
@@ -94,6 +96,7 @@ class TenantService:
         clock: Clock,
         supervisor: Supervisor,
         publish: ModelPublisher | None = None,
+        warm: WarmProcess | None = None,
     ) -> None:
         self._agreed_blobs: frozenset[str] = frozenset()
         self._blobs_changed = asyncio.Event()
@@ -111,7 +114,8 @@ class TenantService:
         self._clock = clock
         self.sandbox = SandboxReport(())
         """Of all workers here; empty before the start."""
-        self._server = WarmServer(settings.sandbox, clock, ControlGroups.of_this_process())
+        groups = ControlGroups.of_this_process() if warm is None else warm.groups
+        self._server = WarmServer(settings.sandbox, clock, groups, warm)
         self.watcher = ModelWatcher(
             settings.watch,
             schema,

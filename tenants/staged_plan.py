@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from node.kernel.ports import FeatureBatch, Reads
 from node.kernel.types import (
     Aggregate,
+    Backfill,
     Bools,
     EventColumns,
     EventSchema,
@@ -59,6 +60,14 @@ class StagedPlan:
     def inputs(self) -> Mapping[ModelName, tuple[StoredOutput, ...]]:
         """A staged version uses its own model's output of the event before, as it will once it is live."""
         return self._inputs
+
+    @property
+    def histories(self) -> Mapping[ModelName, tuple[Backfill, frozenset[Aggregate]]]:
+        return self.compiled.histories
+
+    @property
+    def current(self) -> frozenset[Aggregate]:
+        return self.compiled.current
 
     def source(self, version: str) -> ModelSource | None:
         return self.compiled.source(version)

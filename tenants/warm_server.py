@@ -7,11 +7,13 @@ message borders. It reads no tenant's bytes and runs no thread, so a fork of it 
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import gc
 import os
 import signal
 import socket
 import sys
+import termios
 import warnings
 from typing import TYPE_CHECKING
 
@@ -19,7 +21,7 @@ import msgspec
 
 from node.kernel import limits
 from tenants import sandbox
-from tenants.cgroups import Place
+from tenants.cgroup_files import Place
 
 if TYPE_CHECKING:
     from tenants.unpickle import Allowlist
@@ -73,16 +75,18 @@ class NotStarted(msgspec.Struct, frozen=True, tag="not_started"):
 
 
 def main() -> None:
+    gc.disable()  # imports make next to no garbage, and looking for it would take a sixth of their time
     settings = msgspec.json.decode(sys.argv[1], type=Settings)
     sandbox.die_with_parent(settings.parent)
+    leave_terminal()
     warnings.simplefilter("ignore")  # each would cost time in calls, and nobody reads them
     from tenants import worker  # imports NumPy and joblib
 
     allowlist = worker.prepare(settings.libraries, settings.extra_globals, IMPORTED_EARLY)
     control = socket.socket(fileno=settings.descriptor)
     signal.signal(signal.SIGCHLD, _reap)
-    gc.collect()
     gc.freeze()  # so that collections in the workers do not copy these pages
+    gc.enable()
     control.send(msgspec.json.encode(Started(0, os.getpid())))
     while True:
         message, descriptors, _, _ = socket.recv_fds(control, MESSAGE_BYTES_MAX, 2)
@@ -92,6 +96,16 @@ def main() -> None:
         with socket.socket(fileno=descriptors[0]) as end:
             _fork(control, spawn, worker.Ends(end.fileno(), descriptors[1]), settings, allowlist)
         os.close(descriptors[1])
+
+
+def leave_terminal() -> None:
+    """Give up the terminal that the node may have been started at: a worker must not put words into it."""
+    with contextlib.suppress(OSError):  # there is none
+        terminal = os.open("/dev/tty", os.O_RDWR | os.O_NOCTTY | os.O_CLOEXEC)
+        try:
+            fcntl.ioctl(terminal, termios.TIOCNOTTY)
+        finally:
+            os.close(terminal)
 
 
 def _fork(control: socket.socket, spawn: Spawn, ends: Ends, settings: Settings, allowlist: Allowlist) -> None:

@@ -27,7 +27,7 @@ from node.kernel.errors import CallFailed, HeadraceError, SandboxUnavailable
 from node.kernel.limits import MODEL_UNPACKED_BYTES_MAX
 from node.kernel.types import Floats
 from tenants import messages, sandbox
-from tenants.cgroups import Place
+from tenants.cgroup_files import Place
 from tenants.inputs import ModelInput, Rows
 from tenants.messages import Buffer, Call, Called, Load, Loaded, Ready, Refused, Unload, Unloaded, shorten
 from tenants.outputs import Outputs

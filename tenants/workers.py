@@ -11,7 +11,6 @@ import contextlib
 import os
 import signal
 import socket
-import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import count
@@ -41,6 +40,7 @@ from tenants.memory import MemoryFile, MemoryUse
 from tenants.messages import Answer, Buffer, Called, Load, Loaded, MessageCorrupt, Ready, Refused, Unload, Unloaded
 from tenants.sandbox import SandboxReport, SandboxSettings
 from tenants.tenant_log import OutputReader, TenantLogs
+from tenants.warm_process import WarmProcess
 
 log = structlog.get_logger(__name__)
 
@@ -428,12 +428,19 @@ class WarmServer:
     When it dies all workers die with it; the next `spawn` starts it again.
     """
 
-    def __init__(self, settings: SandboxSettings, clock: Clock, groups: ControlGroups | None = None) -> None:
+    def __init__(
+        self,
+        settings: SandboxSettings,
+        clock: Clock,
+        groups: ControlGroups | None = None,
+        process: WarmProcess | None = None,
+    ) -> None:
+        """`process` is one that was started before with these settings and groups; else `start` does that."""
         self.logs = TenantLogs()
         self._groups = groups or ControlGroups(None)
         self._settings = settings
         self._clock = clock
-        self._process: asyncio.subprocess.Process | None = None
+        self._process = process
         self._control: socket.socket | None = None
         self._waiting: dict[int, asyncio.Future[_Forked]] = {}
         self._numbers = count(1)
@@ -447,32 +454,18 @@ class WarmServer:
                 await self._start()
 
     async def _start(self) -> None:
-        ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-        ours.setblocking(False)
-        settings = warm_server.Settings(
-            parent=os.getpid(),
-            descriptor=theirs.fileno(),
-            required=self._settings.required,
-            libraries=self._settings.libraries,
-            extra_globals=self._settings.extra_globals,
-        )
-        with theirs:
-            self._process = await asyncio.create_subprocess_exec(
-                sys.executable,
-                *("-s", "-m", "tenants.warm_server", msgspec.json.encode(settings).decode()),
-                stdin=asyncio.subprocess.DEVNULL,
-                pass_fds=(theirs.fileno(),),
-                env=_environment(),
-                start_new_session=True,  # a Ctrl-C at the terminal is the node's to handle
-            )
-        self._control = ours
-        asyncio.get_running_loop().add_reader(ours, self._received)
+        process = self._process
+        if process is None or process.ended:
+            await self._end()
+            process = self._process = WarmProcess(self._settings, self._groups)
+        self._control = process.control
+        asyncio.get_running_loop().add_reader(self._control, self._received)
         try:
             await self._reply(0)
         except WorkerLost:
             await self.stop()
             raise
-        log.info("warm server started", pid=self._process.pid)
+        log.info("warm server started", pid=process.pid)
 
     async def spawn(self, tenant: str, memory_bytes: int, weight: float = 1.0) -> WorkerProcess:
         """A new worker, locked down and waiting for models, that may take `memory_bytes` of its own.
@@ -591,19 +584,9 @@ class WarmServer:
     async def stop(self) -> None:
         """End the process, and with it all its workers."""
         self._forget()
-        if self._process is not None:
-            with contextlib.suppress(ProcessLookupError):
-                self._process.kill()
-            await self._process.wait()
-            self._process = None
+        await self._end()
 
-
-def _environment() -> dict[str, str]:
-    """Nothing of the node's environment, which may hold secrets; one thread for each numeric library."""
-    threads = ("OMP_NUM_THREADS", "OMP_THREAD_LIMIT", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS")
-    return {
-        **dict.fromkeys(threads, "1"),
-        "LANG": "C.UTF-8",
-        "PATH": os.defpath,
-        "PYTHONPATH": os.pathsep.join(path for path in sys.path if path),
-    }
+    async def _end(self) -> None:
+        process, self._process = self._process, None
+        if process is not None:
+            await asyncio.to_thread(process.end)

@@ -19,6 +19,7 @@ WIDTHS = [
     SECOND, 5 * SECOND, 15 * SECOND, MINUTE, 5 * MINUTE, 15 * MINUTE, HOUR, 2 * HOUR, 6 * HOUR, 12 * HOUR,
     DAY, 2 * DAY, 4 * DAY, 8 * DAY, 16 * DAY, 32 * DAY,
 ]  # fmt: skip
+NEWEST = ("max", "*", "time", "")
 PARTS = {"mean": ("sum", "count"), "std": ("count", "shifted", "squared"), "distinct": ("bits",), "since": ("max",)}
 
 
@@ -63,12 +64,20 @@ class Window:
     parts: set[Part]
 
     def __post_init__(self) -> None:
+        if self.window_ms < 0:  # a session
+            self.parts = self.parts | {Part(*NEWEST)}
+            self.width, self.tiles = -self.window_ms, 1
+            return
         fitting = [width for width in WIDTHS if math.ceil(self.window_ms / width) >= 12] or [SECOND]
         self.width = fitting[-1]
         self.tiles = math.ceil(self.window_ms / self.width) if self.window_ms else 1
 
-    def tile(self, time_ms: int) -> int:
-        return time_ms // self.width if self.window_ms else 0
+    def tile(self, time_ms: int, kept: Kept) -> int:
+        if self.window_ms >= 0:
+            return time_ms // self.width if self.window_ms else 0
+        if kept.head is None or time_ms > kept.newest_ms + self.width:
+            return time_ms  # begins a session, or would
+        return kept.head if time_ms >= kept.head - self.width else kept.head - 1
 
 
 @dataclass
@@ -76,6 +85,8 @@ class Kept:
     """One customer's part of one window: tile -> part -> value."""
 
     head: int | None = None
+    newest_ms: int = 0
+    """Time of the newest event."""
     tiles: dict[int, dict[Part, object]] = field(default_factory=dict)
 
 
@@ -113,7 +124,8 @@ class Reference:
         late = False
         for number, window in enumerate(self.windows):
             kept = self.kept.setdefault(event.customer, {}).setdefault(number, Kept())
-            tile = window.tile(event.time_ms)
+            tile = window.tile(event.time_ms, kept)
+            kept.newest_ms = event.time_ms if kept.head is None else max(kept.newest_ms, event.time_ms)
             kept.head = tile if kept.head is None else max(kept.head, tile)
             for old in [old for old in kept.tiles if old <= kept.head - window.tiles]:
                 del kept.tiles[old]
@@ -165,7 +177,7 @@ class Reference:
         """As of a time, of what was seen until now."""
         window = self.asked[aggregate]
         kept = self.kept.get(customer, {}).get(self.windows.index(window), Kept())
-        own = window.tile(time_ms)
+        own = window.tile(time_ms, kept)
         head = own if kept.head is None else max(own, kept.head)
         alive = [tile for tile in kept.tiles if max(own, head) - window.tiles < tile <= own]
         older = sorted((tile for tile in alive if tile != own), key=lambda tile: tile % window.tiles)

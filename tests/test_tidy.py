@@ -24,6 +24,7 @@ PACKAGES = ("node", "replication", "tenants")
 KERNEL = "node.kernel"
 WIRING = (
     "node.app",
+    "node.warming",
     "node.stage_view",
     "node.clustering",
     "node.cluster_models",
@@ -213,6 +214,22 @@ def sleep_problems(source: str, name: str) -> list[str]:
     return problems
 
 
+def fork_problems(source: str, name: str) -> list[str]:
+    """Calls of asyncio's subprocesses: uvloop forks for them, which stops a node's loop; see node.kernel.child."""
+    calls = [node for node in ast.walk(ast.parse(source)) if isinstance(node, ast.Attribute)]
+    return [f"{name}:{one.lineno} forks the node" for one in calls if one.attr.startswith("create_subprocess_")]
+
+
+def session_problems(source: str, name: str) -> list[str]:
+    """Processes that would be a session: niceness would hold for nothing; see node.kernel.child."""
+    problems = []
+    for one in ast.walk(ast.parse(source)):
+        asked = isinstance(one, ast.keyword) and one.arg == "start_new_session"
+        if asked or (isinstance(one, ast.Attribute) and one.attr == "setsid"):
+            problems.append(f"{name}:{getattr(one, 'lineno', 0)} begins a session")
+    return problems
+
+
 # --- the tree passes ------------------------------------------------------------------------------------------------
 
 
@@ -221,6 +238,7 @@ def test_module_keeps_the_rules(path: Path) -> None:
     source, name = path.read_text(), module_name(path)
     problems = [*import_problems(source, name), *size_problems(source, name)]
     problems += [*docstring_problems(source, name), *annotation_problems(source, name)]
+    problems += [*fork_problems(source, name), *session_problems(source, name)]
     assert not problems, "\n".join(problems)
 
 
@@ -359,6 +377,9 @@ BAD_SOURCES: list[tuple[Callable[[str, str], list[str]], str]] = [
     (word_problems, "http://repo.mav" + "en.example/x"),
     (sleep_problems, "import time\ntime.sleep(1)"),
     (sleep_problems, "from time import sleep"),
+    (fork_problems, "import asyncio\nasyncio.create_subprocess_exec('ls')"),
+    (session_problems, "subprocess.Popen('ls', start_new_session=True)"),
+    (session_problems, "import os\nos.setsid()"),
 ]
 
 
@@ -369,7 +390,15 @@ def test_a_wrong_source_is_found(checker: Callable[[str, str], list[str]], sourc
 
 def test_a_right_source_is_let_through() -> None:
     source = '"""A module."""\n\n\ndef add(a: int, *, b: int) -> int:\n    return a + b\n'
-    for checker in (size_problems, docstring_problems, annotation_problems, word_problems, sleep_problems):
+    for checker in (
+        size_problems,
+        docstring_problems,
+        annotation_problems,
+        word_problems,
+        sleep_problems,
+        fork_problems,
+        session_problems,
+    ):
         assert checker(source, "sample") == []
     at_the_limit = "def long() -> None:\n" + "    x = 1\n" * (FUNCTION_LINES_MAX - 1)
     assert size_problems(at_the_limit, "sample") == []

@@ -80,6 +80,16 @@ class EventDecoder:
         self._decode_head = msgspec.json.Decoder(head).decode
         self._head_type = head_readers[events.type]
 
+    def records(self, records: Sequence[Any], topics: Sequence[int]) -> Decoded:
+        """`decode` of the client's records; `topics` is parallel to them."""
+        count = len(records)
+        return self.decode(
+            [record.value for record in records],
+            np.fromiter([record.timestamp for record in records], np.int64, count),
+            np.fromiter(topics, np.int64, count),
+            np.fromiter([record.offset for record in records], np.int64, count),
+        )
+
     def decode(self, values: Sequence[bytes | None], timestamps_ms: Ints, topics: Ints, offsets: Ints) -> Decoded:
         """Decode one micro-batch; the arrays are int64 and parallel to `values`. Raises on nothing they hold.
 

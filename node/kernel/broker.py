@@ -50,7 +50,7 @@ async def broker_call(what: str, call: Awaitable[Result], wait_ms_max: int = BRO
         raise TopicMissing(f"{what}: the topic or partition does not exist") from failure
     except kafka_errors.OffsetOutOfRangeError as failure:
         raise ProgressLost(f"{what}: {failure}") from failure
-    except (kafka_errors.KafkaError, OSError, AssertionError) as failure:
+    except (kafka_errors.KafkaError, kafka_errors.IllegalOperation, OSError, AssertionError) as failure:
         raise BrokerUnavailable(f"{what}: {type(failure).__name__}: {failure}") from failure
 
 

@@ -9,7 +9,7 @@ import msgspec
 import numpy as np
 
 from node.kernel.errors import StateCorrupt
-from node.kernel.types import FeatureRows, Ints, ModelName, SequenceChunk, Triggers
+from node.kernel.types import FeatureRows, Ints, ModelName, SequenceChunk, TriggerKind, Triggers
 
 
 class _Chunk(msgspec.Struct, array_like=True, frozen=True):
@@ -30,6 +30,8 @@ class _Chunk(msgspec.Struct, array_like=True, frozen=True):
     fresh: bytes = b""
     tables: dict[str, str] = {}
     line: str = ""
+    warming: bool = False
+    kind: TriggerKind = "event"
 
 
 _encoder = msgspec.msgpack.Encoder()
@@ -57,6 +59,8 @@ def encode_chunk(chunk: SequenceChunk) -> bytes:
             b"" if triggers.fresh is None else triggers.fresh.tobytes(),
             dict(triggers.tables),
             triggers.line,
+            triggers.warming,
+            triggers.kind,
         )
     )
 
@@ -75,10 +79,12 @@ def decode_chunk(data: bytes) -> SequenceChunk:
             _integers(chunk.types),
             _integers(chunk.times_ms),
             rows,
+            chunk.kind,
             inputs=chunk.inputs,
             fresh=_integers(chunk.fresh) if chunk.inputs else None,
             tables=chunk.tables,
             line=chunk.line,
+            warming=chunk.warming,
         )
     except (msgspec.MsgspecError, ValueError) as failure:
         raise StateCorrupt(f"a sequence chunk of {len(data)} bytes can't be read: {failure}") from failure

@@ -18,8 +18,8 @@ from node.kernel.errors import printable
 from node.kernel.limits import DIGEST_BUCKET_ENTRIES_MAX, DIGEST_BUCKETS, DIGEST_DIFFERENCES_MAX
 
 _LENGTHS = struct.Struct("<BII")
-_FAMILIES = {"profiles": 0, "sequence": 1, "runs": 2}
-_NAMES = {"profiles": "customer", "sequence": "chunk", "runs": "interval run"}
+_FAMILIES = {"profiles": 0, "sequence": 1, "runs": 2, "backfill": 3}
+_NAMES = {"profiles": "customer", "sequence": "chunk", "runs": "interval run", "backfill": "state of the backfill"}
 
 
 class Digestible(Protocol):
@@ -34,7 +34,7 @@ class Digestible(Protocol):
     def layout(self) -> bytes | None: ...
 
     def entries(self) -> Iterator[tuple[str, bytes, bytes]]:
-        """(family, key, value) of all rows, chunks and interval runs, in key order in each family."""
+        """(family, key, value) of all rows, chunks, runs and the backfill, in key order in each family."""
         ...
 
 

@@ -99,6 +99,10 @@ class TopicMissing(HeadraceError):
     """A topic the node needs does not exist and may not be created; create it, the node goes on by itself."""
 
 
+class TopicUnfit(HeadraceError):
+    """A topic's own settings would let the broker delete what must stay; change them, the node goes on by itself."""
+
+
 class ProgressLost(HeadraceError):
     """The source no longer holds the next offset (retention, or the topic was made again)."""
 

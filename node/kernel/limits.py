@@ -73,7 +73,9 @@ INTERVAL_SCAN_ROWS_MAX = 1024
 INTERVAL_CHUNK_ROWS_MAX = 128
 """Of these, what the model is called with: committing them costs a later cycle a few milliseconds too."""
 INTERVAL_REST_FACTOR = 40
-"""After a chunk was read, a partition reads none for so many times as long: what is left is for events."""
+INTERVAL_REST_BESIDE_EVENTS_FACTOR = 120
+"""After a chunk was read, a partition reads none for so many times as long, the more if there were events meanwhile:
+the rest is for them. A chunk costs twice as much again when it is answered and committed."""
 INTERVAL_ROWS_SETTLED_MAX = 128
 """Rows of answered chunks that one cycle commits; a chunk at least."""
 INTERVAL_RUNS_KEPT_MAX = 4096
@@ -137,6 +139,9 @@ SHADOW_ROWS_MAX = 8192
 FATAL_ROWS_MAX = 5
 """Rows that each took their worker along twice, within FATAL_ROWS_MS: then the version is failing, not the rows."""
 FATAL_ROWS_MS = 600_000
+QUANTUM_MS = 30
+"""Model CPU time of a turn unless the config says otherwise. Ten backlogged tenants get 0.95 of what whole batches in a
+queue would give them (median of nine pairs), and 0.87 with 20 ms: small batches cost more CPU a row."""
 WORKER_NICENESS = 10
 """Added to the node's: its loop serves all tenants, and goes before any one tenant's model."""
 BESIDE_LOSSES_MAX = 2
@@ -181,12 +186,22 @@ TABLE_PROBLEMS_MAX = 20
 TABLE_SAMPLE_ROWS = 10_000
 """Of a CSV or NDJSON file, from which types are inferred that nobody has declared."""
 TABLE_BUILD_MS_MAX = 3600 * 1000
+TABLE_BUILD_NICENESS = 19
+"""Added to the node's: whoever waits for an answer of a model goes before whoever waits for a new version."""
 TABLE_UPLOAD_MS_MAX = 2 * 3600 * 1000
 """Of one upload, its check and its build together."""
 TABLE_STALL_MS_MAX = 30_000
 """An upload that brings nothing for so long is given up."""
 TABLE_UPLOADS_MAX = 2
 """At once on one node; one more is refused."""
+TABLE_FEED_PARTITIONS_MAX = 1024
+TABLE_FEED_EVERY_MS_MIN = 1_000
+TABLE_FEED_SHARE_MAX = 0.2
+"""Of the time, that the node which feeds tables reads, checks and builds; it rests for the remainder."""
+TABLE_FEED_GAP_MS_MAX = 12 * 3600 * 1000
+"""A topic that was not followed for longer is read from its beginning: brokers keep deletions 24 hours by default."""
+TABLE_FEED_PROBLEMS_MAX = 20
+"""Records with a mistake that a table's status names, the newest; all are counted."""
 TABLE_VERSIONS_RETIRED_MAX = 1
 """Of one table, kept for a rollback; older ones are dropped."""
 
@@ -378,3 +393,16 @@ OPERATOR_JOBS_MAX = 8
 """Snapshots and checks that operators have started on a node and that run; one more is refused."""
 OPERATOR_JOBS_KEPT_MAX = 1024
 """Ended ones are told of until there are so many."""
+
+BACKFILL_CHUNK_EVENTS = 2048
+"""Of history, folded in one commit beside its own events."""
+BACKFILL_CHUNK_SLOTS = 2 * MIB
+"""Of their customers' rows, in wide ones fewer events."""
+BACKFILL_REST_FACTOR = 3
+"""Times as long as a chunk took to decode and fold, no more of history is taken: a fourth of a partition's time."""
+BACKFILL_RETRY_MS = 1_000
+"""After history could not be read."""
+BACKFILL_TAIL_BEGINS = 20_000
+"""Once a fill has no more records to read, the cycle's micro-batches are kept for it as well."""
+BACKFILL_TAIL_EVENTS_MAX = 100_000
+"""Of those; if history is not read by then they are dropped, and kept anew later."""

@@ -7,10 +7,12 @@ from collections.abc import Awaitable, Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Protocol
 
+from node.kernel.backfills import BackfillState
 from node.kernel.tables import TableSet
 from node.kernel.types import (
     URGENT,
     Aggregate,
+    Backfill,
     Bools,
     EventColumns,
     FeatureRows,
@@ -72,6 +74,10 @@ class StateStore(Protocol):
         """Up to `limit` (customer, row) pairs in key order, strictly after the customer `after`."""
         ...
 
+    def backfill(self) -> BackfillState:
+        """As the last frame that told of it."""
+        ...
+
     def flush(self) -> None: ...
 
     def checkpoint(self, folder: Path) -> int:
@@ -127,6 +133,16 @@ class FeaturePlan(Protocol):
     @property
     def inputs(self) -> Mapping[ModelName, tuple[StoredOutput, ...]]:
         """The outputs of other models here that each model uses, sorted; those that use none are left out."""
+        ...
+
+    @property
+    def histories(self) -> Mapping[ModelName, tuple[Backfill, frozenset[Aggregate]]]:
+        """For each model, live or staged (by its key), that asks for history: which, and the aggregates it uses."""
+        ...
+
+    @property
+    def current(self) -> frozenset[Aggregate]:
+        """The aggregates that something uses which asks for no history."""
         ...
 
     def source(self, version: str) -> ModelSource | None:

@@ -12,6 +12,8 @@ from typing import TYPE_CHECKING, Any, Final, Literal, TypeAlias
 import numpy as np
 from numpy.typing import NDArray
 
+from node.kernel.backfills import BackfillState
+
 if TYPE_CHECKING:
     from node.kernel.tables import TableSchema
 
@@ -40,7 +42,8 @@ EVENT_TIME = "time"
 class Aggregate:
     """One reduction over a customer's events, kept in the customer's row.
 
-    `window_ms` None means for ever. `where` is the canonical text of a filter over the event's fields
+    `window_ms` 0 means for ever, below 0 the customer's session with that gap. `where` is the canonical text of a
+    filter over the event's fields
     ('' for none); its mask comes from `FeaturePlan.masks`. The value is as of an event's own time and
     includes that event, except for `since`: the seconds from the previous event of the type.
     """
@@ -49,14 +52,20 @@ class Aggregate:
     event: str
     field: str = ""
     window_ms: int = 0
-    """0: for ever (kept an int so that aggregates sort)."""
+    """0: for ever (kept an int so that aggregates sort); -gap: the session, of events at most the gap apart."""
     where: str = ""
 
     def __str__(self) -> str:
         subject = f"{self.event}.{self.field}" if self.field else self.event
-        window = f", {self.window_ms}ms" if self.window_ms else ""
+        window = f", {self.window_ms}ms" if self.window_ms > 0 else ""
+        window = f", session={-self.window_ms}ms" if self.window_ms < 0 else window
         where = f", where={self.where}" if self.where else ""
         return f"{self.function}({subject}{window}{where})"
+
+
+def session_newest(gap_ms: int) -> Aggregate:
+    """The time of the newest event of a customer's session: every row with sessions of that gap holds it."""
+    return Aggregate("max", ANY_EVENT, EVENT_TIME, -gap_ms)
 
 
 @dataclass(frozen=True, slots=True, order=True)
@@ -170,6 +179,9 @@ class Schedule:
     by_event: bool = False
     grace_ms: int = 0
     whole: bool = False
+    gap_ms: int = 0
+    """Above 0: the model runs once for each session of this gap that has closed instead, of those that had by the end
+    of an interval."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -192,6 +204,22 @@ class IntervalRun:
     cursor: bytes = b""
     rows: int = 0
     """Customers it has run over so far."""
+    since_ms: int = 0
+    """The end of the interval in which the model was first seen with this schedule."""
+
+
+@dataclass(frozen=True, slots=True)
+class Backfill:
+    """The history that a model's windows are filled from: the last `back_ms`, or from `since_ms` (Kafka time) on; both
+    0: all there is. `hold`: the model is not run until they are; else its inferences are marked as warming."""
+
+    back_ms: int = 0
+    since_ms: int = 0
+    hold: bool = False
+
+    def wanted_ms(self, now_ms: int) -> int:
+        """From when on, asked at `now_ms`."""
+        return max(1, now_ms - self.back_ms) if self.back_ms else self.since_ms
 
 
 @dataclass(frozen=True, slots=True)
@@ -220,6 +248,8 @@ class ModelVersion:
     """Of an interval model, which has no `events`."""
     log_rows: float = 0.0
     """The share of customers whose rows are kept as training data, with the outputs."""
+    backfill: Backfill | None = None
+    """The history that its windows are to be filled from."""
 
     @property
     def short_version(self) -> str:
@@ -273,11 +303,15 @@ class StageChange:
     reason: str = ""
 
 
+TriggerKind: TypeAlias = Literal["event", "interval", "session"]
+
+
 @dataclass(frozen=True, slots=True)
 class Triggers:
     """The triggers of one model in one micro-batch: parallel columns, one entry a trigger.
 
-    Those of an interval are of no event: `times_ms` is the interval's end, the other integers say nothing.
+    Those of an interval are of no event: `times_ms` is the interval's end, the other integers say nothing. Nor are
+    those of closed sessions: `times_ms` is the session's newest event's, `offsets` that of the event that began it.
     """
 
     name: ModelName
@@ -288,7 +322,7 @@ class Triggers:
     types: Ints
     times_ms: Ints
     rows: FeatureRows
-    interval: bool = False
+    kind: TriggerKind = "event"
     inputs: tuple[str, ...] = ()
     """Other models' outputs that went into the rows, such as `models.ads.bid.score`."""
     fresh: Ints | None = None
@@ -298,9 +332,16 @@ class Triggers:
     line: str = ""
     """Which line of the model's they wait in, should they have to: '' or the short version of a canary, which must not
     hold up the live one."""
+    warming: bool = False
+    """Some window that went into the rows is not filled from history yet, as the manifest asks for."""
 
     def __len__(self) -> int:
         return len(self.customers)
+
+    @property
+    def moments(self) -> Ints:
+        """Of those without an event, what tells a customer's apart: ends of intervals, or when sessions began."""
+        return self.offsets if self.kind == "session" else self.times_ms
 
     @property
     def line_name(self) -> str:
@@ -331,7 +372,7 @@ class Frame:
     reader of this changelog. `cursors` gives, for each model named, the number of its oldest chunk to keep.
     `counters` are running totals of the partition (late, shed, dead letters…), so they survive a restart. `runs` gives
     the interval runs that went on, by the text of the model's name; None: forgotten. `event_time_ms` is the newest
-    event's.
+    event's. `backfill`, where it changed, is how far windows are filled from history.
     """
 
     progress: Mapping[str, int]
@@ -345,6 +386,7 @@ class Frame:
     counters: Mapping[str, int] = field(default_factory=dict)
     runs: Mapping[str, IntervalRun | None] = field(default_factory=dict)
     event_time_ms: int = 0
+    backfill: BackfillState | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -69,7 +69,9 @@ class Endpoints:
         self._clock = clock
         self._http = http
         self._metrics = NodeMetrics(self.node_status)
+        self._routes: tuple[Route, ...] = ()
         self._openapi = b""
+        """Made when it is first asked for: a start need not wait for that."""
 
     def routes(self) -> tuple[Route, ...]:
         routes = (
@@ -136,7 +138,7 @@ class Endpoints:
             *self._more,
             Route("/v1/openapi.json", "This description", self._openapi_json, None),
         )
-        self._openapi = msgspec.json.encode(openapi_document(routes, "Headrace", API_VERSION))
+        self._routes = routes
         return routes
 
     def node_status(self) -> NodeStatus:
@@ -160,6 +162,8 @@ class Endpoints:
         return Reply(self._metrics.text(), METRICS_TYPE)
 
     async def _openapi_json(self, call: Call) -> Reply:
+        if not self._openapi:
+            self._openapi = msgspec.json.encode(openapi_document(self._routes, "Headrace", API_VERSION))
         return Reply(self._openapi)
 
     async def _status(self, call: Call) -> Reply:

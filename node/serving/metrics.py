@@ -101,6 +101,7 @@ def _counted_metrics(partitions: list[PartitionStatus]) -> Iterator[Metric]:
     yield _counter("intervals", "Interval runs finished.", model, counted["intervals"])
     yield _counter("intervals_late", "Interval runs that outlasted it.", model, counted["intervals_late"])
     yield _counter("intervals_skipped", "Intervals without a run.", model, counted["intervals_skipped"])
+    yield from _backfill_metrics(partitions, model)
     rows: Counter[tuple[str, ...]] = Counter()
     size: Counter[tuple[str, ...]] = Counter()
     oldest: dict[tuple[str, ...], float] = {}
@@ -116,6 +117,21 @@ def _counted_metrics(partitions: list[PartitionStatus]) -> Iterator[Metric]:
     yield _gauge("backlog_bytes", "What they take, uncompressed.", model, size)
     yield _gauge("backlog_waiting_seconds", "Since the oldest of them was queued.", model, waited, max)
     yield _gauge("backlog_oldest_seconds", "Age of the oldest of them, by event time.", model, oldest, max)
+
+
+def _backfill_metrics(partitions: list[PartitionStatus], model: tuple[str, ...]) -> Iterator[Metric]:
+    warming: Counter[tuple[str, ...]] = Counter()
+    events: Counter[tuple[str, ...]] = Counter()
+    percent: dict[tuple[str, ...], float] = {}
+    for partition in partitions:
+        for name, status in partition.backfills.items():
+            labels = _labels("backfill", name)
+            warming[labels] += status.warming
+            events[labels] += status.events
+            percent[labels] = min(percent.get(labels, 100.0), status.percent)
+    yield _gauge("backfill_warming_partitions", "Partitions whose windows are not filled yet.", model, warming)
+    yield _gauge("backfill_events", "Events of history that went into its windows.", model, events)
+    yield _gauge("backfill_percent", "Of the history to read; the partition with the least.", model, percent, min)
 
 
 def _labels(what: str, which: str) -> tuple[str, ...]:

@@ -182,7 +182,8 @@ class CustomerReads:
         """The partition's layout, grown as its next cycle will grow it: a plan may have come since the last one."""
         held = self._grown.get(partition.number)
         if held is None or held[0] is not partition.layout or held[1] is not plan:
-            wanted = {*plan.aggregates, *self._profile.values(), LAST_SEEN}
+            filling = {one for one in partition.layout.awaiting if partition.layout.locate(one) is None}
+            wanted = {*plan.aggregates, *self._profile.values(), LAST_SEEN} - filling
             grown = partition.layout.grown(sorted(wanted), plan.stored_models)
             held = self._grown[partition.number] = (partition.layout, plan, grown)
         return held[2]

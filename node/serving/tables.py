@@ -14,13 +14,16 @@ import msgspec
 import structlog
 from msgspec import Meta
 
+from node.kernel.clock import Clock
 from node.kernel.errors import BoundExceeded, ClusterUnavailable, PeerRefused, StoreUnavailable, TableRefused
-from node.kernel.limits import TABLE_STALL_MS_MAX
-from node.kernel.table_versions import Table, TableVersion
+from node.kernel.limits import TABLE_FEED_EVERY_MS_MIN, TABLE_STALL_MS_MAX
+from node.kernel.table_versions import Feed, Table, TableVersion
 from node.kernel.types import FieldType
 from node.serving.problems import Refusal, bad_request, unavailable
 from node.serving.routes import Call, Reply, Route
 from node.serving.view import Body
+from node.tables.declaration import declared
+from node.tables.feeds import TableFeeds
 from node.tables.service import FileWish, TableService
 
 log = structlog.get_logger(__name__)
@@ -36,6 +39,34 @@ class PutQuery(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     types: Annotated[str, Meta(description="name=number|text|boolean, separated by commas; else inferred.")] = ""
     defaults: Annotated[str, Meta(description="name=value, separated by commas: what a missing value gives.")] = ""
     sha256: Annotated[str, Meta(pattern="^([0-9a-f]{64})?$", description="Of the file, to be compared.")] = ""
+
+
+class FollowQuery(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    topic: Annotated[str, Meta(pattern="^[A-Za-z0-9._-]{1,249}$", description="A compacted topic of rows.")]
+    key: Annotated[str, Meta(description="The key column; needed of a new table.")] = ""
+    types: Annotated[str, Meta(description="name=number|text|boolean of each column; needed of a new table.")] = ""
+    defaults: Annotated[str, Meta(description="name=value, separated by commas: what a missing value gives.")] = ""
+    every_ms: Annotated[str, Meta(pattern="^[0-9]{1,9}$", description="The shortest time between two versions.")] = (
+        "10000"
+    )
+
+
+class FeedInfo(Body, frozen=True):
+    topic: str
+    every_ms: int
+    offsets: list[int]
+    """By partition: the newest version holds all that the topic had before them."""
+    by: str = ""
+    """The node that feeds the table, if it is this one: only that one knows what follows."""
+    behind: int = 0
+    """Offsets of the topic that it has not come to yet."""
+    behind_s: float = 0.0
+    """For how long it has not been whole."""
+    refused: int = 0
+    """Records that are no rows, since this node feeds the table; `problems` names the last ones."""
+    problems: tuple[str, ...] = ()
+    reason: str = ""
+    """Why it is not fed now."""
 
 
 class TableVersionInfo(Body, frozen=True):
@@ -61,6 +92,8 @@ class TableInfo(Body, frozen=True):
     """Nodes that lack the version that waits to go live."""
     absent: str = ""
     """Why the live version can't be read on this node now."""
+    feed: FeedInfo | None = None
+    """The topic that it follows."""
 
 
 class Tables(Body, frozen=True):
@@ -81,9 +114,16 @@ class TableDropped(Body, frozen=True):
     table: str
 
 
+class TableFollowed(Body, frozen=True):
+    table: str
+    topic: str
+
+
 class TableEndpoints:
-    def __init__(self, service: TableService) -> None:
+    def __init__(self, service: TableService, feeds: TableFeeds, clock: Clock) -> None:
         self._service = service
+        self._feeds = feeds
+        self._clock = clock
 
     def routes(self) -> tuple[Route, ...]:
         refused = (HTTPStatus.UNAUTHORIZED, HTTPStatus.UNPROCESSABLE_ENTITY, HTTPStatus.NOT_FOUND)
@@ -100,11 +140,23 @@ class TableEndpoints:
                 statuses=refused,
                 method="POST",
             ),
+            Route(
+                f"{path}/feed",
+                "Have a table follow a topic",
+                self._follow,
+                TableFollowed,
+                FollowQuery,
+                refused,
+                method="POST",
+            ),
+            Route(
+                f"{path}/feed", "Leave it as it is", self._unfollow, TableFollowed, statuses=refused, method="DELETE"
+            ),
         )
 
     async def _list(self, call: Call) -> Reply:
         service = self._service
-        tables = [self._info(table) for _, table in sorted(service.ledger.tables().items()) if table.versions]
+        tables = [self._info(table) for _, table in sorted(service.ledger.tables().items())]
         return _reply(Tables(tables=tables, building=dict(service.building)))
 
     def _info(self, table: Table) -> TableInfo:
@@ -118,6 +170,23 @@ class TableEndpoints:
             versions=[_version(one) for one in sorted(table.versions.values(), key=lambda one: -one.at_ms)],
             waits_for=self._service.ledger.waits_for(table.name),
             absent=self._service.library.current().absent.get(table.name, ""),
+            feed=None if table.feed is None else self._feed(table, table.feed),
+        )
+
+    def _feed(self, table: Table, feed: Feed) -> FeedInfo:
+        fed, newest = self._feeds.of(table), table.newest_fed
+        info = FeedInfo(feed.topic, feed.every_ms, list(newest.offsets) if newest is not None else [])
+        if fed is None:
+            return info
+        behind_s = 0.0 if fed.caught_up is None or not fed.behind else self._clock.monotonic() - fed.caught_up
+        return msgspec.structs.replace(
+            info,
+            by=self._service.node,
+            behind=fed.behind,
+            behind_s=round(behind_s, 3),
+            refused=fed.refused,
+            problems=tuple(fed.problems),
+            reason=fed.reason,
         )
 
     async def _put(self, call: Call) -> Reply:
@@ -153,6 +222,32 @@ class TableEndpoints:
         except (TableRefused, PeerRefused, ClusterUnavailable) as failure:
             raise _refusal(failure) from None
         return _reply(TableDropped(table=name))
+
+    async def _follow(self, call: Call) -> Reply:
+        name, query = _name(call), call.query
+        table = self._service.ledger.tables().get(name)
+        types = {column: _kind(kind) for column, kind in _pairs(query.types).items()}
+        every_ms = int(query.every_ms)
+        if every_ms < TABLE_FEED_EVERY_MS_MIN:
+            raise bad_request(f"every_ms is at least {TABLE_FEED_EVERY_MS_MIN}")
+        try:
+            schema = declared(query.key, types, _pairs(query.defaults), None if table is None else table.schema)
+            await self._service.follow(name, Feed(query.topic, schema.encode(), every_ms))
+        except BoundExceeded as full:
+            raise unavailable("busy", str(full)) from None
+        except StoreUnavailable as failure:
+            raise unavailable("disk", str(failure)) from None
+        except (TableRefused, PeerRefused, ClusterUnavailable) as failure:
+            raise _refusal(failure) from None
+        return _reply(TableFollowed(name, query.topic))
+
+    async def _unfollow(self, call: Call) -> Reply:
+        name = _name(call)
+        try:
+            await self._service.unfollow(name)
+        except (TableRefused, PeerRefused, ClusterUnavailable) as failure:
+            raise _refusal(failure) from None
+        return _reply(TableFollowed(name, ""))
 
     def _told(self, name: str, version: TableVersion) -> Reply:
         table = self._service.ledger.tables().get(name)

@@ -106,7 +106,8 @@ class Waiting(Body, frozen=True):
 
 
 class ScheduleInfo(Body, frozen=True):
-    """When an interval model runs: every `every_ms`, or (0) each day `at_ms` after midnight in `zone`."""
+    """When an interval model runs: every `every_ms`, or (0) each day `at_ms` after midnight in `zone`; with a `gap_ms`
+    once for each closed session of that gap, looked for so often."""
 
     every_ms: int
     at_ms: int
@@ -115,6 +116,7 @@ class ScheduleInfo(Body, frozen=True):
     grace_ms: int
     all: bool
     """Over all customers, not only those with events since the last run."""
+    gap_ms: int = 0
 
     @staticmethod
     def of(schedule: Schedule) -> ScheduleInfo:
@@ -125,6 +127,7 @@ class ScheduleInfo(Body, frozen=True):
             by="event" if schedule.by_event else "clock",
             grace_ms=schedule.grace_ms,
             all=schedule.whole,
+            gap_ms=schedule.gap_ms,
         )
 
 
@@ -194,6 +197,21 @@ class ConsistencyStatus(Body, frozen=True):
     """Rows of state computed anew, and those that differ from the changelog's."""
 
 
+class BackfillStatus(Body, frozen=True):
+    """How far the windows of a model that asks for history are filled from it."""
+
+    warming: bool
+    """They are not yet; its inferences say so, or it is held."""
+    events: int
+    """Taken in so far."""
+    percent: float
+    """Of the records to read; of several partitions, the least."""
+    lost: int = 0
+    """Records that the broker deleted before they were read."""
+    floor_ms: int = 0
+    """Kafka time of the oldest record there was, where older ones were wanted; else 0."""
+
+
 class ModelInfo(Body, frozen=True):
     """One version of one model, whatever its state."""
 
@@ -226,6 +244,8 @@ class ModelInfo(Body, frozen=True):
     """The share of customers whose rows are kept as training data."""
     consistency: ConsistencyStatus | None = None
     """Of all versions of the model, told with the live one; null before its training data was checked here."""
+    backfill: BackfillStatus | None = None
+    """Over the partitions that are open here, told with the live version; null if it asks for no history."""
 
     @staticmethod
     def of(
@@ -383,6 +403,8 @@ class PartitionStatus(Body, frozen=True):
     step_seconds: dict[str, float] = {}
     backlog: dict[str, BacklogStatus] = {}
     intervals: dict[str, IntervalStatus] = {}
+    backfills: dict[str, BackfillStatus] = {}
+    """By model; of a staged version, by its key."""
     cache: CacheStatus = CacheStatus()
 
 

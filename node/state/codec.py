@@ -50,8 +50,11 @@ def unpack_images(layout: Layout, stored: Sequence[bytes | None]) -> Floats:
     size = layout.slots * _SLOT_BYTES
     if stored and {None if row is None else len(row) for row in stored} == {size}:
         found = np.frombuffer(b"".join(stored), "<f8").reshape(len(stored), layout.slots)  # type: ignore[arg-type]
-        _check_headers(found, layout.id)
-        return found.copy()
+        if not _of_layout(found, layout.id):  # a growth may add no slot
+            _check_headers(found, layout)
+        copied = found.copy()
+        copied[:, :1] = header(layout.id)
+        return copied
     rows = np.tile(layout.initial, (len(stored), 1))
     places: dict[int, list[int]] = {}
     for place, row in enumerate(stored):
@@ -69,18 +72,19 @@ def _put(layout: Layout, rows: Floats, at: list[int], joined: bytes, length: int
             f"a stored row of {length} bytes is not one of layout {layout.id} or of an earlier one; {_ADVICE}"
         )
     found = np.frombuffer(joined, "<f8").reshape(len(at), slots)
-    headers = found[:, 0].view("<u8")
-    known = [header(number).view("<u8")[0] for number, size in enumerate(layout.sizes) if size == slots]
-    _check(bool(np.isin(headers, known).all()))
+    _check_headers(found, layout)
     rows[at, 1:slots] = found[:, 1:]
 
 
-def _check_headers(found: Floats, layout_id: int) -> None:
-    _check(bool((found[:, 0].view("<u8") == header(layout_id).view("<u8")[0]).all()))
+def _of_layout(found: Floats, layout_id: int) -> bool:
+    return bool((found[:, 0].view("<u8") == header(layout_id).view("<u8")[0]).all())
 
 
-def _check(sound: bool) -> None:
-    if not sound:
+def _check_headers(found: Floats, layout: Layout) -> None:
+    """Raises StateCorrupt unless each of `found` [customers, slots] is of the layout, or of one it grew from."""
+    slots = found.shape[1]
+    known = [header(number).view("<u8")[0] for number, size in enumerate(layout.sizes) if size == slots]
+    if not np.isin(found[:, 0].view("<u8"), known).all():
         raise StateCorrupt(f"a stored row's header does not name a layout of its length; {_ADVICE}")
 
 

@@ -22,9 +22,12 @@ def finished(
     """float64 [n]: the aggregate as of each event.
 
     `values` [planes, n] are windows with the event; `before` [planes of kind max, n] without it; `seconds` [n] the
-    times of the events. Nothing seen: 0 for count, sum and distinct, NaN for the rest.
+    times of the events. Nothing seen, or not filled from history yet: 0 for count, sum and distinct, NaN for the rest.
     """
     group = layout.locate(aggregate)
+    if group is None and aggregate in layout.awaiting:
+        empty = 0.0 if aggregate.function in ("count", "sum", "distinct") else np.nan
+        return np.full(len(seconds), empty)
     if group is None:
         raise KeyError(f"{aggregate} is not in the row layout; grow the layout before folding")
     source = Input(aggregate.event, aggregate.field, aggregate.where)

@@ -10,12 +10,14 @@ import asyncio
 import contextlib
 import os
 import shutil
+import subprocess
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import msgspec
 
+from node.kernel.child import in_child
 from node.kernel.digest import BucketEntry, StoreDigest, bucket_entries, digest_store
 from node.kernel.errors import HeadraceError, StateCorrupt, StoreUnavailable
 from node.kernel.limits import MIB, SNAPSHOT_INSPECT_MS_MAX
@@ -44,36 +46,25 @@ async def bucket_of(folder: Path, bucket: int) -> list[BucketEntry]:
 
 
 async def _inspect(*arguments: str | Path) -> bytes:
-    process = await asyncio.create_subprocess_exec(
-        sys.executable,
-        *("-s", "-m", "node.state.inspection", *map(str, arguments)),
-        stdin=asyncio.subprocess.DEVNULL,
-        stdout=asyncio.subprocess.PIPE,
-        stderr=asyncio.subprocess.PIPE,
-        env={
-            "LANG": "C.UTF-8",
-            "PATH": os.defpath,
-            "PYTHONPATH": os.pathsep.join(path for path in sys.path if path),
-            "OPENBLAS_NUM_THREADS": "1",
-        },
-        start_new_session=True,  # a Ctrl-C at the terminal is the node's to handle
-    )
     what = f"the copy of a store in {arguments[1]}"
     try:
         async with asyncio.timeout(SNAPSHOT_INSPECT_MS_MAX / 1000):
-            output, errors = await process.communicate()
+            code, output, errors = await in_child(
+                ("-m", "node.state.inspection", *map(str, arguments)), _said, subprocess.PIPE
+            )
     except TimeoutError:
         raise StoreUnavailable(f"{what} took longer than SNAPSHOT_INSPECT_MS_MAX; it is tried again") from None
-    finally:
-        if process.returncode is None:
-            process.kill()
-            await process.wait()
-    if process.returncode == 0:
+    if code == 0:
         return output
     reason = errors.decode(errors="replace").strip()[-1000:]
-    if process.returncode == _CORRUPT_STATUS:
+    if code == _CORRUPT_STATUS:
         raise StateCorrupt(f"{what} is damaged: {reason}; it is not used")
-    raise StoreUnavailable(f"{what} could not be looked at: {reason or process.returncode}; it is tried again")
+    raise StoreUnavailable(f"{what} could not be looked at: {reason or code}; it is tried again")
+
+
+def _said(process: subprocess.Popen[bytes]) -> tuple[int, bytes, bytes]:
+    output, errors = process.communicate()
+    return process.returncode, output, errors
 
 
 def main(arguments: Sequence[str]) -> int:

@@ -6,12 +6,13 @@ row written under an older layout is a prefix of a newer one, and `initial` is w
 
 A window is tiled by event time. It is the tile of the event read at, still filling, and the full tiles before it.
 A group is one head slot (the newest tile the customer has reached) and, for each *plane* of each accumulator, a
-ring of tiles: tile `i` is in ring slot `i mod tiles`. For ever is one tile, so the same rules hold.
+ring of tiles: tile `i` is in ring slot `i mod tiles`. For ever is one tile, so the same rules hold. So is a session,
+whose number is the time of the event that began it (`node.state.sessions`).
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Literal, TypeAlias
@@ -21,7 +22,7 @@ import numpy as np
 
 from node.kernel.errors import BoundExceeded, StateCorrupt
 from node.kernel.limits import ROW_SLOTS_MAX, WINDOW_MS_MAX
-from node.kernel.types import EVENT_TIME, Aggregate, Floats, ModelName, ModelVersion
+from node.kernel.types import ANY_EVENT, EVENT_TIME, Aggregate, Floats, ModelName, ModelVersion
 
 Kind: TypeAlias = Literal["count", "sum", "shifted", "squared", "min", "max", "sketch", "first", "last"]
 """What an accumulator keeps. `shifted` and `squared` are the sums of (x - pivot) and of its square."""
@@ -78,6 +79,10 @@ class Accumulator(msgspec.Struct, frozen=True, order=True, array_like=True):
     source: Input
 
 
+NEWEST = Accumulator("max", Input(ANY_EVENT, EVENT_TIME, ""))
+"""What every group of a session keeps: whether an event still belongs to it follows from its newest event's time."""
+
+
 class _WindowAdded(msgspec.Struct, frozen=True, array_like=True):
     window_ms: int
     accumulators: tuple[Accumulator, ...]
@@ -110,6 +115,10 @@ class Generation(msgspec.Struct, frozen=True, array_like=True):
     pivots: tuple[Input, ...]
     outputs: tuple[_OutputsAdded, ...]
     marks: tuple[_MarkAdded, ...] = ()
+    pending: bool = False
+    """Its windows are filled from history first: no event goes into them, and none of its aggregates is read there."""
+    filled: tuple[int, ...] = ()
+    """Groups that are pending no more, by number; the aggregates named are read there from now on."""
 
 
 class _Encoded(msgspec.Struct, frozen=True):
@@ -123,10 +132,19 @@ class Group:
 
     window_ms: int
     width_ms: int
-    """Of a tile; 0: one tile holds for ever."""
+    """Of a tile; 0: one tile holds for ever; of a session: its gap."""
     tiles: int
     head_slot: int
     accumulators: tuple[Accumulator, ...]
+
+    @property
+    def session(self) -> bool:
+        return self.window_ms < 0
+
+    @property
+    def newest_slot(self) -> int:
+        """Of a session: where the time of its newest event is, in seconds."""
+        return self.first_slot + self.planes[NEWEST]
 
     @property
     def first_slot(self) -> int:
@@ -191,7 +209,19 @@ class Layout:
 
     @property
     def groups(self) -> tuple[Group, ...]:
-        return tuple(self._placed.groups)
+        """Those that events are folded into."""
+        pending = self._placed.pending
+        return tuple(group for number, group in enumerate(self._placed.groups) if number not in pending)
+
+    @property
+    def pending(self) -> dict[int, Group]:
+        """Those that are being filled from history, by number among all groups."""
+        return {number: self._placed.groups[number] for number in sorted(self._placed.pending)}
+
+    @property
+    def awaiting(self) -> dict[Aggregate, int]:
+        """The number of the newest group that was made to hold the aggregate's history."""
+        return self._placed.awaiting
 
     @property
     def pivots(self) -> dict[Input, int]:
@@ -209,14 +239,8 @@ class Layout:
 
     @cached_property
     def aggregates(self) -> tuple[Aggregate, ...]:
-        """Every aggregate that was ever asked for, sorted."""
-        return tuple(
-            sorted(
-                Aggregate(added.function, added.event, added.field, added.window_ms, added.where)  # type: ignore[arg-type]
-                for generation in self.generations
-                for added in generation.aggregates
-            )
-        )
+        """Every aggregate that was ever asked for and can be read, sorted."""
+        return tuple(sorted(self._placed.located))
 
     @cached_property
     def initial(self) -> Floats:
@@ -244,15 +268,41 @@ class Layout:
         if not missing and not outputs and not marks:
             return self
         for aggregate in missing:
-            if not 0 <= aggregate.window_ms <= WINDOW_MS_MAX:
+            if abs(aggregate.window_ms) > WINDOW_MS_MAX:
                 raise BoundExceeded(f"{aggregate}: windows are at most {WINDOW_MS_MAX // _DAY} days (WINDOW_MS_MAX)")
         generation = Generation(
-            tuple(_AggregateAdded(a.function, a.event, a.field, a.window_ms, a.where) for a in missing),
+            _added(missing),
             self._windows_missing(missing),
             tuple(sorted({source for a in missing for source in _pivots_of(a)} - set(self.pivots))),
             outputs,
             marks,
         )
+        return self._with(generation)
+
+    def awaiting_history(self, aggregates: Iterable[Aggregate]) -> Layout:
+        """A layout that also has groups of their own for `aggregates`, pending. Raises BoundExceeded as `grown`."""
+        wanted = sorted(set(aggregates))
+        return self._with(
+            Generation(
+                _added(wanted),
+                _windows_of(wanted),
+                tuple(sorted({source for a in wanted for source in _pivots_of(a)} - set(self.pivots))),
+                (),
+                pending=True,
+            )
+        )
+
+    def with_history(self, groups: Sequence[int], lapsed: Collection[str] = ()) -> Layout:
+        """The layout in which events go into the pending `groups` too, and their aggregates are read there, but those
+        with a filter of `lapsed`."""
+        there = [a for a, number in self.awaiting.items() if number in groups and a.where not in lapsed]
+        return Layout((*self.generations, Generation(_added(sorted(there)), (), (), (), filled=tuple(groups))))
+
+    def filling(self, groups: Sequence[int]) -> Layout:
+        """The same rows, but only those groups, pending or not, are folded into."""
+        return _Filling(self.generations, tuple(groups))
+
+    def _with(self, generation: Generation) -> Layout:
         layout = Layout((*self.generations, generation))
         if layout.slots > ROW_SLOTS_MAX:
             raise BoundExceeded(
@@ -262,15 +312,11 @@ class Layout:
         return layout
 
     def _windows_missing(self, aggregates: list[Aggregate]) -> tuple[_WindowAdded, ...]:
-        windows: dict[int, set[Accumulator]] = {}
-        for aggregate in aggregates:
-            parts = accumulators_of(aggregate)
-            held = [group for group in self._placed.groups if group.window_ms == aggregate.window_ms]
-            if not any(parts <= set(group.accumulators) for group in held):
-                windows.setdefault(aggregate.window_ms, set()).update(parts)
-        return tuple(
-            _WindowAdded(window, tuple(sorted(parts, key=_plane_order))) for window, parts in sorted(windows.items())
-        )
+        def held(aggregate: Aggregate) -> bool:
+            groups = [group for group in self.groups if group.window_ms == aggregate.window_ms]
+            return any(accumulators_of(aggregate) <= set(group.accumulators) for group in groups)
+
+        return _windows_of([aggregate for aggregate in aggregates if not held(aggregate)])
 
     def _outputs_missing(self, models: Iterable[ModelVersion]) -> tuple[_OutputsAdded, ...]:
         missing: dict[ModelName, list[str]] = {}
@@ -309,6 +355,29 @@ class Layout:
         return layout
 
 
+@dataclass(frozen=True, eq=False)
+class _Filling(Layout):
+    numbers: tuple[int, ...] = ()
+
+    @property
+    def groups(self) -> tuple[Group, ...]:
+        return tuple(self._placed.groups[number] for number in self.numbers)
+
+
+def _added(aggregates: Iterable[Aggregate]) -> tuple[_AggregateAdded, ...]:
+    return tuple(_AggregateAdded(a.function, a.event, a.field, a.window_ms, a.where) for a in aggregates)
+
+
+def _windows_of(aggregates: Iterable[Aggregate]) -> tuple[_WindowAdded, ...]:
+    windows: dict[int, set[Accumulator]] = {}
+    for aggregate in aggregates:
+        kept = windows.setdefault(aggregate.window_ms, {NEWEST} if aggregate.window_ms < 0 else set())
+        kept.update(accumulators_of(aggregate))
+    return tuple(
+        _WindowAdded(window, tuple(sorted(parts, key=_plane_order))) for window, parts in sorted(windows.items())
+    )
+
+
 class _Placed:
     """Where each part of the generations lies; derived, never encoded."""
 
@@ -319,8 +388,10 @@ class _Placed:
         self.outputs: dict[ModelName, ModelSlots] = {}
         self.marks: dict[ModelName, int] = {}
         self.located: dict[Aggregate, Group] = {}
+        self.pending: set[int] = set()
+        self.awaiting: dict[Aggregate, int] = {}
         for generation in generations:
-            slot = self.sizes[-1]
+            slot, first = self.sizes[-1], len(self.groups)
             for added in generation.windows:
                 width_ms, tiles = tiling(added.window_ms)
                 group = Group(added.window_ms, width_ms, tiles, slot, added.accumulators)
@@ -335,8 +406,18 @@ class _Placed:
                 self.marks[ModelName(mark.tenant, mark.model)] = slot
                 slot += 1
             self.sizes.append(slot)
-            for aggregate in generation.aggregates:
-                self._locate(Aggregate(*_fields_of(aggregate)))  # type: ignore[arg-type]
+            if generation.pending:
+                self.pending.update(range(first, len(self.groups)))
+            self.pending.difference_update(generation.filled)
+            for added_aggregate in generation.aggregates:
+                aggregate = Aggregate(*_fields_of(added_aggregate))  # type: ignore[arg-type]
+                if generation.pending:
+                    self.awaiting[aggregate] = self._group_of(aggregate, range(first, len(self.groups)))
+                elif generation.filled:
+                    self.located[aggregate] = self.groups[self._group_of(aggregate, generation.filled)]
+                else:
+                    ready = [number for number in range(len(self.groups)) if number not in self.pending]
+                    self.located[aggregate] = self.groups[self._group_of(aggregate, ready)]
 
     def _place_outputs(self, added: _OutputsAdded, slot: int) -> int:
         name = ModelName(added.tenant, added.model)
@@ -347,12 +428,13 @@ class _Placed:
         self.outputs[name] = ModelSlots(outputs, held.time_slot, held.version_slot)
         return slot + len(added.outputs)
 
-    def _locate(self, aggregate: Aggregate) -> None:
+    def _group_of(self, aggregate: Aggregate, numbers: Iterable[int]) -> int:
+        """The first of them that has all its parts."""
         parts = accumulators_of(aggregate)
-        for group in self.groups:
+        for number in numbers:
+            group = self.groups[number]
             if group.window_ms == aggregate.window_ms and parts <= set(group.accumulators):
-                self.located[aggregate] = group
-                return
+                return number
         raise StateCorrupt(f"a stored row layout names {aggregate} but has no slots for it")
 
 
@@ -370,12 +452,12 @@ def header(layout_id: int) -> Floats:
 
 
 def tiling(window_ms: int) -> tuple[int, int]:
-    """(width of a tile in ms, tiles) of a window; (0, 1) for ever (0).
+    """(width of a tile in ms, tiles) of a window; (0, 1) for ever (0), (gap, 1) of a session (-gap).
 
     The widest width that gives at least TILES_MIN tiles; one second for the shortest windows.
     """
-    if not window_ms:
-        return 0, 1
+    if window_ms <= 0:
+        return -window_ms, 1
     fitting = [width for width in TILE_WIDTHS_MS if -(-window_ms // width) >= TILES_MIN]
     width = fitting[-1] if fitting else TILE_WIDTHS_MS[0]
     return width, -(-window_ms // width)

@@ -6,6 +6,7 @@ import bisect
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
+from node.kernel.backfills import BackfillState, encode_backfill
 from node.kernel.chunks import decode_chunk, encode_chunk
 from node.kernel.errors import StoreUnavailable
 from node.kernel.interval_runs import encode_run
@@ -26,6 +27,7 @@ class MemoryStore:
         self._runs: dict[str, IntervalRun] = {}
         self._event_time_ms = 0
         self._layout: bytes | None = None
+        self._backfill = BackfillState()
 
     def load(self, customers: Sequence[bytes]) -> list[bytes | None]:
         return [self._rows.get(customer) for customer in customers]
@@ -45,6 +47,7 @@ class MemoryStore:
         held = {**self._runs, **frame.runs}
         self._runs = {model: run for model, run in held.items() if run is not None}
         self._event_time_ms = frame.event_time_ms
+        self._backfill = frame.backfill or self._backfill
 
     def changelog_offset(self) -> int:
         return self._changelog_offset
@@ -80,12 +83,17 @@ class MemoryStore:
         start = 0 if after is None else bisect.bisect_right(self._keys, after)
         return [(key, self._rows[key]) for key in self._keys[start : start + limit]]
 
+    def backfill(self) -> BackfillState:
+        return self._backfill
+
     def entries(self) -> Iterator[tuple[str, bytes, bytes]]:
-        """(family, key, value) of all rows, chunks and interval runs, in key order in each family; for digests."""
+        """(family, key, value) of all rows, chunks, runs and the backfill, in key order in each family; for digests."""
         yield from (("profiles", key, self._rows[key]) for key in sorted(self._rows))
         yield from (("sequence", key, self._chunks[key]) for key in sorted(self._chunks))
         runs = sorted((model.encode(), encode_run(run)) for model, run in self._runs.items())
         yield from (("runs", model, run) for model, run in runs)
+        if self._backfill.fills:
+            yield "backfill", b"", encode_backfill(self._backfill)
 
     def flush(self) -> None:
         """Nothing is kept on disk."""

@@ -128,8 +128,9 @@ class PlaneIndex:
     """[groups]"""
     tiles: Ints
     """[groups]"""
-    finest: int
-    """Number of the group with the narrowest tiles."""
+    deciding: Ints
+    """Numbers of the group with the narrowest tiles and of those of sessions: events that are of one tile in these are
+    of one tile in all."""
     located: dict[tuple[Group, Accumulator], int]
     """First plane of each accumulator of each group."""
 
@@ -162,9 +163,15 @@ class PlaneIndex:
             np.array(first_slots, np.int64),
             np.array([group.head_slot for group in groups], np.int64),
             np.array([group.tiles for group in groups], np.int64),
-            min(range(len(groups)), key=lambda number: groups[number].width_ms or np.inf, default=0),
+            _deciding(groups),
             located,
         )
+
+
+def _deciding(groups: Sequence[Group]) -> Ints:
+    windows = [number for number, group in enumerate(groups) if not group.session]
+    finest = sorted(windows, key=lambda number: groups[number].width_ms or np.inf)[:1]
+    return np.array([*finest, *(number for number, group in enumerate(groups) if group.session)], np.int64)
 
 
 def plane_index(layout: Layout) -> PlaneIndex:

@@ -10,6 +10,7 @@ from node.kernel.types import Aggregate, Floats, Ints
 from node.state.finish import finished
 from node.state.layout import Layout
 from node.state.planes import PlacedGroup, plane_index
+from node.state.sessions import going_on
 
 
 def read(
@@ -23,7 +24,8 @@ def read(
 
     `rows` is float64 [slots, customers], `times_ms` [customers] the time to read each row at. A window ends with the
     tile of that time, so events that are newer than the tile do not count; `ending_before`: with the tile of the moment
-    before, which is another one where the time begins a tile. `since` counts from the last event at all.
+    before, which is another one where the time begins a tile. A session counts if an event of that time would belong to
+    it, and is empty otherwise. `since` counts from the last event at all.
     """
     index = plane_index(layout)
     last_ms = times_ms - 1 if ending_before else times_ms
@@ -39,6 +41,8 @@ def _window_values(placed: PlacedGroup, rows: Floats, times_ms: Ints) -> Floats:
     """float64 [planes of the group, customers]"""
     group, planes = placed.group, placed.planes
     block = rows[group.first_slot : group.last_slot].reshape(len(group.initial), group.tiles, -1)
+    if group.session:
+        return np.where(going_on(group, rows, times_ms), block[:, 0], group.initial[:, None])
     heads = rows[group.head_slot].astype(np.int64)
     last = times_ms // group.width_ms if group.width_ms else np.zeros_like(times_ms)
     slots = np.arange(group.tiles)[:, None]

@@ -29,6 +29,7 @@ from rocksdict import (
     WriteOptions,
 )
 
+from node.kernel.backfills import BackfillState, decode_backfill, encode_backfill
 from node.kernel.chunks import decode_chunk, encode_chunk
 from node.kernel.errors import HeadraceError, StateCorrupt, StoreUnavailable
 from node.kernel.interval_runs import decode_run, encode_run
@@ -41,6 +42,7 @@ FAMILIES = ("profiles", "history", "inferences", "sequence", "identity", "meta")
 
 _HEAD = b"head"
 _LAYOUT = b"layout"
+_BACKFILL = b"backfill"
 _RUN = b"run "
 """And the text of the model's name: its interval run."""
 _FILTER_BITS_PER_KEY = 10
@@ -205,6 +207,8 @@ class RocksStore:
                 batch.delete(_RUN + model.encode(), meta)
             else:
                 put(_RUN + model.encode(), encode_run(run), meta)
+        if frame.backfill is not None:
+            put(_BACKFILL, encode_backfill(frame.backfill), meta)
         put(_HEAD, msgspec.msgpack.encode(head), meta)
         return batch
 
@@ -232,6 +236,11 @@ class RocksStore:
         with self._failures("read"):
             encoded: bytes | None = self._families["meta"].get(_LAYOUT)
         return encoded
+
+    def backfill(self) -> BackfillState:
+        with self._failures("read"):
+            encoded: bytes | None = self._families["meta"].get(_BACKFILL)
+        return BackfillState() if encoded is None else decode_backfill(encoded)
 
     def chunks(
         self, limit: int, model: str | None = None, number_min: int = 0, after: tuple[str, int] | None = None
@@ -307,12 +316,14 @@ class RocksStore:
                 return self._head.changelog_offset
 
     def entries(self) -> Iterator[tuple[str, bytes, bytes]]:
-        """(family, key, value) of all rows, chunks and interval runs, in key order in each family; for digests."""
+        """(family, key, value) of all rows, chunks, runs and the backfill, in key order in each family; for digests."""
         for family in ("profiles", "sequence"):
             for key, value in self._entries(family, b""):
                 yield family, key, value
         for model, run in sorted((model.encode(), encode_run(run)) for model, run in self.runs().items()):
             yield "runs", model, run
+        if (state := self.backfill()).fills:
+            yield "backfill", b"", encode_backfill(state)
 
     def close(self) -> None:
         """The lock on the folder outlives the database while a handle to a family lives, so those go first."""

@@ -30,6 +30,10 @@ class Block(NamedTuple):
     segments: Ints
 
 
+_SORTED_BY_RADIX_MAX = 1 << 16
+"""numpy's stable sort is a radix sort for 16-bit keys, five times as fast as for wider ones."""
+
+
 class Segments:
     """Events cut into segments. `sequence` [n] gives the events, one segment after the other; `lengths` [s]
     (each at least 1) cut it.
@@ -95,3 +99,22 @@ class Segments:
                     operation(block[:, number - 1], block[:, number], out=block[:, number])
             else:
                 operation.accumulate(block, axis=1, out=block)
+
+
+class ByCustomer(NamedTuple):
+    """The events by customer, in order of arrival within each; customers without events are left out."""
+
+    order: Ints
+    """[n]: the events in that order."""
+    customers: Ints
+    """[c]: column of the customer in the rows."""
+    segments: Segments
+    """One for each of `customers`."""
+
+
+def by_customer(rows: Ints, customers: int) -> ByCustomer:
+    """`rows` [n]: the column, of so many, that each event's customer has."""
+    order = (rows.astype(np.uint16) if customers <= _SORTED_BY_RADIX_MAX else rows).argsort(kind="stable")
+    counts = np.bincount(rows, minlength=customers)
+    present = np.flatnonzero(counts)
+    return ByCustomer(order, present, Segments(order, counts[present]))

@@ -1,4 +1,4 @@
-"""The program that checks a table's file and writes it as a version: `python -m node.tables.build`, an order on stdin.
+"""The program that checks a table's file and writes it as a version: `python -m node.tables`, an order on stdin.
 
 A process of its own: parsing what somebody uploaded is C++ at work on foreign bytes, takes memory that should be given
 back, and must not hold up the node's loop. Memory needed: the largest column, and the keys' width and 24 bytes a row.
@@ -8,12 +8,12 @@ stdout has JSON lines: `{"rows": n}` while it reads, then `{"built": …}` or `{
 
 from __future__ import annotations
 
-import contextlib
 import os
 import resource
 import sys
 import tempfile
 from collections.abc import Callable, Iterator
+from itertools import chain
 from pathlib import Path
 from typing import Final
 
@@ -25,17 +25,17 @@ import pyarrow.compute as pc
 from node.kernel.errors import TableRefused
 from node.kernel.limits import MIB, TABLE_ROWS_MAX
 from node.kernel.tables import TableSchema
-from node.kernel.types import FieldType, Ints
+from node.kernel.types import Bools, FieldType, Ints
+from node.tables.changes import DELETED, without_deleted
 from node.tables.conversion import Problems, shown
 from node.tables.keys import Words, byte_words, hashed, key_width, number_words
 from node.tables.reading import Format, Wish, read_table
-from node.tables.version_file import VersionWriter
+from node.tables.version_file import VersionFile, VersionWriter
 
 _SEEDS: Final = 8
 """Two of n keys share a hash with a chance of n²/2⁶⁵; another seed parts them."""
 _PIECE_ROWS: Final = 262_144
 _CODED_VALUES_MAX: Final = 65_536
-_NICE: Final = 10
 
 
 class Order(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -52,6 +52,8 @@ class Order(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     types: dict[str, FieldType] = {}
     defaults: dict[str, str] = {}
     before: TableSchema | None = None
+    changes_to: str | None = None
+    """The file has changes, as `node.tables.changes` makes them, to the version in this one; '': to an empty table."""
 
 
 class Built(msgspec.Struct, frozen=True):
@@ -72,10 +74,28 @@ def build(order: Order, say: Callable[[int], None] = lambda rows: None) -> Built
     """Write the version; `say` hears how many rows are read. Raises TableRefused."""
     wish = Wish(order.key, order.columns, order.types, order.defaults, order.before)
     read = read_table(Path(order.source), order.format, wish)
+    batches, schema = read.batches, read.schema
+    if order.changes_to is not None:
+        batches = chain(_rows_before(order.changes_to, schema), batches)
     with tempfile.NamedTemporaryFile(dir=order.scratch, prefix=".rows-") as staged:
-        _stage(read.batches, read.schema, staged.name, say)
+        _stage(batches, schema, staged.name, say)
         with pa.memory_map(staged.name) as mapped:
-            return _write(pa.ipc.open_file(mapped).read_all(), read.schema, Path(order.target))
+            return _write(pa.ipc.open_file(mapped).read_all(), schema, Path(order.target), order.changes_to is not None)
+
+
+def _rows_before(path: str, schema: TableSchema) -> Iterator[pa.RecordBatch]:
+    """The rows of a version, as if they came first in the file of changes."""
+    if not path:
+        return
+    version, wanted = VersionFile(Path(path), "", defaults=False), _arrow_schema(schema)
+    for start in range(0, version.row_count, _PIECE_ROWS):
+        rows = np.arange(start, min(start + _PIECE_ROWS, version.row_count))
+        kept = [np.zeros(len(rows)) if name == DELETED else version.column(name, rows) for name in schema.columns]
+        columns = [version.keys(slice(start, start + len(rows))), *kept]
+        yield pa.RecordBatch.from_arrays(
+            [pa.array(column, field.type, from_pandas=True) for column, field in zip(columns, wanted, strict=True)],
+            schema=wanted,
+        )
 
 
 def _arrow_schema(schema: TableSchema) -> pa.Schema:
@@ -96,9 +116,15 @@ def _stage(batches: Iterator[pa.RecordBatch], schema: TableSchema, path: str, sa
         raise TableRefused(["the file has no rows"])
 
 
-def _write(table: pa.Table, schema: TableSchema, target: Path) -> Built:
+def _write(table: pa.Table, schema: TableSchema, target: Path, changes: bool) -> Built:
     words = _words(table.column(schema.key))
-    seed, hashes, order = _ordered(words, table.column(schema.key))
+    if changes:
+        seed, hashes, order = _newest(words, table.column(DELETED).to_numpy() != 0)
+        schema = msgspec.structs.replace(schema, columns=without_deleted(schema.columns))
+        if not len(order):
+            raise TableRefused(["all rows of the topic are deleted; a table can't be empty, the version before stays"])
+    else:
+        seed, hashes, order = _ordered(words, table.column(schema.key))
     with target.open("wb") as file:
         writer = VersionWriter(file)
         writer.section("hashes", [hashes.data])
@@ -142,6 +168,20 @@ def _ordered(words: Words, keys: pa.ChunkedArray) -> tuple[int, Words, Ints]:
     raise TableRefused([f"two different keys have the same hash under each of {_SEEDS} seeds"])
 
 
+def _newest(words: Words, deleted: Bools) -> tuple[int, Words, Ints]:
+    """As `_ordered`, of rows of which the last with a key counts, and none if that one deletes it."""
+    for seed in range(_SEEDS):
+        found = hashed(words, seed)
+        order = np.argsort(found, kind="stable")
+        found = found[order]
+        again = found[1:] == found[:-1]
+        alike = np.flatnonzero(again)
+        if (words[order[alike]] == words[order[alike + 1]]).all():
+            kept = np.append(~again, True) & ~deleted[order]
+            return seed, found[kept], order[kept]
+    raise TableRefused([f"two different keys have the same hash under each of {_SEEDS} seeds"])
+
+
 def _refuse_duplicates(alike: Ints, words: Words, order: Ints, keys: pa.ChunkedArray) -> None:
     problems = Problems()
     first, second = order[alike], order[alike + 1]
@@ -170,8 +210,6 @@ def _write_texts(writer: VersionWriter, number: int, column: pa.ChunkedArray, or
 
 def main() -> int:
     order = msgspec.json.decode(sys.stdin.buffer.read(), type=Order)
-    with contextlib.suppress(OSError):
-        os.nice(_NICE)
     resource.setrlimit(resource.RLIMIT_DATA, (order.memory_mb * MIB, order.memory_mb * MIB))
     pa.set_cpu_count(1)
     try:
@@ -188,7 +226,3 @@ def main() -> int:
 def _say(report: Report) -> None:
     sys.stdout.buffer.write(msgspec.json.encode(report) + b"\n")
     sys.stdout.buffer.flush()
-
-
-if __name__ == "__main__":
-    sys.exit(main())

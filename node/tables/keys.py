@@ -36,6 +36,13 @@ def byte_words(keys: Sequence[bytes], width: int) -> Words:
     return padded.view(np.uint64).reshape(len(keys), width)
 
 
+def texts_of(words: Words) -> list[bytes]:
+    """The keys of `byte_words`."""
+    padded = np.ascontiguousarray(words)
+    found: list[bytes] = padded.view(f"S{padded.shape[1] * _WORD_BYTES}").reshape(-1).tolist()
+    return found
+
+
 def text_words(keys: Sequence[str], width: int) -> tuple[Words, Bools]:
     """uint64 [n, width], and which of them may be keys at all: not too long, without a NUL."""
     encoded = [key.encode("utf-8", "surrogatepass") for key in keys]

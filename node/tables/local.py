@@ -10,8 +10,8 @@ from pathlib import Path
 
 import msgspec
 
-from node.kernel.errors import NotFound, StateCorrupt, StoreUnavailable
-from node.kernel.table_versions import Table, TableVersion
+from node.kernel.errors import NotFound, StateCorrupt, StoreUnavailable, TableRefused
+from node.kernel.table_versions import Feed, Table, TableVersion
 from node.tables.library import TableLibrary
 
 
@@ -48,10 +48,17 @@ class LocalTables:
     def waits_for(self, name: str) -> list[str]:
         return []
 
+    def held(self, name: str) -> bool:
+        return True
+
     async def put(self, name: str, version: TableVersion) -> None:
         async with self._changing:
             revision = self._kept.revision + 1
-            table = self._kept.tables.get(name, Table(name, {})).with_put(version, revision)
+            table = self._kept.tables.get(name, Table(name, {}))
+            problem = table.problem_of(version)
+            if problem:
+                raise TableRefused([problem])
+            table = table.with_put(version, revision)
             if table.passed is not None:
                 table = table.with_live(version.version, revision)
             for surplus in table.surplus:
@@ -63,6 +70,20 @@ class LocalTables:
             if name not in self._kept.tables:
                 raise NotFound(f"there is no table {name}; `headrace table list` names those that are")
             await self._keep({other: table for other, table in self._kept.tables.items() if other != name})
+
+    async def follow(self, name: str, feed: Feed) -> None:
+        async with self._changing:
+            table = self._kept.tables.get(name, Table(name, {}))
+            if not feed.same_wish(table.feed):
+                await self._keep({**self._kept.tables, name: table.with_feed(feed, self._kept.revision + 1)})
+
+    async def unfollow(self, name: str) -> None:
+        async with self._changing:
+            tables = dict(self._kept.tables)
+            table = tables.pop(name, None)
+            if table is not None and table.versions:
+                tables[name] = table.with_feed(None, self._kept.revision + 1)
+            await self._keep(tables)
 
     async def _keep(self, tables: dict[str, Table]) -> None:
         kept = _Kept(self._kept.revision + 1, tables)

@@ -35,6 +35,7 @@ from node.tables.conversion import (
     shown,
     typed,
 )
+from node.tables.declaration import default_value
 
 Format: TypeAlias = Literal["parquet", "csv", "ndjson"]
 FORMATS: Final = ("parquet", "csv", "ndjson")
@@ -160,14 +161,7 @@ def _default(wish: Wish, name: str, kind: FieldType) -> float | str | None:
     if text is None:
         known = wish.before.columns.get(name) if wish.before is not None else None
         return known.default if known is not None else None
-    if kind == "text":
-        return text
-    if kind == "boolean" and text in ("true", "false"):
-        return float(text == "true")
-    try:
-        return float(text)
-    except ValueError:
-        raise TableRefused([f"the default of column {shown(name)} must be a {kind}, not {shown(text)}"]) from None
+    return default_value(name, text, kind)
 
 
 # --- formats --------------------------------------------------------------------------------------------------------

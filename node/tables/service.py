@@ -8,26 +8,24 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import sys
+import subprocess
 import tempfile
 from collections.abc import AsyncIterator, Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Final, Protocol
+from typing import Protocol
 
 import msgspec
 import structlog
 
+from node.kernel.child import in_child
 from node.kernel.clock import Clock
 from node.kernel.errors import BoundExceeded, NotFound, StoreUnavailable, TableRefused
-from node.kernel.limits import MIB, TABLE_BUILD_MS_MAX, TABLE_UPLOADS_MAX, TABLES_MAX
-from node.kernel.table_versions import Table, TableVersion
+from node.kernel.limits import TABLE_BUILD_MS_MAX, TABLE_UPLOADS_MAX, TABLES_MAX
+from node.kernel.table_versions import Feed, Table, TableVersion
 from node.kernel.tables import TableSchema
 from node.kernel.types import FieldType
 from node.tables.library import TableLibrary
-
-_ROOT: Final = Path(__file__).resolve().parents[2]
-"""Where the packages are: the building process is to find this very code."""
 
 log = structlog.get_logger(__name__)
 
@@ -35,7 +33,7 @@ log = structlog.get_logger(__name__)
 class TableLedger(Protocol):
     """Where it is agreed what tables there are: a file of this node's, or the cluster's catalog.
 
-    Both changes return once this node has them. Raise StoreUnavailable, PeerRefused, ClusterUnavailable.
+    All changes return once this node has them. Raise TableRefused, StoreUnavailable, PeerRefused, ClusterUnavailable.
     """
 
     def tables(self) -> Mapping[str, Table]: ...
@@ -44,9 +42,17 @@ class TableLedger(Protocol):
         """Nodes that lack the version that waits to go live."""
         ...
 
+    def held(self, name: str) -> bool:
+        """Whether a node has the file of the version that waits to go live; True without one."""
+        ...
+
     async def put(self, name: str, version: TableVersion) -> None: ...
 
     async def drop(self, name: str) -> None: ...
+
+    async def follow(self, name: str, feed: Feed) -> None: ...
+
+    async def unfollow(self, name: str) -> None: ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,6 +60,7 @@ class Files:
     """Where versions are kept, by sha256. Blocking; called in a thread."""
 
     keep: Callable[[Path], str]
+    path: Callable[[str], Path]
     names: Callable[[], Iterable[str]]
     delete: Callable[[str], None]
 
@@ -98,7 +105,7 @@ class TableService:
         build_memory_mb: int,
         clock: Clock,
     ) -> None:
-        self._node = node
+        self.node = node
         self._folder = folder
         self._files = files
         self.library = library
@@ -117,8 +124,7 @@ class TableService:
         """A folder for one upload of the table, gone afterwards. Raises BoundExceeded, StoreUnavailable."""
         if name in self.building or len(self.building) >= TABLE_UPLOADS_MAX:
             raise BoundExceeded(f"{len(self.building)} tables are being put on this node already; wait for them")
-        if name not in self.ledger.tables() and len(self.ledger.tables()) >= TABLES_MAX:
-            raise BoundExceeded(f"there are {TABLES_MAX} tables (TABLES_MAX); drop one first")
+        self._check_room(name)
         self.building[name] = 0
         try:
             with tempfile.TemporaryDirectory(prefix=".upload-", dir=self._folder) as folder:
@@ -130,18 +136,39 @@ class TableService:
         finally:
             del self.building[name]
 
+    def _check_room(self, name: str) -> None:
+        if name not in self.ledger.tables() and len(self.ledger.tables()) >= TABLES_MAX:
+            raise BoundExceeded(f"there are {TABLES_MAX} tables (TABLES_MAX); drop one first")
+
     async def put(self, name: str, source: Path, wish: FileWish) -> TableVersion:
         """Check and build `source`, which is in the folder of its `upload`, and wish for it.
 
         Raises TableRefused, and what the ledger raises.
         """
         before = self.ledger.tables().get(name)
+        self._check_unfed(before)
         built = await self._build(name, source, wish, before.schema if before is not None else None)
+        return await self._kept(name, source, built)
+
+    async def put_changes(
+        self, name: str, source: Path, feed: Feed, base: TableVersion | None, offsets: tuple[int, ...]
+    ) -> TableVersion:
+        """A version that its feed made, None: an empty table, with the changes in `source`, which bring it to
+        `offsets`. Raises as `put`."""
+        path = "" if base is None else str(self._files.path(base.version))
+        schema = TableSchema.decode(feed.schema)
+        built = await self._build(name, source, FileWish("ndjson"), schema, changes_to=path)
+        return await self._kept(name, source, built, feed.number, offsets)
+
+    async def _kept(
+        self, name: str, source: Path, built: _Built, feed: int = 0, offsets: tuple[int, ...] = ()
+    ) -> TableVersion:
+        schema, now_ms = built.schema.encode(), self._clock.now_ms()
         self._keeping += 1
         try:
             sha256 = await asyncio.to_thread(self._files.keep, source.parent / "built")
             version = TableVersion(
-                sha256, built.schema.encode(), built.rows, built.bytes, who=self._node, at_ms=self._clock.now_ms()
+                sha256, schema, built.rows, built.bytes, who=self.node, at_ms=now_ms, feed=feed, offsets=offsets
             )
             await self.ledger.put(name, version)
         finally:
@@ -150,9 +177,33 @@ class TableService:
         await self.collect()
         return version
 
+    async def follow(self, name: str, feed: Feed) -> None:
+        """Have the table follow a topic. Raises TableRefused, BoundExceeded, and what the ledger raises."""
+        self._check_room(name)
+        table = self.ledger.tables().get(name)
+        if table is not None and table.versions:
+            problems = TableSchema.decode(feed.schema).problems_after(table.schema)
+            if problems:
+                raise TableRefused(problems)
+        await self.ledger.follow(name, msgspec.structs.replace(feed, who=self.node, at_ms=self._clock.now_ms()))
+        log.info("table follows a topic", table=name, topic=feed.topic)
+
+    async def unfollow(self, name: str) -> None:
+        """Leave the table as it is. Raises NotFound, and what the ledger raises."""
+        if self._table(name).feed is None:
+            raise TableRefused([f"table {name} follows no topic"])
+        await self.ledger.unfollow(name)
+        log.info("table follows no topic any more", table=name)
+
+    @staticmethod
+    def _check_unfed(table: Table | None) -> None:
+        if table is not None and table.feed is not None:
+            raise TableRefused([f"table {table.name} follows topic {table.feed.topic}; unfollow it first"])
+
     async def rollback(self, name: str) -> TableVersion:
         """Wish for the version that was live before. Raises NotFound, TableRefused."""
         table = self._table(name)
+        self._check_unfed(table)
         version = table.fallback
         if version is None:
             raise TableRefused([f"table {name} has no version before the live one to go back to"])
@@ -160,7 +211,9 @@ class TableService:
         missing = TableSchema.decode(version.schema).problems_after(table.schema)
         if missing and used:
             raise TableRefused([*missing, f"models that read the table: {', '.join(sorted(used))}"])
-        await self.ledger.put(name, msgspec.structs.replace(version, at_ms=self._clock.now_ms()))
+        # One that a topic made comes back as a file would: the table does not follow that topic any more.
+        again = msgspec.structs.replace(version, at_ms=self._clock.now_ms(), feed=0, offsets=())
+        await self.ledger.put(name, again)
         log.info("table rolled back", table=name, version=version.short_version)
         return version
 
@@ -188,7 +241,9 @@ class TableService:
                 if sha256 not in wanted and not self._keeping:
                     await asyncio.to_thread(self._files.delete, sha256)
 
-    async def _build(self, name: str, source: Path, wish: FileWish, before: TableSchema | None) -> _Built:
+    async def _build(
+        self, name: str, source: Path, wish: FileWish, before: TableSchema | None, changes_to: str | None = None
+    ) -> _Built:
         order = {
             "source": str(source),
             "format": wish.format,
@@ -200,38 +255,30 @@ class TableService:
             "types": dict(wish.types or {}),
             "defaults": dict(wish.defaults or {}),
             "before": before,
+            "changes_to": changes_to,
         }
-        process = await asyncio.create_subprocess_exec(
-            sys.executable,
-            *("-m", "node.tables.build"),
-            stdin=asyncio.subprocess.PIPE,
-            stdout=asyncio.subprocess.PIPE,
-            limit=MIB,
-            cwd=_ROOT,
-        )
         try:
             async with asyncio.timeout(TABLE_BUILD_MS_MAX / 1000):
-                return await self._followed(name, process, msgspec.json.encode(order))
+                return await in_child(
+                    ("-m", "node.tables"), lambda process: self._followed(name, process, msgspec.json.encode(order))
+                )
         except TimeoutError:
             raise TableRefused(
                 [f"building took over {TABLE_BUILD_MS_MAX // 60_000} minutes; take fewer rows"]
             ) from None
-        finally:
-            if process.returncode is None:
-                process.kill()
-                await process.wait()
 
-    async def _followed(self, name: str, process: asyncio.subprocess.Process, order: bytes) -> _Built:
+    def _followed(self, name: str, process: subprocess.Popen[bytes], order: bytes) -> _Built:
+        """Runs in a thread."""
         assert process.stdin is not None
         assert process.stdout is not None
-        process.stdin.write(order)
-        process.stdin.write_eof()
-        async for line in process.stdout:
+        with contextlib.suppress(BrokenPipeError), process.stdin as pipe:  # it has ended: its code is told below
+            pipe.write(order)
+        for line in process.stdout:
             report = msgspec.json.decode(line, type=_Report)
             if report.problems:
                 raise TableRefused(report.problems)
             if report.built is not None:
                 return report.built
             self.building[name] = report.rows
-        code = await process.wait()
+        code = process.wait()
         raise TableRefused([f"the process that checks the file ended with {code}: is [tables] build_memory_mb enough?"])

@@ -27,7 +27,7 @@ from numpy.typing import NDArray
 from node.kernel.errors import StoreUnavailable
 from node.kernel.tables import TableSchema
 from node.kernel.types import Column, Floats, Ints, Texts
-from node.tables.keys import Words, distinct_texts, hashed, number_words, text_words
+from node.tables.keys import Words, distinct_texts, hashed, number_words, text_words, texts_of
 
 MAGIC: Final = b"HRTABLE1"
 _LENGTH: Final = struct.Struct("<Q")
@@ -67,12 +67,13 @@ class VersionWriter:
 
 
 class VersionFile:
-    """A `TableReader` of one file. `version` is what inferences call it.
+    """A `TableReader` of one file. `version` is what inferences call it. Without `defaults`, what a row has not is
+    missing.
 
     Raises StoreUnavailable for a file that can't be read or is none.
     """
 
-    def __init__(self, path: Path, version: str) -> None:
+    def __init__(self, path: Path, version: str, defaults: bool = True) -> None:
         self.version = version
         self.path = path
         try:
@@ -87,7 +88,7 @@ class VersionFile:
         self._hashes: Words = self._section("hashes", np.uint64)
         self._keys: Words = self._section("keys", np.uint64).reshape(self.row_count, self._footer.width)
         self._columns = {
-            name: self._opened(number, column.type == "text", column.default)
+            name: self._opened(number, column.type == "text", column.default if defaults else None)
             for number, (name, column) in enumerate(self.schema.columns.items())
         }
 
@@ -114,6 +115,13 @@ class VersionFile:
         places[order] = np.searchsorted(self._hashes, asked[order])
         places[places == self.row_count] = 0
         return np.where((self._keys[places] == words).all(axis=1), places, -1)
+
+    def keys(self, rows: slice) -> Column:
+        """The keys of those rows, in the order of the file."""
+        words = self._keys[rows]
+        if self.schema.key_type == "number":
+            return words.view(np.float64).reshape(-1)
+        return np.array([key.decode() for key in texts_of(words)], dtype=object)
 
     def column(self, name: str, rows: Ints) -> Column | None:
         column = self._columns.get(name)

@@ -6,15 +6,13 @@ from collections import deque
 from collections.abc import Mapping, Sequence
 from typing import Any, Final
 
-import numpy as np
-from aiokafka import AIOKafkaConsumer, TopicPartition
+from aiokafka import TopicPartition
 
 from node.ingest.decode import EventDecoder
 from node.ingest.source import in_order
 from node.kernel.broker import ClientOptions, broker_call, close_quietly
 from node.kernel.clock import Clock
-from node.kernel.errors import BrokerUnavailable
-from node.kernel.limits import BROKER_CALL_MS_MAX, MIB
+from node.kernel.reading import committed_reader, polls_up_to
 from node.kernel.types import EventColumns
 
 _POLL_MS: Final = 200
@@ -33,14 +31,7 @@ class EventReader:
         self._held: dict[TopicPartition, deque[Any]] = {place: deque() for place in self._places}
         self._starts: Mapping[TopicPartition, int] = {}
         self._ends: Mapping[TopicPartition, int] = {}
-        self._consumer = AIOKafkaConsumer(
-            **options,
-            enable_auto_commit=False,
-            isolation_level="read_committed",
-            auto_offset_reset="none",
-            fetch_max_bytes=32 * MIB,
-            max_partition_fetch_bytes=8 * MIB,
-        )
+        self._consumer = committed_reader(options)
 
     async def open(self) -> None:
         """Raises BrokerUnavailable, TopicMissing."""
@@ -70,28 +61,12 @@ class EventReader:
                     records.append(record)
             if records:
                 runs[number] = records
-        return self._decoded(runs) if whole else None
+        return self._decoder.records(*in_order(runs)).events if whole else None
 
     async def _fetch(self, place: TopicPartition, stop: int) -> None:
         """Until all before `stop` is held."""
-        what, heard = f"read {place.topic}[{place.partition}]", self._clock.monotonic()
-        position = await broker_call(what, self._consumer.position(place))
-        while position < stop:
-            call = self._consumer.getmany(place, timeout_ms=_POLL_MS, max_records=_RECORDS_PER_POLL)
-            for records in (await broker_call(what, call)).values():
-                self._held[place].extend(records)
-            reached = await broker_call(what, self._consumer.position(place))
-            if reached > position:
-                position, heard = reached, self._clock.monotonic()
-            elif self._clock.monotonic() - heard > BROKER_CALL_MS_MAX / 1000:
-                raise BrokerUnavailable(f"{what}: nothing came for {BROKER_CALL_MS_MAX} ms, {stop - position} to go")
-
-    def _decoded(self, runs: dict[int, list[Any]]) -> EventColumns:
-        records, topics = in_order(runs)
-        count = len(records)
-        return self._decoder.decode(
-            [record.value for record in records],
-            np.fromiter([record.timestamp for record in records], np.int64, count),
-            np.fromiter(topics, np.int64, count),
-            np.fromiter([record.offset for record in records], np.int64, count),
-        ).events
+        what = f"read {place.topic}[{place.partition}]"
+        async for records, _ in polls_up_to(
+            self._consumer, place, stop, what, self._clock, _POLL_MS, _RECORDS_PER_POLL
+        ):
+            self._held[place].extend(records)

@@ -15,7 +15,17 @@ import msgspec
 import numpy as np
 
 from node.kernel.errors import StateCorrupt
-from node.kernel.types import FeatureRows, Floats, Ints, ModelName, ModelOutputs, ModelSource, ModelVersion, Triggers
+from node.kernel.types import (
+    FeatureRows,
+    Floats,
+    Ints,
+    ModelName,
+    ModelOutputs,
+    ModelSource,
+    ModelVersion,
+    TriggerKind,
+    Triggers,
+)
 
 _FORMAT: Final = 1
 
@@ -57,7 +67,7 @@ class _Rows(msgspec.Struct, array_like=True, frozen=True, tag="rows"):
     model: str
     version: str
     answered_by: str
-    interval: bool
+    kind: TriggerKind
     customers: tuple[str, ...]
     topic_names: tuple[str, ...]
     topics: bytes
@@ -102,7 +112,7 @@ def encode_rows(rows: FedRows) -> bytes:
             triggers.name.model,
             triggers.version,
             rows.version.version,
-            triggers.interval,
+            triggers.kind,
             triggers.customers,
             topic_names,
             topics,
@@ -155,7 +165,7 @@ def _rows(found: _Rows) -> FedRows:
         _integers(found.types),
         _integers(found.times_ms),
         FeatureRows(found.features, numbers, found.texts),
-        found.interval,
+        found.kind,
         found.inputs,
         _integers(found.fresh) if found.inputs else None,
         found.tables,
@@ -185,9 +195,9 @@ def _floats(data: bytes) -> Floats:
 def event_ids(rows: FedRows, partition: int) -> list[str]:
     """The id of each row's inference, as in the inferences topic."""
     triggers = rows.triggers
-    if triggers.interval:
-        times = triggers.times_ms.tolist()
-        return [f"{triggers.name}/interval/{time}/{one}" for time, one in zip(times, triggers.customers, strict=True)]
+    if triggers.kind != "event":
+        head, times = f"{triggers.name}/{triggers.kind}", triggers.moments.tolist()
+        return [f"{head}/{time}/{one}" for time, one in zip(times, triggers.customers, strict=True)]
     return [
         f"{triggers.name}/{rows.topics[topic]}/{partition}/{offset}"
         for topic, offset in zip(triggers.topics.tolist(), triggers.offsets.tolist(), strict=True)

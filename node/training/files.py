@@ -146,8 +146,8 @@ def _words(names: Sequence[str], codes: np.ndarray) -> list[str]:
 
 
 def _of_events(rows: FedRows, values: list[Any]) -> list[Any]:
-    """An interval has no event."""
-    return [None] * len(rows) if rows.triggers.interval else values
+    """An interval and a session have no event."""
+    return values if rows.triggers.kind == "event" else [None] * len(rows)
 
 
 def _metadata(rows: FedRows) -> Mapping[str, str]:

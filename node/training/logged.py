@@ -32,8 +32,11 @@ class Logged:
             return
         self.count += len(record)
         described = self.described.get(record.triggers.version)
-        if record.triggers.interval:
-            self.leave("of an interval run: of no event", len(record))
+        if record.triggers.kind != "event":
+            self.leave(
+                f"of {'an interval run' if record.triggers.kind == 'interval' else 'closed sessions'}: of no event",
+                len(record),
+            )
             return
         room = max(0, rows_max - len(self.rows))
         for place, event in enumerate(events_of(record)[:room]):

@@ -6,13 +6,13 @@ from collections.abc import AsyncIterator, Callable, Sequence
 from types import TracebackType
 from typing import Final
 
-from aiokafka import AIOKafkaConsumer, TopicPartition
+from aiokafka import TopicPartition
 
 from node.ingest.topics import Topics
 from node.kernel.broker import ClientOptions, broker_call, close_quietly
 from node.kernel.clock import Clock
-from node.kernel.errors import BrokerUnavailable, TopicMissing
-from node.kernel.limits import BROKER_CALL_MS_MAX, MIB
+from node.kernel.errors import TopicMissing
+from node.kernel.reading import committed_reader, polls_up_to
 from node.kernel.types import ModelName
 from node.training.fed_rows import Described, FedRows, decode
 
@@ -27,14 +27,7 @@ class RowReader:
         self._options = options
         self._topic = topic
         self._clock = clock
-        self._consumer = AIOKafkaConsumer(
-            **options,
-            enable_auto_commit=False,
-            isolation_level="read_committed",
-            auto_offset_reset="earliest",
-            fetch_max_bytes=32 * MIB,
-            max_partition_fetch_bytes=8 * MIB,
-        )
+        self._consumer = committed_reader(options, auto_offset_reset="earliest")
 
     async def __aenter__(self) -> RowReader:
         """Raises BrokerUnavailable."""
@@ -65,17 +58,10 @@ class RowReader:
         end = (await broker_call(what, self._consumer.end_offsets([at])))[at]
         self._consumer.assign([at])
         self._consumer.seek(at, start)
-        position, heard = start, self._clock.monotonic()
-        while position < end:
-            polled = await broker_call(
-                what, self._consumer.getmany(at, timeout_ms=_POLL_MS, max_records=_RECORDS_PER_POLL)
-            )
-            for record in polled.get(at, ()):
+        async for records, reached in polls_up_to(
+            self._consumer, at, end, what, self._clock, _POLL_MS, _RECORDS_PER_POLL
+        ):
+            for record in records:
                 if record.key == key and record.offset < end:
                     yield decode(record.value or b"")
-            reached = await broker_call(what, self._consumer.position(at))
-            if reached > position:
-                position, heard = reached, self._clock.monotonic()
-            elif self._clock.monotonic() - heard > BROKER_CALL_MS_MAX / 1000:
-                raise BrokerUnavailable(f"{what}: nothing came for {BROKER_CALL_MS_MAX} ms, {end - position} to go")
-            passed(min(position, end) - start, end - start)
+            passed(min(reached, end) - start, end - start)

@@ -17,6 +17,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from node.kernel.backfills import BackfillState, Fill
 from node.kernel.digest import bucket_entries, differences, differing_buckets, differing_entries, digest_store
 from node.kernel.errors import StateCorrupt, StoreUnavailable
 from node.kernel.limits import MIB
@@ -92,6 +93,20 @@ def test_interval_runs_are_put_kept_and_forgotten_by_frames(store: StateStore) -
     store.apply(replace(frame([b"a"], 1.0), runs={"t/n": None}, event_time_ms=12), 2)
     assert (dict(store.runs()), store.event_time_ms()) == ({"t/m": one}, 12)
     assert [family for family, _, _ in store.entries()] == ["profiles", "runs"]  # type: ignore[attr-defined]
+
+
+def test_how_far_windows_are_filled_is_kept_until_a_frame_says_otherwise(store: StateStore) -> None:
+    assert store.backfill() == BackfillState()
+    fill = Fill((1, 2), 5, 6, {"t": 3}, {"t": 9}, 4, 1, ("x",), False)
+    store.apply(replace(frame([]), backfill=BackfillState((fill,))), 1)
+    store.apply(frame([b"a"], 1.0), 2)
+    assert store.backfill() == BackfillState((fill,))
+    assert [family for family, _, _ in store.entries()] == ["profiles", "backfill"]  # type: ignore[attr-defined]
+    done = BackfillState((replace(fill, done=True),))
+    (decoded,) = [FrameAssembler().add(record) for record in encode_frame(replace(frame([]), backfill=done))]
+    assert decoded is not None
+    store.apply(decoded, 3)
+    assert store.backfill() == done
 
 
 def test_a_later_frame_replaces_rows_and_keeps_the_layout(store: StateStore) -> None:

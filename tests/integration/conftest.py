@@ -9,7 +9,7 @@ import aiohttp
 import pytest
 from cluster_support import Cluster, running
 from http_support import MemoryView, client_session, serving
-from node_support import Kafka
+from node_support import Kafka, Node
 
 from node.serving.server import HttpServer
 
@@ -23,6 +23,17 @@ def cluster(
     topic = broker.create(topic_names("events"), partitions)
     with running(tmp_path, broker, topic, partitions, topic_names("cluster")) as made:
         yield made
+
+
+@pytest.fixture
+def node(
+    request: pytest.FixtureRequest, kafka: str, tmp_path: Path, topic_names: Callable[[str], str]
+) -> Iterator[Node]:
+    """Not started yet, on a topic of as many PARTITIONS as the test's module says, or one."""
+    broker, partitions = Kafka(kafka), getattr(request.module, "PARTITIONS", 1)
+    made = Node(tmp_path, broker, [broker.create(topic_names("events"), partitions)], topic_names("node"))
+    yield made
+    made.kill()
 
 
 @pytest.fixture

@@ -79,7 +79,9 @@ class Kafka:
         return asyncio.run(run())
 
     def create(self, topic: str, partitions: int = 1, record_bytes_max: int = 8 << 20) -> str:
-        new = NewTopic(topic, partitions, 1, topic_configs={"max.message.bytes": str(record_bytes_max)})
+        new = NewTopic(
+            topic, partitions, 1, topic_configs={"max.message.bytes": str(record_bytes_max), "retention.ms": "-1"}
+        )
         for _, code, message in self._admin(lambda admin: admin.create_topics([new])).topic_errors:
             assert code == 0, message
         return topic

@@ -8,7 +8,7 @@ import hashlib
 import secrets
 import subprocess
 import sys
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator
 from pathlib import Path
 
 from node.kernel.clock import SystemClock
@@ -18,12 +18,6 @@ from replication.peers import PeerCall, PeerClient, PeerReply, PeerRoute, PeerSe
 
 SECRET = b"a secret of the cluster, long enough"
 WAIT_S_MAX = 15.0
-
-
-async def until(holds: Callable[[], object], wait_s_max: float = WAIT_S_MAX) -> None:
-    async with asyncio.timeout(wait_s_max):
-        while not holds():  # noqa: ASYNC110 - nothing here tells
-            await asyncio.sleep(0.01)
 
 
 def file_of(folder: Path, name: str, size: int) -> tuple[bytes, str]:

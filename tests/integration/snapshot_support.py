@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
@@ -68,17 +67,6 @@ def damage(path: Path) -> None:
 
 SECRET = b"a secret of the cluster"
 WAIT_S_MAX = 60.0
-
-
-async def until(condition: Callable[[], Any], what: str) -> Any:
-    """What `condition` gives once it is true, looked at again and again."""
-    try:
-        async with asyncio.timeout(WAIT_S_MAX):
-            while not (found := condition()):  # noqa: ASYNC110
-                await asyncio.sleep(0.01)  # between two looks
-    except TimeoutError:
-        raise AssertionError(f"{what}: not within {WAIT_S_MAX} s") from None
-    return found
 
 
 @dataclass

@@ -17,6 +17,7 @@ import numpy as np
 import pytest
 import pytest_asyncio
 from sklearn.linear_model import LogisticRegression
+from waiting import until
 
 from node.app import row_refusal
 from node.cluster_models import CatalogModels, agreed_models
@@ -216,12 +217,6 @@ async def cluster() -> AsyncIterator[Cluster]:
         await member.stop()
 
 
-async def until(condition: Callable[[], object]) -> None:
-    async with asyncio.timeout(20):
-        while not condition():  # noqa: ASYNC110
-            await asyncio.sleep(0.005)
-
-
 async def two_members(folder: Path, cluster: Cluster) -> tuple[Member, Member]:
     one, two = Member(folder, "one", cluster), Member(folder, "two", cluster)
     await asyncio.gather(one.start(), two.start())
@@ -253,7 +248,14 @@ async def test_a_model_dropped_on_one_node_runs_on_both(tmp_path: Path, cluster:
     outputs = await two.service.runner.submit(version, ROWS)
     assert outputs.values.shape == (4, 1)
     assert not outputs.errors
-    assert two.service.settings("ads").weight == 2.0
+    service = two.service
+
+    def weighted() -> bool:
+        """Settings are agreed by themselves, not with the model."""
+        cluster.exchange()
+        return service.settings("ads").weight == 2.0
+
+    await until(weighted, "the tenant's settings on the other node")
     await until(lambda: one.status().get("state") == "live")
     assert two.status() == {}, "the status is told where the files are"
     assert two.service.statistics().watch.trials == 0

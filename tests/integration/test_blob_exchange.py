@@ -12,7 +12,8 @@ from collections.abc import AsyncIterator, Callable
 from pathlib import Path
 
 import pytest
-from peer_support import SECRET, relay_to, until
+from peer_support import SECRET, relay_to
+from waiting import until
 
 from node.kernel import limits
 from node.kernel.clock import SystemClock

@@ -8,6 +8,7 @@ import pickle
 import shutil
 import signal
 import struct
+import time
 import zlib
 from collections.abc import AsyncIterator, Callable
 from pathlib import Path
@@ -186,6 +187,22 @@ async def test_a_lost_disk_rejoins_empty_and_does_not_vote_before_it_caught_up(c
 
     await leader.kill()
     assert await wiped.put("after", 1)
+
+
+async def test_a_node_that_starts_has_the_log_before_the_next_heartbeat(cluster: Cluster) -> None:
+    heartbeat_ms = 900
+    times = {"heartbeat_ms": heartbeat_ms, "election_ms_min": 2800, "election_ms_max": 2900, "reconnect_ms": 50}
+    times |= {"connection_lost_ms": 3000, "quorum_lost_ms": 2800}
+    nodes = await cluster.start(**times)
+    leader, (follower, _) = await split(cluster, nodes)
+    await leader.put("x", 1)
+    await follower.kill()
+    shutil.rmtree(follower.folder)
+    await follower.start()
+    started = time.monotonic()
+    await follower.ask("ready", wait_s=WAIT_S)
+    assert (time.monotonic() - started) * 1000 < heartbeat_ms
+    assert await follower.get("x") == 1
 
 
 async def test_members_join_and_leave_and_are_remembered(cluster: Cluster) -> None:

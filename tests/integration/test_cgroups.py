@@ -35,6 +35,7 @@ def test_the_node_moves_below_and_divides_its_group(tmp_path: Path) -> None:
     assert groups.missing == ""
     assert (tmp_path / "node" / "cgroup.procs").read_text() == str(os.getpid())
     assert (tmp_path / "cgroup.subtree_control").read_text() == "+cpu +memory +pids"
+    assert (tmp_path / "node" / "cpu.weight").read_text() == "10000"
     place = groups.create("ads", 7, LIMITS)
     folder = Path(place.folder)
     assert folder == tmp_path / "worker-ads-7"

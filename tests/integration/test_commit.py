@@ -20,6 +20,7 @@ import numpy as np
 import pytest
 from aiokafka import AIOKafkaConsumer, AIOKafkaProducer, TopicPartition
 from node_support import Kafka, harness
+from waiting import until
 
 from node.ingest.source import Source
 from node.kernel.clock import SystemClock
@@ -193,6 +194,41 @@ async def test_an_unfinished_transaction_is_invisible_and_ended_by_the_next_owne
     everything = await partition.values(partition.topics.inferences, "read_uncommitted")
     assert b"never" in everything, "it was there, and is skipped"
     await dead.stop()
+
+
+async def test_what_is_expected_joins_the_transaction_early_and_holds_up_nobody_if_it_never_comes(
+    partition: Partition,
+) -> None:
+    outbox = await partition.outbox()
+    manager = outbox._producer._txn_manager  # type: ignore[union-attr]
+    outbox.expect()
+    await until(lambda: not manager.partitions_to_add(), "the topics joined")
+    assert {place.topic for place in manager.txn_partitions} == {partition.topics.changelog}
+    sending = asyncio.ensure_future(outbox.send(outgoing(1)))
+    await asyncio.sleep(0)
+    outbox.expect()  # while a commit is in progress: of the next transaction
+    await sending
+    await until(lambda: not manager.partitions_to_add(), "the topics joined")
+    assert len(manager.txn_partitions) == 2
+    await outbox.close()
+    assert (await partition.folded()).counters() == {"events": 10}
+    newer = await partition.outbox()
+    await newer.send(outgoing(2))
+    assert (await partition.folded()).counters() == {"events": 20}
+    assert await partition.values(partition.topics.inferences) == [b"inference 1", b"inference 2"]
+
+
+async def test_a_replaced_producer_whose_topics_were_to_join_early_is_told_so(partition: Partition) -> None:
+    older = await partition.outbox()
+    await older.send(outgoing(1))
+    newer = await partition.outbox()
+    manager = older._producer._txn_manager  # type: ignore[union-attr]
+    older.expect()
+    await until(lambda: not manager.is_in_transaction(), "the broker refused it")
+    with pytest.raises(Fenced, match="another producer"):
+        await older.send(outgoing(2))
+    await newer.send(outgoing(3))
+    assert await partition.values(partition.topics.inferences) == [b"inference 1", b"inference 3"]
 
 
 async def test_a_frame_in_parts_is_one_frame(partition: Partition) -> None:

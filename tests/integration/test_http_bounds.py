@@ -13,9 +13,10 @@ import aiohttp
 import pytest
 import structlog
 import uvloop
-from http_support import NOW_MS, MemoryView, ask, assert_problem, raw, serving, until
+from http_support import NOW_MS, MemoryView, ask, assert_problem, raw, serving
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from waiting import until
 
 from node.config_sections import HttpSection
 from node.kernel.clock import ManualClock, SystemClock

@@ -4,25 +4,13 @@ from __future__ import annotations
 
 import time
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import Any
 
-import pytest
-from node_support import TIME_MS, Kafka, Node, drop, event, headers, linear, slow, wait_until
+from node_support import TIME_MS, Node, drop, event, headers, linear, slow, wait_until
 
 PARTITIONS = 2
 SPENT = {"spent": "sum(transaction.amount)", "recent": "count(transaction, '1h')"}
 FEATURES = "[features]\n"
-
-
-@pytest.fixture
-def node(kafka: str, tmp_path: Path, topic_names: Callable[[str], str]) -> Iterator[Node]:
-    broker = Kafka(kafka)
-    topic = broker.create(topic_names("events"), PARTITIONS)
-    made = Node(tmp_path, broker, [topic], topic_names("node"))
-    yield made
-    made.kill()
 
 
 def head(*lines: str) -> str:
@@ -136,6 +124,57 @@ def test_what_a_model_fails_on_is_a_dead_letter_once_and_status_tells_of_runs(no
     assert abs(max(one["due_ms"] for one in runs(node, model)) - time.time() * 1000) < 20_000
     (info,) = node.get("/v1/models")["models"]
     assert info["schedule"] == {
-        "every_ms": 1000, "at_ms": 0, "zone": "UTC", "by": "clock", "grace_ms": 0, "all": False
+        "every_ms": 1000, "at_ms": 0, "zone": "UTC", "by": "clock", "grace_ms": 0, "all": False, "gap_ms": 0
     }  # fmt: skip
     assert info["events"] == []
+
+
+def test_each_closed_session_has_one_inference_whatever_is_killed(node: Node) -> None:
+    """Sessions that the customer's next ends, in one micro-batch or another, and sessions that time ends."""
+    model = "shop/visit"
+    features = {"events": "count(any, session='10m')", "ever": "profile.events"}
+    drop(node.models, model, linear(1, 1000), features, head("session = '10m'", "every = '1m'"))
+    drop(node.models, "ads/uses", linear(1), {"score": "models.shop.visit.score"}, head('on = ["search"]'))
+    node.start()
+    node.live(model)
+    node.live("ads/uses")
+    start_s = 3600 - TIME_MS // 1000 % 3600
+    node.kafka.produce(node.topics[0], [event(f"first{one}", start_s) for one in range(8)], PARTITIONS)
+    wait_until(lambda: len(runs(node, model)) == PARTITIONS, "the first events are seen")
+    customers = [f"c{number:03}" for number in range(150)]
+    expected: dict[tuple[str, int], float] = {}
+    """(customer, when the session began) -> the model's output."""
+    for visit in range(6):
+        # Of three events, two minutes apart, 15 minutes after the visit before; every second customer leaves one out.
+        begin_s = start_s + 60 + 19 * 60 * visit
+        sent = []
+        for at_s in (0, 120, 240):
+            for number, name in enumerate(customers):
+                if (number + visit) % 2 and at_s == 240:
+                    continue
+                sent.append(event(name, begin_s + at_s))
+        for number, name in enumerate(customers):
+            before = expected.get((name, TIME_MS + 1000 * (begin_s - 19 * 60)), 0.0)
+            count = 2 if (number + visit) % 2 else 3
+            expected[name, TIME_MS + 1000 * begin_s] = count + 1000 * (before // 1000 + count)
+        node.kafka.produce(node.topics[0], sent, PARTITIONS)
+        if visit in (1, 4):
+            wait_until(lambda visit=visit: node.counter(f"inferences {model}") > 150 * visit - 75, "sessions close")  # type: ignore[misc]
+            node.kill()
+            node.start()
+    node.kafka.produce(
+        node.topics[0], [event(f"last{one}", start_s + 200 * 60, "transaction") for one in range(8)], PARTITIONS
+    )
+    wait_until(lambda: node.counter(f"inferences {model}") >= len(expected) + 8, "all have closed")
+    node.kafka.produce(node.topics[0], [event(customers[0], start_s + 201 * 60, "search")], PARTITIONS)
+    (used,) = node.inferences(1, PARTITIONS, "uses")
+    assert node.stop() == 0
+    found: Counter[tuple[str, int]] = Counter()
+    for one in node.kafka.inferences(node.application, PARTITIONS):
+        if one["model"] != "visit" or one["customer"].startswith("first"):
+            continue
+        assert one["id"] == f"{model}/session/{one['session']}/{one['customer']}"
+        assert one["outputs"]["score"] == expected[one["customer"], one["session"]]
+        found[one["customer"], one["session"]] += 1
+    assert found == dict.fromkeys(expected, 1)
+    assert used["outputs"]["score"] == expected[customers[0], max(at for name, at in expected if name == customers[0])]

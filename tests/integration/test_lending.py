@@ -16,6 +16,7 @@ from tenants.cpu_time import cpu_seconds
 from tenants.lending import SlotLook, wants_cpu
 
 SLEEPS = "import time; print(flush=True); time.sleep(600)"
+"""It sleeps, as the models that lend their slots do; no test waits for its end: it is killed."""
 BOTH = "import sys; print(flush=True); sys.stdin.readline()\nwhile True: pass"
 
 

@@ -21,6 +21,7 @@ CUSTOMERS = [f"customer-{number}" for number in range(40)]
 SHADOW = '{ stage = "shadow", rows_min = 60, agreement_min = 0.99 }'
 CANARY = '{ stage = "canary", share = 0.5, rows_min = 40, error_rate_max = 0.05 }'
 PATIENT = '{ stage = "shadow", rows_min = 1000000 }'
+PATIENT_CANARY = '{ stage = "canary", share = 0.5, rows_min = 1000000 }'
 
 
 @pytest.fixture
@@ -41,14 +42,20 @@ class Stream:
         self.node = node
         self.count = 0
 
-    def more(self, count: int = 40) -> None:
-        """And wait until they are answered."""
+    def make(self, count: int) -> None:
         numbers = range(self.count, self.count + count)
         self.count += count
         self.node.kafka.produce(self.node.topics[0], [event(CUSTOMERS[n % len(CUSTOMERS)], n) for n in numbers])
-        wait_until(lambda: self._answered() >= self.count, f"{self.count} answers")
 
-    def _answered(self) -> int:
+    def more(self, count: int = 40) -> None:
+        """And wait until they are answered."""
+        self.make(count)
+        self.wait()
+
+    def wait(self) -> None:
+        wait_until(lambda: self.answered() >= self.count, f"{self.count} answers")
+
+    def answered(self) -> int:
         return self.node.counter(f"inferences {NAME}") + self.node.counter(f"failed {NAME}")
 
     def more_until(self, condition: Callable[[], object], what: str) -> None:
@@ -125,6 +132,23 @@ def test_a_good_version_goes_live_by_itself_through_a_kill_and_each_trigger_is_a
         (second, "canary 0.5", "auto"),
         (second, "live", "auto"),
     ]
+
+
+def test_a_canary_keeps_its_customers_through_a_kill_and_each_trigger_is_answered_once(node: Node) -> None:
+    first = str(status_file(node.models, NAME)["version"])
+    second = staged(node, PATIENT_CANARY)
+    stream = Stream(node)
+    stream.more()
+    for _ in range(2):  # right after they were made, so that the node is amid them
+        stream.make(4_000)
+        node.kill()
+        node.start()
+    stream.wait()
+    assert stage_of(node) == "canary 0.5"
+    served = dict(zip(CUSTOMERS, of_canary(CUSTOMERS, ModelName("shop", "spend"), 0.5).tolist(), strict=True))
+    assert len(set(served.values())) == 2
+    for one in stream.answered_once():
+        assert one["version"] == (second if served[one["customer"]] else first)
 
 
 @pytest.mark.parametrize(

@@ -23,8 +23,8 @@ from peer_support import (
     running_client,
     running_peer,
     signed,
-    until,
 )
+from waiting import until
 
 from node.kernel import limits
 from node.kernel.clock import SystemClock

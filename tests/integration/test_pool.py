@@ -7,7 +7,7 @@ import hashlib
 import io
 import os
 import signal
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator
 from typing import Any
 
 import joblib
@@ -20,6 +20,7 @@ from sklearn.linear_model import LogisticRegression
 from sklearn.naive_bayes import MultinomialNB
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import OneHotEncoder
+from waiting import until
 
 from node.kernel.clock import ManualClock, SystemClock
 from node.kernel.errors import BoundExceeded, NotFound
@@ -128,12 +129,6 @@ async def running(server: WarmServer) -> AsyncIterator[Running]:
     await pool.stop()
     assert supervisor.failure is None, "a background task died"
     await supervisor.stop()
-
-
-async def until(condition: Callable[[], bool]) -> None:
-    async with asyncio.timeout(20):
-        while not condition():  # noqa: ASYNC110
-            await asyncio.sleep(0.002)
 
 
 async def answered(future: asyncio.Future[ModelOutputs]) -> ModelOutputs:

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import stat
-from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import aiohttp
 import pytest
 from http_support import NOW_MS, TOKEN, MemoryView, ask, assert_problem
-from node_support import Kafka, Node, drop, event, linear, status_file, wait_until
+from node_support import Node, drop, event, linear, status_file, wait_until
 from test_cli import Ran, headrace
 
 from node.kernel.errors import BoundExceeded, ClusterUnavailable, ConfigError, PeerRefused
@@ -130,14 +129,6 @@ def test_the_token_is_the_node_s_own_and_stays(tmp_path: Path) -> None:
 
 
 # --- a node that runs -----------------------------------------------------------------------------------------------
-
-
-@pytest.fixture
-def node(kafka: str, tmp_path: Path, topic_names: Callable[[str], str]) -> Iterator[Node]:
-    broker = Kafka(kafka)
-    made = Node(tmp_path, broker, [broker.create(topic_names("events"))], topic_names("node"))
-    yield made
-    made.kill()
 
 
 def command_line(*arguments: str) -> Ran:

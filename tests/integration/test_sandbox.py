@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import errno
 import os
 import signal
 import socket
@@ -202,3 +203,27 @@ def test_a_required_layer_that_is_missing_is_refused() -> None:
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
     assert done.stdout.startswith(SandboxUnavailable.__name__)
     assert "seccomp: libseccomp is not installed" in done.stdout
+
+
+_AT_A_TERMINAL = """
+import os
+from tenants.warm_server import leave_terminal
+os.setsid()
+ours, theirs = os.openpty()
+os.close(os.open(os.ttyname(theirs), os.O_RDWR))  # a leader without a terminal gets the first that it opens
+os.close(os.open("/dev/tty", os.O_RDWR))
+if os.fork() == 0:
+    leave_terminal()
+    leave_terminal()  # without one, too
+    try:
+        os.open("/dev/tty", os.O_RDWR)
+    except OSError as error:
+        os._exit(error.errno)
+    os._exit(0)
+print(os.waitstatus_to_exitcode(os.wait()[1]))
+"""
+
+
+def test_what_a_node_starts_has_not_the_terminal_that_the_node_was_started_at() -> None:
+    done = subprocess.run([sys.executable, "-c", _AT_A_TERMINAL], capture_output=True, text=True, check=True)
+    assert int(done.stdout) == errno.ENXIO

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import asyncio
 import io
 import json
 import shutil
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator
 from pathlib import Path
 
 import joblib
@@ -14,6 +13,7 @@ import numpy as np
 import pytest
 import pytest_asyncio
 from sklearn.linear_model import LogisticRegression
+from waiting import until
 
 from node.kernel.clock import SystemClock
 from node.kernel.errors import StoreUnavailable
@@ -98,12 +98,6 @@ async def node(tmp_path: Path) -> AsyncIterator[Node]:
     node = Node(tmp_path)
     yield node
     await node.stop()
-
-
-async def until(condition: Callable[[], object]) -> None:
-    async with asyncio.timeout(20):
-        while not condition():  # noqa: ASYNC110
-            await asyncio.sleep(0.005)
 
 
 async def test_a_model_not_tried_yet_is_not_a_deleted_one(node: Node) -> None:

@@ -2,11 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from pathlib import Path
-
-import pytest
-from node_support import Kafka, Node, drop, event, linear, remove, status_file, wait_until
+from node_support import Node, drop, event, linear, remove, status_file, wait_until
 
 SHARED = """
 [features.spent]
@@ -14,14 +10,6 @@ version     = 1
 expression  = "sum(transaction.amount, '30d')"
 description = "Spent within thirty days"
 """
-
-
-@pytest.fixture
-def node(kafka: str, tmp_path: Path, topic_names: Callable[[str], str]) -> Iterator[Node]:
-    broker = Kafka(kafka)
-    made = Node(tmp_path, broker, [broker.create(topic_names("events"))], topic_names("node"))
-    yield made
-    made.kill()
 
 
 def test_models_share_a_feature_and_use_each_others_output_of_the_same_event(node: Node) -> None:

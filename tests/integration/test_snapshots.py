@@ -10,7 +10,8 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from snapshot_support import CHANGELOG, WAIT_S_MAX, SnapshotNode, agree, damage, digest_folder, fold, frames, until
+from snapshot_support import CHANGELOG, WAIT_S_MAX, SnapshotNode, agree, damage, digest_folder, fold, frames
+from waiting import until
 
 from node.kernel.clock import SystemClock
 from node.kernel.digest import digest_store

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import io
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator
 from pathlib import Path
 
 import joblib
@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import pytest_asyncio
 from sklearn.linear_model import LinearRegression
+from waiting import until
 
 from node.kernel.clock import SystemClock
 from node.kernel.limits import SHADOW_ROWS_MAX
@@ -69,12 +70,6 @@ async def runner(tmp_path: Path) -> AsyncIterator[StagedRunner]:
     await pool.stop()
     await server.stop()
     await supervisor.stop()
-
-
-async def until(condition: Callable[[], object]) -> None:
-    async with asyncio.timeout(20):
-        while not condition():  # noqa: ASYNC110
-            await asyncio.sleep(0.005)
 
 
 @pytest.mark.asyncio

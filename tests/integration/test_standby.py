@@ -15,6 +15,7 @@ import pytest
 from aiokafka import AIOKafkaProducer, TopicPartition
 from aiokafka.admin import AIOKafkaAdminClient, NewPartitions, RecordsToDelete
 from node_support import Kafka
+from waiting import until
 
 from node.kernel.clock import SystemClock
 from node.kernel.errors import (
@@ -129,14 +130,6 @@ def contents(store: StateStore) -> tuple[object, ...]:
     return rows, store.progress(), store.counters(), store.changelog_offset()
 
 
-async def until(condition: Callable[[], Any], what: str) -> Any:
-    """What `condition` gives once it is true, looked at again and again."""
-    async with asyncio.timeout(WAIT_S_MAX):
-        while not (found := condition()):  # noqa: ASYNC110
-            await asyncio.sleep(0.01)  # between two looks
-    return found
-
-
 def refuse(failure: HeadraceError) -> None:
     raise AssertionError(failure)
 
@@ -144,6 +137,26 @@ def refuse(failure: HeadraceError) -> None:
 def at_end(folder: StandbyFolder, partition: int) -> bool:
     progress = folder.progress(partition)
     return progress is not None and progress.frames_behind == 0 and progress.ms_behind == 0
+
+
+async def test_the_reader_connects_while_the_state_is_on_its_way(
+    application: Application, stores: Callable[[str], RocksStore]
+) -> None:
+    async with folding(application.address, application.topics.changelog) as folder:
+        folder.expect(0)
+        await until(lambda: folder._asker is not None, "connected")
+        reader = folder._reader
+        await folder.remove(0)
+        await until(lambda: folder._asker is None, "closed again, as nothing is to come")
+        folder.expect(0)
+        folder.expect(1)
+        await until(lambda: folder._asker is not None, "connected again")
+        assert folder._reader is not reader
+        reader = folder._reader
+        await folder.remove(0)
+        folder.add(1, stores("standby"), refuse)
+        await until(lambda: at_end(folder, 1), "at the end")
+        assert folder._reader is reader
 
 
 async def test_standbys_equal_their_owners_row_for_row_through_changes_of_the_assignment(

@@ -6,11 +6,10 @@ import subprocess
 import sys
 import urllib.error
 import urllib.request
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import pytest
 from cluster_support import running
 from node_support import Kafka, Node, drop, event, harness, linear, status_file, wait_until
 
@@ -41,14 +40,6 @@ def products(folder: Path, step: int) -> Path:
 def live(node: Node, name: str = "products") -> str:
     tables = {table["name"]: table for table in node.get("/v1/tables")["tables"]}
     return str(tables[name]["live"]) if name in tables else ""
-
-
-@pytest.fixture
-def node(kafka: str, tmp_path: Path, topic_names: Callable[[str], str]) -> Iterator[Node]:
-    broker = Kafka(kafka)
-    one = Node(tmp_path, broker, [broker.create(topic_names("events"))], topic_names("node"))
-    yield one
-    one.kill()
 
 
 def outputs(node: Node, count: int) -> list[tuple[float, str]]:

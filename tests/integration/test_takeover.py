@@ -24,6 +24,7 @@ from node_support import TIME_MS, Kafka
 from node.config import parse_config
 from node.cycle import CycleSettings, Engine
 from node.ingest.decode import EventDecoder
+from node.ingest.history import TopicHistory
 from node.ingest.source import Source
 from node.ingest.topics import Topics
 from node.kernel.clock import SystemClock
@@ -122,6 +123,7 @@ class Seat:
         self.update: Callable[[], None] = lambda: None
         self.asked = 0
         """How often it was asked whether it may forget."""
+        self.opened: Callable[[], None] = lambda: None
         agreed.seats.append(self)
         agreed.leases.add(name)
 
@@ -229,7 +231,9 @@ class Node:
         self.folders = StateFolders(
             application.folder / name, lambda path: RocksStore(path, environment), self._restore
         )
-        self.standbys = StandbyFolder(application.options, application.topics.changelog, CLOCK, 0.2)
+        self.standbys = StandbyFolder(application.options, application.topics.changelog, CLOCK, 0.2, self._tell)
+        self.told: list[Mapping[int, ReplicaProgress]] = []
+        """The progress at each time when it was to be told at once."""
         self.sessions: dict[int, int] = Counter()
         self.replicas = Replicas(
             Surroundings(self.seat, self.standbys, self._open, 0.02, CLOCK),
@@ -240,6 +244,10 @@ class Node:
             self.supervisor,
         )
         self.seat.update = self.replicas.update
+        self.seat.opened = self._tell
+
+    def _tell(self) -> None:
+        self.told.append(self.replicas.progress())
 
     async def _restore(self, partition: int, path: Path) -> bool:
         self.restored.append(partition)
@@ -259,6 +267,7 @@ class Node:
             ),
             source=lambda: Source(one.options, [one.source], number, 1 << 20, "earliest", "wait", CLOCK),
             changelog=lambda: reader or Changelog(one.options, one.topics.changelog, number, CLOCK),
+            history=lambda: TopicHistory(one.options, [one.source], number, engine.decoder, CLOCK),
             versions=lambda name, version: VERSION,
             bound=lambda name: Bound(100_000),
             cache_bytes=1 << 20,
@@ -360,6 +369,15 @@ async def test_a_node_whose_models_are_on_trial_stands_by_for_what_it_will_own(a
     assert any("tries its models" in reason for reason in node.replicas.unready())
     node.replicas.own()
     await node.serves()
+
+
+async def test_what_a_move_waits_for_is_told_at_once(application: Application) -> None:
+    a, b = await pair(application)
+    assert [told[0].serving for told in a.told if 0 in told] == [True], "an owner that has opened the partition"
+    assert [(told[0].serving, told[0].frames_behind) for told in b.told] == [(False, 0)], "a standby at the end"
+    application.agreed.take_over(0, "b")
+    await b.serves()
+    assert b.told[-1][0].serving
 
 
 async def test_a_partition_that_has_done_everything_waits_for_events_only(application: Application) -> None:

@@ -11,7 +11,8 @@ from typing import Any
 import numpy as np
 import pytest
 from aiokafka import AIOKafkaProducer
-from snapshot_support import SECRET, SnapshotNode, agree, damage, frames, until
+from snapshot_support import SECRET, SnapshotNode, agree, damage, frames
+from waiting import until
 
 from node.kernel.clock import SystemClock
 from node.kernel.errors import HeadraceError, NotFound, PeerRefused

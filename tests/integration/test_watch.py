@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 import pytest_asyncio
 from sklearn.linear_model import LogisticRegression
+from waiting import until
 
 from node.app import row_refusal
 from node.kernel import limits
@@ -122,12 +123,6 @@ async def node(tmp_path: Path, server: WarmServer) -> AsyncIterator[Node]:
     node = Node(tmp_path, server)
     yield node
     await node.stop()
-
-
-async def until(condition: Callable[[], object]) -> None:
-    async with asyncio.timeout(20):
-        while not condition():  # noqa: ASYNC110
-            await asyncio.sleep(0.005)
 
 
 async def test_a_dropped_pair_goes_live_and_says_so_beside_it(node: Node) -> None:

@@ -74,6 +74,8 @@ def process_status(worker: WorkerProcess) -> str:
 async def test_the_kernel_runs_the_node_before_its_workers(worker: WorkerProcess) -> None:
     niceness = os.getpriority(os.PRIO_PROCESS, worker.pid) - os.getpriority(os.PRIO_PROCESS, 0)
     assert niceness == min(WORKER_NICENESS, 19 - os.getpriority(os.PRIO_PROCESS, 0))
+    assert os.getsid(worker.pid) == os.getsid(0), "niceness holds inside one session only, where there is autogroup"
+    assert os.getpgid(worker.pid) != os.getpgid(0), "a Ctrl-C at the terminal must not end it"
 
 
 async def test_report_and_outputs(worker: WorkerProcess) -> None:
@@ -363,7 +365,7 @@ async def test_dead_warm_server_is_started_again() -> None:
         assert server._process is not None
         os.kill(server._process.pid, signal.SIGKILL)
         await worker.lost.wait()
-        await server._process.wait()
+        await asyncio.to_thread(server._process._process.wait)
         again = await server.spawn("grocery", MEMORY_BYTES)
         await again.load(version_of(NAMES), stored(fit(LogisticRegression())))
 

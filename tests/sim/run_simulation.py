@@ -19,7 +19,7 @@ sys.path[:0] = [str(HERE.parent.parent), str(HERE)]
 from sim_mutations import MUTATIONS, seeds_until_caught  # noqa: E402
 from sim_world import Outcome, simulate  # noqa: E402
 
-COUNTED = ("commits", "owner_changes", "restores", "faults")
+COUNTED = ("commits", "owner_changes", "restores", "faults", "flips")
 SEEDS_A_CHUNK = 10
 
 

@@ -31,6 +31,8 @@ class Transaction:
     next_event: int
     session: int
     epoch: int
+    table: tuple[str, int]
+    """The version of the table that its inferences are of, and the revision at which that went live."""
 
 
 @dataclass(slots=True)

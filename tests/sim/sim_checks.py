@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 from sim_broker import Row, plain_fold
 from sim_models import ModelChecks
+from sim_table_checks import TableChecks
 
 from node.state.memory import MemoryStore
 from replication.catalog import Catalog, apply, problem
@@ -30,6 +31,7 @@ class Checks:
     def __init__(self, world: World) -> None:
         self.world = world
         self.models = ModelChecks(world)
+        self.tables = TableChecks(world)
         self.catalogs: list[Catalog] = [Catalog()]
         self.effective: set[Command] = set()
         self.history: list[dict[int, dict[bytes, bytes]]] = []
@@ -57,8 +59,13 @@ class Checks:
                 self.fail("(e) a command counted twice", command)
             self.effective.add(command)
             self.models.changed(command, before, catalog)
+            self.tables.changed(command, before, catalog)
         self._changes_are_sound(before, catalog)
         self.catalogs.append(catalog)
+
+    def catalog_is_copied(self, index: int, catalog: Catalog) -> None:
+        if self.catalogs[index] != catalog:
+            self.fail("(e) a dump differs from the catalog at its index", index)
 
     def _changes_are_sound(self, before: Catalog, after: Catalog) -> None:
         if after.partitions is before.partitions:
@@ -118,6 +125,7 @@ class Checks:
                 self.fail("(a) events committed twice or left out", partition, before.next_event, done.first_event)
         if done.inferences != tuple(range(done.first_event, done.next_event)):
             self.fail("(a) a commit without one inference for each event", partition, done.inferences)
+        self.tables.committed(partition, done)
         rows = self.rows[partition] = plain_fold(self.rows[partition], done.first_event, done.next_event)
         self.history[partition][after] = {name: np.array(row, "<f8").tobytes() for name, row in rows.items()}
         self.commit_ms[partition].append(self.world.now_ms)
@@ -185,7 +193,7 @@ class Checks:
         counts = [owned[name] for name in able] or [0]
         if max(counts) - min(counts) > 1:
             return f"owners are not balanced: {dict(owned)}"
-        return self.models.unfinished(catalog)
+        return self.models.unfinished(catalog) or self.tables.unfinished(catalog)
 
     def at_the_end(self) -> None:
         for partition, log in enumerate(self.world.logs):

@@ -32,7 +32,7 @@ class Disk:
     """Partition -> the newest snapshot that was verified; an older one is dropped only then."""
 
     blobs: set[str] = field(default_factory=set)
-    """Model files."""
+    """Files of models and of tables."""
 
     def keep(self, partition: int, snapshot: Snapshot) -> None:
         """A node that has just come back may make one that is older than what it has; that is not kept."""

@@ -15,6 +15,7 @@ from sim_broker import PartitionLog, Transaction
 from sim_checks import InvariantBroken
 from sim_node import SimNode
 from sim_session import Replica, Session
+from sim_table_mutations import TABLE_MISTAKES
 from sim_world import simulate
 
 from replication import catalog as catalog_module
@@ -340,6 +341,7 @@ MUTATIONS = (
         ((Replica, "_start", _fold_then_fence), (Replica, "_inited", _serve_at_once)),
     ),
     Mutation("unknown is done", "a failed commit counts as done", ((Replica, "_committed", _answered_is_committed),)),
+    *(Mutation(name, what, mistakes) for name, what, mistakes in TABLE_MISTAKES),
 )
 
 

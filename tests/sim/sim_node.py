@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import sim_models
+import sim_tables
 from sim_disk import Disk
 from sim_session import Replica
 
@@ -62,6 +63,7 @@ class SimNode:
         self.replicas: dict[int, Replica] = {}
         self.unused_since: dict[int, float] = {}
         self.due: dict[str, float] = {}
+        self.tables = sim_tables.NodeTables(self)
         self.heard: dict[str, float] = {}
         self.became_leader(0)
 
@@ -106,6 +108,7 @@ class SimNode:
         """A dump, for a node that is far behind."""
         before = self.catalog.leases
         self.catalog, self.applied = decode_catalog(encode_catalog(source.catalog)), source.applied
+        self.world.checks.catalog_is_copied(self.applied, self.catalog)
         for name, number in self.catalog.leases.items():
             if number != before.get(name):
                 self._renewed(name, number)
@@ -137,6 +140,8 @@ class SimNode:
                 self._clean(partition)
         if self.is_due("models", sim_models.LOOK_MS):
             sim_models.look(self)
+        if self.world.tables.there:
+            self.tables.step()
         if self.is_due("report", REPORT_MS):
             self.reported += 1
             number = (self.boots << 20) + self.reported
@@ -273,6 +278,8 @@ class SimNode:
         if self.is_due("plan", PLAN_MS):
             reports = self._reports()
             sim_models.lead(self, reports)
+            if self.world.tables.there:
+                sim_tables.lead(self, reports)
             commands = plan(self.catalog, reports, int(self.local_ms), self.world.plan_settings)
             self.world.checks.plan_is_right(self.catalog, commands)
             for command in commands:

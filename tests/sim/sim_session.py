@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
 import numpy as np
+import sim_tables
 from sim_broker import PartitionLog, Row, Transaction, customer_of, row_after
 from sim_disk import Snapshot, clone
 
@@ -135,13 +136,16 @@ class Replica:
     def _cycle(self, session: Session) -> None:
         position = self.store.progress().get("events", 0)
         count = min(self.log.source_end - position, 1 + self.world.random.randrange(6 if self.world.faulty else 30))
-        if count <= 0:
+        read = sim_tables.pinned(self.node)
+        if count <= 0 or read is None:
             return
         frame = self._computed(position, count)
         record_bytes_max = 90 if self.world.random.random() < 0.2 else 10_000
         records = tuple(encode_frame(frame, record_bytes_max))
         events = tuple(range(position, position + count))
-        transaction = Transaction(records, events, position, position + count, session.number, session.epoch)
+        transaction = Transaction(
+            records, events, position, position + count, session.number, session.epoch, (read.version, read.revision)
+        )
         session.step, session.asked_ms, session.pending = "commit", self.node.local_ms, frame
         self.world.call_broker(self.node, lambda asked: self._send(asked, transaction), self._sent, session)
 

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import sim_models
+import sim_tables
 from sim_broker import PartitionLog
 from sim_checks import STALE_MS, Checks, InvariantBroken
 from sim_node import SimNode, Told
@@ -55,6 +56,7 @@ class Outcome:
     owner_changes: int
     restores: int
     faults: int
+    flips: int
 
 
 class World:
@@ -67,6 +69,7 @@ class World:
         self.numbers = itertools.count(1)
         self.messages: list[tuple[float, int, Callable[[], None]]] = []
         self.checks = Checks(self)
+        self.tables = sim_tables.Tables(self)
         self.raft = Raft()
         self.faulty = True
         self.loss = self.random.choice((0.0, 0.02, 0.1))
@@ -268,7 +271,7 @@ class World:
         choice = self.random.random()
         node = self.random.choice(list(self.nodes.values()))
         if choice < 0.012:
-            self._crash(node)
+            self.crash(node)
         elif choice < 0.024 and node.running():
             node.paused_until_ms = self.now_ms + self.random.choice((300, 1500, 4000))
             self._fault("pause", node)
@@ -284,8 +287,7 @@ class World:
         elif choice < 0.070:
             self.without_kafka.clear()
         elif choice < 0.078 and self.raft.leader is not None:
-            self.raft.leader = None
-            self.note("leader deposed")
+            self.depose()
         elif choice < 0.090:
             node.folds = self.random.choice((0.05, 0.3, 1.0))
         elif choice < 0.100:
@@ -312,7 +314,11 @@ class World:
         if node.running() and member is not None and member.draining != wanted:
             node.propose(DrainNode(revision=node.catalog.revision, name=node.name, draining=wanted))
 
-    def _crash(self, node: SimNode) -> None:
+    def depose(self) -> None:
+        self.raft.leader = None
+        self.note("leader deposed")
+
+    def crash(self, node: SimNode) -> None:
         if not node.alive:
             return
         node.alive = False
@@ -334,9 +340,17 @@ class World:
             return False
         others = [other for other in self.nodes.values() if other is not node]
         return all(
-            not log.start or any(other.disk.restores_from(partition) >= log.start for other in others)
+            not log.start or any(self._goes_on_from(other, partition) >= log.start for other in others)
             for partition, log in enumerate(self.logs)
         )
+
+    def _goes_on_from(self, node: SimNode, partition: int) -> int:
+        """As `Disk.restores_from`; but of what it does not hold any more a node gives a snapshot only, no store."""
+        held = self.checks.catalogs[-1].partitions[partition:]
+        if held and node.name in (held[0].owner, *held[0].standbys):
+            return node.disk.restores_from(partition)
+        snapshot = node.disk.snapshots.get(partition)
+        return -1 if snapshot is None else snapshot.offset
 
     def _heal(self) -> None:
         self.faulty = False
@@ -370,6 +384,7 @@ class World:
             for log in self.logs:
                 if self.random.random() < 0.4:
                     log.source_end += self.random.randrange(4)
+        self.tables.step()
         for node in self.nodes.values():
             if not node.alive and self.now_ms >= node.start_at_ms:
                 node.boot()
@@ -391,6 +406,7 @@ class World:
         self._heal()
         for log in self.logs:
             log.source_end += 3
+        self.tables.grow()
         heal_steps = 0
         while why := self._unfinished():
             if heal_steps == HEAL_STEPS_MAX:
@@ -401,8 +417,8 @@ class World:
         self.checks.can_be_restored()
         commits = sum(len(log.commits) for log in self.logs)
         owner_changes = sum(held.epoch for held in self.checks.catalogs[-1].partitions)
-        counts = self.counts
-        return Outcome(steps, heal_steps, commits, owner_changes, counts.get("restore", 0), counts.get("fault", 0))
+        told = (self.counts.get(what, 0) for what in ("restore", "fault", "flip"))
+        return Outcome(steps, heal_steps, commits, owner_changes, *told)
 
     def _unfinished(self) -> str:
         return self.checks.unfinished() if len(self.checks.catalogs) > 2 else "nothing is agreed"

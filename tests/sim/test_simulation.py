@@ -26,6 +26,7 @@ def test_invariants_hold(first: int) -> None:
     assert sum(changes) > 5 * SEEDS_A_TEST, "owners change often, or nothing is tested"
     assert sum(outcome.restores for outcome in outcomes) > SEEDS_A_TEST
     assert sum(outcome.faults for outcome in outcomes) > 5 * SEEDS_A_TEST
+    assert sum(outcome.flips for outcome in outcomes) > SEEDS_A_TEST, "of tables, though few seeds have any"
 
 
 @pytest.mark.parametrize("mutation", MUTATIONS, ids=lambda mutation: mutation.name.replace(" ", "-"))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+
 import msgspec
 import pytest
 from hypothesis import given, settings
@@ -11,11 +13,14 @@ from msgspec.structs import replace
 from node.kernel import limits
 from node.kernel.errors import BoundExceeded, CatalogCorrupt
 from replication.catalog import Catalog, Model, apply, decode_catalog, encode_catalog, problem
+from replication.catalog_tables import table_blobs, table_rollout
 from replication.commands import (
     CancelMove,
     Command,
     CompleteMove,
     DrainNode,
+    FlipTable,
+    ForgetTable,
     ForgetVersion,
     GoLive,
     GrowPartitions,
@@ -23,6 +28,7 @@ from replication.commands import (
     JoinNode,
     LeaveNode,
     PutFeatures,
+    PutTable,
     PutTenant,
     PutVersion,
     QuarantineVersion,
@@ -39,6 +45,7 @@ from replication.commands import (
     decode_command,
     encode_command,
 )
+from tests.unit.table_commands_support import SCHEMAS, TABLE_SHAS, before_the_live, check_tables, table_commands
 
 SHAS = ("a" * 64, "b" * 64, "c" * 64)
 nodes = st.sampled_from("nmo")
@@ -51,8 +58,9 @@ VERSION: dict[str, st.SearchStrategy[object]] = {"tenant": tenants, "model": st.
 PARTITION = {"partition": partitions, "epoch": epochs}
 
 
+@functools.cache
 def any_command(revision: int) -> st.SearchStrategy[Command]:
-    at = st.integers(max(0, revision - 3), revision)
+    at = st.sampled_from((revision, revision, revision, max(0, revision - 1), max(0, revision - 3)))
     made: dict[type[Command], dict[str, st.SearchStrategy[object]]] = {
         JoinNode: {"name": nodes, "raft_address": st.just("r"), "http_address": st.just("h"), "rack": st.just("")}
         | {"incarnation": st.integers(1, 2), "at_ms": st.integers(0, 9)},
@@ -91,7 +99,7 @@ def any_command(revision: int) -> st.SearchStrategy[Command]:
 
 
 def whole() -> Catalog:
-    """Two nodes, three partitions of `n` with standby `m`, one live model."""
+    """Two nodes, three partitions of `n` with standby `m`, one live model and one live table."""
     catalog = Catalog()
     commands: list[Command] = [join(0, "n"), join(0, "m"), GrowPartitions(revision=0, count=3)]
     commands += [PutTenant(revision=9, name="t", settings=""), version(9, SHAS[0])]
@@ -99,6 +107,9 @@ def whole() -> Catalog:
     commands += [SetStandbys(revision=99, partition=p, epoch=1, standbys=("m",)) for p in range(3)]
     commands += [HoldBlob(revision=99, node="n", incarnation=1, blob=SHAS[0], held=True)]
     commands += [GoLive(revision=99, tenant="t", model="m", version=SHAS[0], holders=("n",))]
+    commands += [put_table(99, TABLE_SHAS[0])]
+    commands += [HoldBlob(revision=99, node="n", incarnation=1, blob=TABLE_SHAS[0], held=True)]
+    commands += [FlipTable(revision=99, name="prices", version=TABLE_SHAS[0], holders=("n",))]
     for command in commands:
         assert problem(catalog, command) == ""
         catalog = apply(catalog, command)
@@ -113,15 +124,22 @@ def version(revision: int, sha: str) -> PutVersion:
     return PutVersion(revision=revision, tenant="t", model="m", version=sha, blob=sha, manifest="x")
 
 
+def put_table(revision: int, sha: str) -> PutTable:
+    return PutTable(revision=revision, name="prices", version=sha, schema=SCHEMAS[0], rows=1, bytes=1)
+
+
 WHOLE = whole()
 
 
 @st.composite
 def histories(draw: st.DrawFn) -> tuple[Catalog, list[Command]]:
-    catalog, commands = WHOLE, []
-    for _ in range(draw(st.integers(1, 12))):
-        commands.append(draw(any_command(catalog.revision)))
-        catalog = apply(catalog, commands[-1])
+    """Either of everything but tables, or mostly of tables: drawn alike they would make each other rare."""
+    catalog, commands, tables = WHOLE, [], draw(st.booleans())
+    for _ in range(draw(st.integers(8, 20) if tables else st.integers(1, 12))):
+        of_tables = tables and draw(st.integers(0, 4))
+        more = table_commands(draw, catalog) if of_tables else [draw(any_command(catalog.revision))]
+        catalog = functools.reduce(apply, more, catalog)
+        commands += more
     return catalog, commands
 
 
@@ -130,7 +148,7 @@ def bare(catalog: Catalog) -> Catalog:
 
 
 @given(histories())
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=600, deadline=None)
 def test_every_late_repetition_changes_nothing_but_refusals(history: tuple[Catalog, list[Command]]) -> None:
     end, commands = history
     for command in commands:
@@ -149,7 +167,7 @@ def was_applied(commands: list[Command], wanted: Command) -> bool:
 
 
 @given(histories())
-@settings(max_examples=120, deadline=None)
+@settings(max_examples=600, deadline=None)
 def test_invariants_of_every_step(history: tuple[Catalog, list[Command]]) -> None:
     before = WHOLE
     for command in history[1]:
@@ -160,6 +178,7 @@ def test_invariants_of_every_step(history: tuple[Catalog, list[Command]]) -> Non
             assert bare(after) == bare(before)
             assert any(refusal.reason == reason for refusal in after.refusals)
         check_step(before, after)
+        check_tables(before, command, after)
         before = after
 
 
@@ -189,18 +208,82 @@ def check_step(before: Catalog, after: Catalog) -> None:
     texts = [t.settings + t.features for t in after.tenants.values()]
     texts += [v.manifest + v.report for m in after.models.values() for v in m.versions.values()]
     assert after.text_bytes == sum(map(len, texts))
-    assert {v.blob for m in after.models.values() for v in m.versions.values()} == set(after.holders)
+    files = {v.blob for m in after.models.values() for v in m.versions.values()}
+    assert files | {version for table in after.tables.values() for version in table.versions} == set(after.holders)
     assert all(set(held) <= after.nodes.keys() for held in after.holders.values())
     assert len(after.refusals) <= limits.REFUSALS_KEPT_MAX
 
 
 @given(histories())
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=200, deadline=None)
 def test_bytes_give_the_same_catalog_and_commands(history: tuple[Catalog, list[Command]]) -> None:
     end, commands = history
     assert decode_catalog(encode_catalog(end)) == end
     assert encode_catalog(decode_catalog(encode_catalog(end))) == encode_catalog(end)
     assert [decode_command(encode_command(command)) for command in commands] == commands
+
+
+@given(histories(), st.integers(0, 20))
+@settings(max_examples=200, deadline=None)
+def test_a_node_that_got_a_dump_comes_to_the_same_catalog(history: tuple[Catalog, list[Command]], at: int) -> None:
+    end, commands = history
+    catalog = WHOLE
+    for place, command in enumerate(commands):
+        if place == at:
+            catalog = decode_catalog(encode_catalog(catalog))
+        catalog = apply(catalog, decode_command(encode_command(command)))
+    assert catalog == end
+
+
+@given(histories(), st.sets(nodes))
+@settings(max_examples=400, deadline=None)
+def test_what_a_leader_proposes_for_tables_is_valid_and_comes_to_an_end(
+    history: tuple[Catalog, list[Command]], alive: set[str]
+) -> None:
+    """Whatever has happened, and whichever nodes live: what they all have flips, and nothing is left to be done."""
+    catalog, members = history[0], tuple(sorted(alive & history[0].nodes.keys()))
+    for name in members:
+        for blob in sorted(table_blobs(catalog)):
+            incarnation = catalog.nodes[name].incarnation
+            held = HoldBlob(revision=catalog.revision, node=name, incarnation=incarnation, blob=blob, held=True)
+            catalog = apply(catalog, held)
+    wishes = {name: table.passed.version for name, table in catalog.tables.items() if table.passed is not None}
+    for _ in range(16):
+        for command in table_rollout(catalog, members):
+            assert problem(catalog, command) == ""
+            if isinstance(command, ForgetTable):
+                assert command.version != before_the_live(catalog.tables[command.name]), "it stays for a rollback"
+            after = apply(catalog, command)
+            check_step(catalog, after)
+            check_tables(catalog, command, after)
+            catalog = after
+    assert table_rollout(catalog, members) == []
+    for name, table in catalog.tables.items():
+        assert not members or name not in wishes or table.live == wishes[name]
+        assert len(table.versions) <= limits.TABLE_VERSIONS_RETIRED_MAX + 2
+
+
+@given(histories(), st.sets(nodes, min_size=1))
+@settings(max_examples=200, deadline=None)
+def test_nothing_flips_that_a_living_node_lacks(history: tuple[Catalog, list[Command]], alive: set[str]) -> None:
+    catalog, members = history[0], tuple(sorted(alive & history[0].nodes.keys()))
+    for command in table_rollout(catalog, members):
+        if isinstance(command, FlipTable):
+            assert members
+            assert all(name in catalog.holders[command.version] for name in members)
+            assert catalog.tables[command.name].versions[command.version].state == "passed"
+
+
+def test_the_version_before_stays_though_a_wish_for_it_was_replaced() -> None:
+    catalog = apply(WHOLE, put_table(WHOLE.revision, TABLE_SHAS[1]))
+    held = HoldBlob(revision=catalog.revision, node="n", incarnation=1, blob=TABLE_SHAS[1], held=True)
+    catalog = apply(catalog, held)
+    catalog = functools.reduce(apply, table_rollout(catalog, ("n",)), catalog)
+    for sha in (TABLE_SHAS[0], TABLE_SHAS[2]):
+        catalog = apply(catalog, put_table(catalog.revision, sha))
+    table = catalog.tables["prices"]
+    assert (table.live, before_the_live(table)) == (TABLE_SHAS[1], TABLE_SHAS[0])
+    assert table_rollout(catalog, ("n",)) == []
 
 
 def test_a_takeover_is_refused_once_the_silent_owner_was_heard_of() -> None:
@@ -209,6 +292,20 @@ def test_a_takeover_is_refused_once_the_silent_owner_was_heard_of() -> None:
     assert "renewed" in problem(catalog, late)
     assert apply(catalog, late).partitions == WHOLE.partitions
     assert apply(catalog, replace(late, lease=7)).partitions[0].owner == "m"
+
+
+def test_a_lease_renewed_before_its_node_left_is_not_set_again_when_it_is_back() -> None:
+    late = RenewLease(revision=WHOLE.revision, name="m", incarnation=1, number=7)
+    catalog = apply(WHOLE, late)
+    for partition in range(3):
+        standbys = SetStandbys(revision=catalog.revision, partition=partition, epoch=1, standbys=())
+        catalog = apply(catalog, standbys)
+    catalog = apply(catalog, LeaveNode(revision=catalog.revision, name="m"))
+    assert "m" not in catalog.nodes
+    catalog = apply(catalog, join(catalog.revision, "m"))
+    assert "m" not in apply(catalog, late).leases
+    drained = apply(catalog, DrainNode(revision=catalog.revision, name="m", draining=True))
+    assert apply(drained, replace(late, revision=catalog.revision)).leases["m"] == 7, "it stayed, whatever else changed"
 
 
 def test_the_old_owner_becomes_the_standby() -> None:
@@ -347,9 +444,9 @@ def states(catalog: Catalog) -> list[str]:
 
 def test_a_lost_disk_no_longer_holds_a_file() -> None:
     catalog = apply(WHOLE, join(WHOLE.revision, "n", incarnation=2))
-    assert catalog.holders == {SHAS[0]: {}}
+    assert catalog.holders == {SHAS[0]: {}, TABLE_SHAS[0]: {}}
     late = HoldBlob(revision=WHOLE.revision, node="n", incarnation=1, blob=SHAS[0], held=True)
-    assert apply(catalog, late).holders == {SHAS[0]: {}}
+    assert apply(catalog, late).holders[SHAS[0]] == {}
 
 
 def test_a_node_that_left_does_not_come_back_by_a_late_command() -> None:

@@ -7,11 +7,13 @@ from pathlib import Path
 
 import pytest
 
+from node.backfilling import Backfilling
 from node.backlog import Backlog
 from node.commit import Committer
 from node.config import parse_config
 from node.cycle import Cycle, CycleSettings, Engine, PartitionState
 from node.ingest.decode import EventDecoder
+from node.ingest.history import TopicHistory
 from node.ingest.source import Source
 from node.intervals import Intervals
 from node.kernel.clock import SystemClock
@@ -62,7 +64,10 @@ class Parts:
         layout = Layout.empty()
         cache = RowCache(store, layout, 1 << 20)
         backlog = Backlog(pool, store, lambda *_: None, lambda _: Bound(1), clock)
-        self.state = PartitionState(layout, cache, backlog, Intervals(pool, store, clock, 0), Counter(), {})
+        history = TopicHistory({}, ("events",), 0, EventDecoder(CONFIG.events), clock)
+        backfilling = Backfilling(history, store.backfill(), clock, 0)
+        intervals = Intervals(pool, store, clock, 0)
+        self.state = PartitionState(layout, cache, backlog, intervals, backfilling, Counter(), {})
         topics = OutputTopics("inferences", "changelog", "letters")
         outbox = Outbox({}, topics, "test", 0, "off", "none", encode_frame, clock)
         source = Source({}, ("events",), 0, 1 << 20, "earliest", "wait", clock)

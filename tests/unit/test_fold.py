@@ -24,7 +24,7 @@ TYPES = ("search", "add_to_cart", "transaction")
 FILTERS = {"event.channel == 'web'": lambda event: event.fields["channel"] == "web"}
 (WEB,) = FILTERS
 START_MS = 1_700_000_000_000
-WINDOWS = (0, 700, 3 * SECOND, 59 * SECOND, 10 * MINUTE, HOUR, DAY, 30 * DAY)
+WINDOWS = (0, 700, 3 * SECOND, 59 * SECOND, 10 * MINUTE, HOUR, DAY, 30 * DAY, -1, -SECOND, -5 * MINUTE, -HOUR)
 FUNCTIONS = ("count", "sum", "mean", "min", "max", "std", "last", "first", "distinct", "since")
 
 

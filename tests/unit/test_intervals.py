@@ -267,3 +267,35 @@ async def test_a_deleted_model_stops_and_one_that_comes_back_goes_on_where_it_wa
     partition.plan = held
     await partition.settle()
     assert sorted(name for _, name in partition.committed) == [f"c{number}" for number in range(9)]
+
+
+class SlowStore(MemoryStore):
+    """Every read of a chunk takes 10 ms."""
+
+    def __init__(self, clock: ManualClock) -> None:
+        super().__init__()
+        self._clock = clock
+        self.read_at: list[float] = []
+
+    def scan(self, after: bytes | None, limit: int) -> list[tuple[bytes, bytes]]:
+        self.read_at.append(self._clock.monotonic())
+        self._clock.advance(10)
+        return super().scan(after, limit)
+
+
+@pytest.mark.parametrize(("events", "rested_ms"), [(False, 400), (True, 1200)])
+async def test_a_run_rests_longer_where_events_come_meanwhile(events: bool, rested_ms: int) -> None:
+    partition = Partition('every = "1h"')
+    store = partition.store = SlowStore(partition.clock)
+    partition.restart()
+    await partition.cycle([f"c{number}" for number in range(9)])
+    await partition.settle()
+    partition.clock.advance(HOUR_MS)
+    store.read_at.clear()
+    while len(store.read_at) < 3:
+        await partition.cycle(["c1"] if events else [])
+        while partition.runner.open:
+            partition.runner.answer()
+    (_, second, third) = store.read_at
+    # Cycles are 100 ms apart.
+    assert rested_ms - 1 <= (third - second) * 1000 - 10 <= rested_ms + 110

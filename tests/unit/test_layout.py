@@ -251,3 +251,14 @@ def test_the_cache_keeps_what_is_used() -> None:
     held = cache.statistics()
     assert held["hits"] == 49 * 20
     assert held["evictions"] == 20 + 50 * 20 - 100
+
+
+def test_rows_are_read_under_a_layout_that_added_no_slot() -> None:
+    mean, count = Aggregate("mean", "buy", "amount", 0, ""), Aggregate("count", "buy", "amount", 0, "")
+    before = Layout.empty().grown([mean], ())
+    after = before.grown([mean, count], ())
+    assert after.slots == before.slots
+    assert after.id != before.id
+    (stored,) = pack(unpack(before, [None]))
+    read = unpack(after, [stored])
+    assert pack(read) == pack(unpack(after, [None]))

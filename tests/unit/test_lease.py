@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from node.kernel.errors import PeerRefused
-from node.kernel.limits import CLUSTER_RENEWALS_MAX, CLUSTER_REPORT_BYTES_MAX
+from node.kernel.limits import CLUSTER_RENEWALS_MAX, CLUSTER_REPORT_BYTES_MAX, STANDBY_UNKNOWN_FRAMES
 from replication.catalog import Catalog, Node
 from replication.catalog_machine import Agreed
 from replication.lease import NUMBERS_A_PROCESS, Lease, same_process
@@ -58,8 +58,10 @@ def agreed(incarnation: int = 1, lease: int = 0, renewed_s: float | None = None)
     return Agreed(Catalog(nodes={"a": node}, leases={"a": lease}), {} if renewed_s is None else {"a": renewed_s})
 
 
-def report(number: int, offset: int = 1, incarnation: int = 1, serving: bool = False) -> PeerReport:
-    return PeerReport("a", incarnation, number, {3: Progress(offset, 0, 0, serving)}, {3: 9})
+def report(
+    number: int, offset: int = 1, incarnation: int = 1, serving: bool = False, frames_behind: int = 0
+) -> PeerReport:
+    return PeerReport("a", incarnation, number, {3: Progress(offset, frames_behind, 0, serving)}, {3: 9})
 
 
 def test_the_newest_report_of_the_right_incarnation_counts() -> None:
@@ -84,6 +86,13 @@ def test_the_newest_report_of_the_right_incarnation_counts() -> None:
     assert found.nodes["a"].partitions[3].offset == 2
     book.begin(10.0)
     assert book.reports(agreed(), 0.0).nodes == {}
+
+
+def test_a_plan_may_have_waited_for_a_standby_that_has_found_its_end() -> None:
+    book = ReportBook()
+    book.take(report(1, frames_behind=STANDBY_UNKNOWN_FRAMES), agreed(), 1.0)
+    assert book.take(report(2, frames_behind=0), agreed(), 2.0)
+    assert not book.take(report(3, frames_behind=1), agreed(), 3.0)
 
 
 def test_renewals_say_that_a_quiet_node_is_there_until_it_is_another_process() -> None:

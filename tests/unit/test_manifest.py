@@ -346,6 +346,11 @@ def test_mistakes_in_tenant_settings_are_all_told():
         ("every = '15m'", Schedule(900_000)),
         ("every = '15m'\nby = 'clock'\nall = true", Schedule(900_000, whole=True)),
         ("every = '1w'\nby = 'event'\ngrace = '2h'", Schedule(604_800_000, by_event=True, grace_ms=7_200_000)),
+        ("session = '30m'", Schedule(1_800_000, by_event=True, gap_ms=1_800_000)),
+        (
+            "session = '1h'\nevery = '5m'\ngrace = '2m'",
+            Schedule(300_000, by_event=True, grace_ms=120_000, gap_ms=3_600_000),
+        ),
         ("at = '06:30'", Schedule(at_ms=23_400_000)),
         ("at = '00:00'\nzone = 'Europe/Berlin'\nall = false", Schedule(zone="Europe/Berlin")),
     ],

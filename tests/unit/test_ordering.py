@@ -219,6 +219,18 @@ def rows_of(outcome: Outcome, version: str) -> dict[str, float]:
     }
 
 
+def test_what_a_held_canary_would_answer_stays_with_the_live_version() -> None:
+    plan, staged, _, _ = beside("canary", 0.5)
+    every = np.ones(COUNT, np.bool_)
+    found = divided(plan, events(), {A: every}, frozenset({staged.key}))
+    assert found.keys() == {A}
+    assert found[A].all()
+    served = of_canary([f"c{number}" for number in range(COUNT)], A, 0.5)
+    found = divided(plan, events(), {A: every}, frozenset({A}))
+    assert found.keys() == {staged.key}
+    assert found[staged.key].tolist() == served.tolist()
+
+
 def test_a_canary_answers_its_customers_in_place_of_the_live_version() -> None:
     plan, staged, outcome, shadows = beside("canary", 0.5)
     customers = [f"c{number}" for number in range(COUNT)]

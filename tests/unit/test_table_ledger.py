@@ -5,16 +5,31 @@ from __future__ import annotations
 import asyncio
 from pathlib import Path
 
+import msgspec
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from msgspec.structs import replace
 
+from node.kernel.errors import TableRefused
 from node.kernel.supervise import Supervisor
-from node.kernel.table_versions import Table, TableVersion
+from node.kernel.table_versions import Feed, Table, TableVersion
 from node.kernel.tables import TableColumn, TableSchema
 from node.tables.library import TableLibrary
+from node.tables.local import LocalTables
 from replication.catalog import Catalog, apply, decode_catalog, encode_catalog, problem
-from replication.catalog_tables import table_blobs, table_rollout
-from replication.commands import DropTable, FlipTable, HoldBlob, JoinNode, PutTable, decode_command, encode_command
+from replication.catalog_tables import table_blobs, table_rollout, waiting_held
+from replication.commands import (
+    DropTable,
+    FlipTable,
+    FollowTopic,
+    HoldBlob,
+    JoinNode,
+    PutTable,
+    UnfollowTopic,
+    decode_command,
+    encode_command,
+)
 from tests.unit.table_support import built
 
 SCHEMA = TableSchema("sku", "text", {"price": TableColumn("number")})
@@ -54,6 +69,19 @@ def led(catalog: Catalog, members: tuple[str, ...] = NODES) -> Catalog:
     return catalog
 
 
+def test_a_version_whose_only_holder_lost_its_disk_is_known_to_be_gone() -> None:
+    catalog = apply(cluster(), put(cluster(), 1))
+    assert not waiting_held(catalog, "products")
+    catalog = held(catalog, 1, "n1")
+    assert waiting_held(catalog, "products")
+    again = JoinNode(
+        revision=catalog.revision, name="n1", raft_address="a:1", http_address="a:2", incarnation=2, at_ms=1
+    )
+    assert not waiting_held(apply(catalog, again), "products")
+    assert waiting_held(led(held(catalog, 1, *NODES)), "products"), "none waits"
+    assert waiting_held(catalog, "others")
+
+
 def test_a_version_goes_live_once_all_have_it_and_the_one_before_can_come_back() -> None:
     catalog = apply(cluster(), put(cluster(), 1))
     assert led(held(catalog, 1, "n1", "n2")).tables["products"].live == ""
@@ -82,6 +110,8 @@ def test_late_and_repeated_commands_change_nothing() -> None:
     live = led(held(catalog, 1, *NODES))
     second = led(held(apply(live, put(live, 2)), 2, *NODES))
     assert "changed at revision" in problem(second, put(second, 1, revision=live.revision))
+    back = FlipTable(revision=second.revision, name="products", version=sha(1), holders=NODES)
+    assert "does not wait to go live" in problem(second, back), "it is put again first"
     other = TableSchema("sku", "text", {"cost": TableColumn("number")})
     assert "column price is missing" in problem(second, put(second, 4, other))
 
@@ -133,3 +163,70 @@ async def test_cycles_see_one_version_or_are_told_that_it_is_not_here(tmp_path: 
     library.agreed({})
     assert library.current().table("products") is None
     assert library.schemas == {}
+
+
+def followed(topic: str = "rows", revision: int = 0) -> FollowTopic:
+    return FollowTopic(revision=revision, name="products", topic=topic, schema=SCHEMA.encode(), every_ms=1000)
+
+
+def fed(catalog: Catalog, number: int, offsets: tuple[int, ...], feed: int | None = None) -> PutTable:
+    agreed = catalog.tables["products"].feed
+    known = agreed.number if feed is None and agreed is not None else feed or 0
+    return msgspec.structs.replace(put(catalog, number), feed=known, offsets=offsets)
+
+
+def test_a_followed_table_goes_forward_only_and_takes_no_files() -> None:
+    catalog = apply(cluster(), followed(revision=cluster().revision))
+    assert apply(catalog, followed(revision=catalog.revision)) is catalog
+    assert table_rollout(catalog, NODES) == []
+    assert "follows topic rows" in problem(catalog, put(catalog, 1))
+    catalog = apply(catalog, fed(catalog, 1, (5, 7)))
+    assert "as of (5, 7) already" in problem(catalog, fed(catalog, 2, (6, 6)))
+    catalog = led(held(catalog, 1, *NODES))
+    assert catalog.tables["products"].live == sha(1)
+    assert "as of (5, 7) already" in problem(catalog, fed(catalog, 2, (4,)))
+    late = fed(catalog, 2, (6, 7, 1))
+    catalog = apply(catalog, late)
+    assert catalog.tables["products"].newest_fed.offsets == (6, 7, 1)
+    catalog = led(held(catalog, 2, *NODES))
+    same = apply(catalog, fed(catalog, 2, (8, 8, 8)))
+    assert (same.tables["products"].passed, same.tables["products"].newest_fed.offsets) == (None, (8, 8, 8))
+    assert apply(same, fed(same, 2, (8, 8, 8))) is same
+    other = apply(same, followed("others", same.revision))
+    assert other.tables["products"].newest_fed is None, "another topic is read from its beginning"
+    assert "does not follow that topic any more" in problem(other, msgspec.structs.replace(late, revision=99))
+    assert problem(other, fed(other, 3, (1,))) == ""
+    alone = apply(other, UnfollowTopic(revision=other.revision, name="products"))
+    assert (alone.tables["products"].live, alone.tables["products"].feed) == (sha(2), None)
+    assert problem(alone, put(alone, 3)) == ""
+    assert "does not follow" in problem(alone, replace(fed(other, 3, (1,)), revision=alone.revision))
+    assert decode_catalog(encode_catalog(other)) == other
+
+
+def test_a_table_that_nothing_has_come_for_goes_when_it_follows_no_more() -> None:
+    catalog = apply(cluster(), followed(revision=cluster().revision))
+    assert apply(catalog, UnfollowTopic(revision=catalog.revision, name="products")).tables == {}
+    wrong = msgspec.structs.replace(followed(revision=99), schema=TableSchema("id", "text", {}).encode())
+    live = led(held(apply(cluster(), put(cluster(), 1)), 1, *NODES))
+    assert "the key is id" in problem(live, wrong)
+
+
+async def test_a_node_by_itself_follows_by_the_same_rules(tmp_path: Path) -> None:
+    ledger = LocalTables(tmp_path / "tables.json", TableLibrary(lambda version: tmp_path / version, Supervisor()))
+    feed = Feed("rows", SCHEMA.encode(), 1000)
+    await ledger.follow("products", feed)
+    number = ledger.tables()["products"].feed.number
+    await ledger.follow("products", feed)
+    assert ledger.tables()["products"].feed.number == number
+    one = TableVersion(sha(1), SCHEMA.encode(), 1, 1, feed=number, offsets=(3,))
+    await ledger.put("products", one)
+    for refused in (replace(one, offsets=(2,)), replace(one, feed=0, version=sha(2)), replace(one, feed=number + 1)):
+        with pytest.raises(TableRefused):
+            await ledger.put("products", refused)
+    kept = LocalTables(tmp_path / "tables.json", TableLibrary(lambda version: tmp_path / version, Supervisor()))
+    assert kept.tables()["products"].newest_fed.offsets == (3,)
+    await kept.unfollow("products")
+    assert (kept.tables()["products"].live, kept.tables()["products"].feed) == (sha(1), None)
+    await kept.follow("others", feed)
+    await kept.unfollow("others")
+    assert "others" not in kept.tables()

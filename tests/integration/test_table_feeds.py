@@ -1,0 +1,140 @@
+"""Tables that follow a compacted topic on running nodes: rows come, change and go, also while the feeding node dies."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+import orjson
+from cluster_support import running
+from node_support import Kafka, Node, drop, event, linear, status_file, wait_until
+from test_tables import PRICES, headrace, live, products
+
+Rows = Iterable[tuple[str, object]]
+"""Keys and what comes for them: a step, None to delete, or the bytes of a value."""
+TYPES = ("--type", "channel=text", "--type", "price=number", "--type", "check=number")
+DEFAULTS = ("--default", "price=7", "--default", "check=7")
+
+
+class Topic:
+    def __init__(self, broker: Kafka, name: str) -> None:
+        self.name = broker.create(name)
+        self._broker = broker
+        self.count = 0
+
+    def send(self, rows: Rows) -> None:
+        """A step is both the price and the check, so that a mixture would show."""
+        listed = list(rows)
+        self.count += len(listed)
+        keys = iter([key.encode() for key, _ in listed])
+        self._broker.produce(self.name, [_value(row) for _, row in listed], keys=lambda _: next(keys))
+
+
+def _value(row: object) -> bytes | None:
+    return row if row is None or isinstance(row, bytes) else orjson.dumps({"price": row, "check": row})
+
+
+def feed(node: Node) -> dict[str, Any]:
+    tables = node.get("/v1/tables")["tables"]
+    return dict(tables[0]["feed"]) if tables and tables[0]["feed"] else {}
+
+
+def whole(node: Node, topic: Topic) -> bool:
+    """Whether what is live has all that was sent. A version that all nodes have still waits for the flip."""
+    (table,) = node.get("/v1/tables")["tables"]
+    waiting = any(version["state"] == "passed" for version in table["versions"])
+    return bool(table["feed"]["offsets"] == [topic.count] and table["live"] and not waiting)
+
+
+def test_rows_come_change_and_go_also_while_the_node_is_killed(
+    kafka: str, node: Node, tmp_path: Path, topic_names: Callable[[str], str]
+) -> None:
+    topic = Topic(Kafka(kafka), topic_names("rows"))
+    topic.send([*((f"c{number}", 1) for number in range(50)), ("c3", b'{"price":"dear"}')])
+    drop(node.models, "shop/price", linear(1000, 1), PRICES)
+    node.start()
+    wait_until(lambda: status_file(node.models, "shop/price").get("state") == "refused", "there is no table yet")
+    assert "say which column is the key" in headrace(node, "follow", "products", "--topic", topic.name, code=1)
+    follow = ("follow", "products", "--topic", topic.name, "--key", "channel", *TYPES, *DEFAULTS, "--every", "1s")
+    assert "follows topic" in headrace(node, *follow)
+    wait_until(lambda: status_file(node.models, "shop/price")["state"] == "live", "the model has its table")
+    told = feed(node)
+    assert (told["offsets"], told["by"], told["refused"], told["behind"]) == ([51], "headrace", 1, 0)
+    assert "offset 50: column price must be a number of at most 1e+15, not 'dear'" in told["problems"][0]
+    assert "follows topic" in headrace(node, "list", config=False)
+    first = live(node)
+
+    asked = 0
+
+    def scores(*channels: str) -> list[float]:
+        nonlocal asked
+        node.kafka.produce(node.topics[0], [event("ann", asked + n, channel=one) for n, one in enumerate(channels)])
+        asked += len(channels)
+        found = node.inferences(asked)[asked - len(channels) :]
+        assert {one["tables"]["products"] for one in found} == {live(node)}
+        return [one["outputs"]["score"] for one in found]
+
+    assert scores("c3", "c4", "zz") == [1001, 1001, 7007]
+    topic.send([("c3", 2), ("c4", None), ("zz", 5)])
+    wait_until(lambda: whole(node, topic), "the second version")
+    assert live(node) != first
+    assert scores("c3", "c4", "zz", "c5") == [2002, 7007, 5005, 1001]
+    assert "follows topic" in headrace(node, "rollback", "products", code=1)
+    assert "follows topic" in headrace(node, "put", "products", str(products(tmp_path, 9)), code=1)
+
+    for step in range(10, 13):  # killed amid a version, or before, or after
+        topic.send([(f"c{number}", step) for number in range(50)] + [("c9", None), (f"new{step}", step)])
+        node.kill()
+        topic.send([("c1", 100 + step)])
+        node.start()
+    wait_until(lambda: whole(node, topic), "all that came meanwhile")
+    assert scores("c0", "c1", "c9", "zz", "new10", "new12") == [12012, 112112, 7007, 5005, 10010, 12012]
+
+    headrace(node, "unfollow", "products")
+    topic.send([("c0", 50)])
+    headrace(node, "put", "products", str(products(tmp_path, 9)))
+    assert scores("c0", "c1") == [9009, 9009]
+    headrace(node, *follow)
+    wait_until(lambda: whole(node, topic), "all of the topic, from its beginning")
+    assert scores("c0", "c1", "c9", "c400") == [50050, 112112, 7007, 7007]
+
+
+def test_a_cluster_goes_on_from_where_the_node_that_fed_it_was(
+    kafka: str, tmp_path: Path, topic_names: Callable[[str], str]
+) -> None:
+    broker = Kafka(kafka)
+    events, topic = broker.create(topic_names("events"), 4), Topic(broker, topic_names("rows"))
+    topic.send([(f"c{number}", 1) for number in range(500)])
+    with running(tmp_path, broker, events, 4, topic_names("cluster")) as cluster:
+        nodes = cluster.nodes
+        follow = ("follow", "products", "--topic", topic.name, "--key", "channel", *TYPES, "--every", "1s")
+        headrace(nodes["n2"], *follow)
+        wait_until(lambda: all(whole(one, topic) for one in nodes.values()), "the first version on all")
+        for model in ("price", "again"):
+            drop(nodes["n1"].models, f"shop/{model}", linear(1000, 1), PRICES)
+            nodes["n1"].live(f"shop/{model}")
+
+        def fed_by() -> str:
+            return next((name for name in cluster.living() if feed(nodes[name]).get("by")), "")
+
+        made, steps = 0, range(2, 5)
+        for step in steps:
+            topic.send([(f"c{number}", step) for number in range(500)])
+            broker.produce(events, [event(f"k{n % 40}", n, channel=f"c{n % 500}") for n in range(made, made + 100)], 4)
+            made += 100
+            feeder = wait_until(fed_by, "a node that feeds")
+            nodes[feeder].kill()
+            wait_until(lambda feeder=feeder: fed_by() not in ("", feeder), "another that feeds")
+            cluster.start(feeder)
+        wait_until(lambda: all(whole(one, topic) for one in nodes.values()), "all that came, on all")
+        assert len({live(one) for one in nodes.values()}) == 1
+        broker.produce(events, [event(f"k{n % 40}", n, channel=f"c{n % 500}") for n in range(made, made + 100)], 4)
+        named: dict[tuple[int, int], set[str]] = {}
+        last = (event("", made)["time"], max(steps) * 1001.0)
+        for model in ("price", "again"):
+            for one in cluster.inferences(made + 100, model):
+                assert one["outputs"]["score"] in {step * 1001.0 for step in (1, *steps)}, "a mixture"
+                assert one["time"] < last[0] or one["outputs"]["score"] == last[1]
+                named.setdefault((one["partition"], one["offset"]), set()).add(one["tables"]["products"])
+        assert all(len(versions) == 1 for versions in named.values())
