@@ -79,7 +79,7 @@ def main() -> int:
         return 130
     if settings.as_json:
         print(json.dumps(outcome.report), flush=True)
-    return 0
+    return 1 if outcome.report["problems"] else 0
 
 
 if __name__ == "__main__":

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -33,9 +33,14 @@ class NodeFigures:
     """Triggers that a model failed on: dead letters too."""
     shed: int = 0
     backlog_rows: int = 0
+    listed: int = 0
+    """Inferences of interval models that are committed."""
+    lists: Mapping[str, int] = field(default_factory=dict)
+    """Of interval runs: `finished`, `late` and `skipped`, over all partitions."""
+    lists_running: bool = False
     tenants: Mapping[str, TenantFigures] = field(default_factory=dict)
 
-    def then(self, status: Mapping[str, Any], topic: str) -> NodeFigures:
+    def then(self, status: Mapping[str, Any], topic: str, interval_model: str) -> NodeFigures:
         """The next figures, from a newer status. While a partition is opened again it has no totals: these stand."""
         partitions = status["partitions"]
         counted: dict[str, int] = {}
@@ -54,6 +59,13 @@ class NodeFigures:
             failed=failed,
             shed=counted.get("shed", 0),
             backlog_rows=sum(entry["rows"] for partition in partitions for entry in partition["backlog"].values()),
+            listed=_total(partitions, f"inferences {interval_model}"),
+            lists={
+                "finished": _total(partitions, f"intervals {interval_model}"),
+                "late": _total(partitions, f"intervals_late {interval_model}"),
+                "skipped": _total(partitions, f"intervals_skipped {interval_model}"),
+            },
+            lists_running=any(run["running"] for partition in partitions for run in partition["intervals"].values()),
             tenants={
                 tenant["tenant"]: TenantFigures(
                     tenant["cpu_share"], tenant["cpu_seconds"], tenant["rows_queued"], tenant["worker"]
@@ -63,7 +75,12 @@ class NodeFigures:
         )
         if told:
             return newer
-        return replace(newer, processed=self.processed, refused=self.refused, failed=self.failed, shed=self.shed)
+        kept = {name: getattr(self, name) for name in ("processed", "refused", "failed", "shed", "listed", "lists")}
+        return replace(newer, **kept)
+
+
+def _total(partitions: Sequence[Mapping[str, Any]], counter: str) -> int:
+    return sum(partition["counters"].get(counter, 0) for partition in partitions)
 
 
 @dataclass(frozen=True)

@@ -13,6 +13,7 @@ from demonstration.data import BASKET, DAY_MS, REDEMPTION, TRANSACTION, Array, E
 HORIZON_DAYS = 14
 """How far ahead "soon" is."""
 HORIZON_MS = HORIZON_DAYS * DAY_MS
+WEEK_MS = 7 * DAY_MS
 _NEVER = np.iinfo(np.int64).max // 2
 ABNORMAL_SHARE = 0.01
 """The share of receipts whose discount counts as abnormal."""
@@ -78,6 +79,16 @@ def fraud_labels(events: Events, limits: tuple[float, float], known_until_ms: in
     times = events.times_ms[baskets]
     later = later_times(events.households[abnormal], events.times_ms[abnormal], events.households[baskets], times)
     return _spread(events, baskets, soon(times, later, known_until_ms))
+
+
+def list_labels(events: Events, households: Array, end_ms: int, known_until_ms: int) -> Array:
+    """float64 [households]: will the household come within the week after `end_ms`?"""
+    baskets = events.kinds == BASKET
+    asked = np.full(len(households), end_ms - 1)
+    later = later_times(events.households[baskets], events.times_ms[baskets], households, asked)
+    label = (later < end_ms + WEEK_MS).astype(np.float64)
+    label[end_ms + WEEK_MS > known_until_ms] = np.nan
+    return label
 
 
 def _spread(events: Events, places: Array, labels: Array) -> Array:

@@ -16,6 +16,7 @@ from node.kernel.errors import HeadraceError
 STOP_SECONDS_MAX = 40.0
 """A node may take 30 s for its last commits; then it is killed."""
 LOG_LINES_SHOWN = 15
+COMMAND_SECONDS_MAX = 600.0
 
 
 class DemoError(HeadraceError):
@@ -94,3 +95,12 @@ def start_broker(log: Path) -> tuple[Child, str]:
 
 def start_node(config: Path, log: Path) -> Child:
     return Child("node", [sys.executable, "-m", "node", "run", "--config", str(config)], log)
+
+
+def headrace(config: Path, *arguments: str, codes: Sequence[int] = (0,)) -> str:
+    """What the command prints. Raises DemoError when it ends with another code."""
+    command = [sys.executable, "-m", "node", *arguments, "--config", str(config)]
+    ran = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=COMMAND_SECONDS_MAX)
+    if ran.returncode not in codes:
+        raise DemoError(f"headrace {arguments[0]} ended with code {ran.returncode}: {ran.stderr or ran.stdout}")
+    return ran.stdout

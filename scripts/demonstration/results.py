@@ -57,12 +57,19 @@ class Results:
     """The inferences of each model, placed by the event that triggered them.
 
     `scores[model]` is float64 [events], NaN where none has come; `doubled` counts those that came again, as a broker
-    without transactions allows.
+    without transactions allows. Those of interval models are in `lists`, by the end of the interval and household.
     """
 
-    def __init__(self, models: Sequence[ModelName], places: Sequence[Array], events: int) -> None:
+    def __init__(
+        self, models: Sequence[ModelName], places: Sequence[Array], events: int, by_interval: Sequence[ModelName] = ()
+    ) -> None:
         self.scores = {name: np.full(events, np.nan) for name in models}
-        self.inferences = dict.fromkeys(models, 0)
+        self.lists: dict[ModelName, dict[tuple[int, int], float]] = {name: {} for name in by_interval}
+        self.inferences = dict.fromkeys((*models, *by_interval), 0)
+        self.versions: list[str] = []
+        """Of the table, in the order in which they were first seen."""
+        self.version_of = np.full(events, -1)
+        """int [events]: which of them the inference of an event names; -1: none."""
         self.dead_letters = 0
         self.doubled = 0
         self.last_arrival = time.monotonic()
@@ -96,6 +103,9 @@ class Results:
         """Records of the inferences topic."""
         for inference in found:
             name = ModelName(inference["tenant"], inference["model"])
+            if "interval" in inference:
+                self._take_of_interval(name, inference)
+                continue
             place = self._places[inference["partition"]][inference["offset"]]
             if self._seen[name][place]:
                 self.doubled += 1
@@ -104,7 +114,35 @@ class Results:
             self.inferences[name] += 1
             (score,) = inference["outputs"].values()
             self.scores[name][place] = np.nan if score is None else score
+            for version in inference.get("tables", {}).values():
+                if version not in self.versions:
+                    self.versions.append(version)
+                self.version_of[place] = self.versions.index(version)
+
+    def _take_of_interval(self, name: ModelName, inference: Mapping[str, Any]) -> None:
+        key = (inference["interval"], int(inference["customer"]))
+        if key in self.lists[name]:
+            self.doubled += 1
+            return
+        (score,) = inference["outputs"].values()
+        self.lists[name][key] = np.nan if score is None else score
+        self.inferences[name] += 1
 
     @property
     def total(self) -> int:
-        return sum(self.inferences.values())
+        """Of the models that run on events."""
+        return sum(self.inferences[name] for name in self.scores)
+
+    def of_versions(self) -> dict[str, int]:
+        """How many inferences name each version of the table."""
+        return {version: int((self.version_of == number).sum()) for number, version in enumerate(self.versions)}
+
+    @property
+    def mixed(self) -> int:
+        """Inferences, in the order of a partition's events, that name an older version than one before them."""
+        found = 0
+        for places in self._places:
+            named = self.version_of[places]
+            named = named[named >= 0]
+            found += int((named < np.maximum.accumulate(named)).sum()) if len(named) else 0
+        return found

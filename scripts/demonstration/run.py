@@ -4,28 +4,33 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import json
 import secrets
 import signal
 import socket
 import time
-from collections.abc import AsyncIterator, Callable, Mapping
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from contextlib import AsyncExitStack, ExitStack, asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeAlias
 
 import numpy as np
+import pyarrow.parquet
 from aiokafka import AIOKafkaConsumer, AIOKafkaProducer
 from aiokafka.admin import AIOKafkaAdminClient, NewTopic
 
+from demonstration import products
 from demonstration.data import DAY_MS, Array, Events, Frames, build_events, read_frames
 from demonstration.figures import Figures, NodeFigures, Speed
-from demonstration.processes import Child, DemoError, free_port, start_broker, start_node
+from demonstration.labels import WEEK_MS, list_labels
+from demonstration.lists import left_out
+from demonstration.processes import Child, DemoError, free_port, headrace, start_broker, start_node
 from demonstration.results import Quality, Results, quality
 from demonstration.screen import Screen
 from demonstration.settings import BATCH_EVENTS, PARTITIONS, WARM_UP_DAYS, Settings, Topics, node_config
 from demonstration.stream import Stream
-from demonstration.training import CUT_MS, FRAUD, OFFERS, REORDER, TRIGGERS, Training, drop_models, labels
+from demonstration.training import CUT_MS, FRAUD, LIST, MODELS, OFFERS, REORDER, TRIGGERS, Training, drop_models, labels
 from node.console import NodeUnreachable, fetch_object
 from node.kernel.broker import broker_call, close_quietly
 from node.kernel.errors import BrokerUnavailable
@@ -36,10 +41,14 @@ BROKER_START_SECONDS_MAX = 20.0
 NODE_START_SECONDS_MAX = 90.0
 STALL_SECONDS_MAX = 60.0
 """Nothing came for so long, though there is something to come."""
+LISTED_SECONDS = 1.0
+"""No list was under way for so long: the last one has come."""
 QUIET_SECONDS = 5.0
 """All is processed and nothing came for so long: what is missing now will not come."""
 LOOK_SECONDS = 0.25
 
+_CHECKED = ("compared", "different", "unchecked", "state_rows", "state_different")
+"""Of what `headrace check-training` finds, what the report has."""
 Show: TypeAlias = Callable[[Figures], None]
 
 
@@ -52,37 +61,49 @@ class Prepared:
     """Events at its beginning that are of the time before the cut."""
     truth: dict[ModelName, Array]
     models: dict[ModelName, Any]
+    catalogues: tuple[Path, Path]
+    """The table's files: as of the cut, and as of half-way."""
+    known_until_ms: int
+    """What happens later is not known."""
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """`report` is what `--json` prints; `scores` float64 [events] by model, NaN where none came."""
+    """`report` is what `--json` prints."""
 
     report: dict[str, Any]
     prepared: Prepared
-    scores: Mapping[ModelName, Array]
+    results: Results
 
 
 def prepare(settings: Settings, screen: Screen, watched: Path, read: Callable[[], Frames]) -> Prepared:
-    """Read the year, train on its first part, and drop the models into the watched directory."""
+    """Read the year, and train on its first part."""
     with screen.stage("reading a year of shopping"):
-        events = build_events(read())
+        frames = read()
+        events = build_events(frames)
     cut = int(np.searchsorted(events.times_ms, CUT_MS))
+    part, warm_up = _streamed(events, cut, settings.events)
+    with screen.stage("writing the catalogue, as of two days"):
+        half = part.start + (part.stop - part.start) // 2
+        watched.parent.mkdir(parents=True, exist_ok=True)
+        catalogues = (
+            products.write(products.catalogue(frames, events, cut), watched.parent / "products-1.parquet"),
+            products.write(products.catalogue(frames, events, half), watched.parent / "products-2.parquet"),
+        )
+        table = products.table_set(products.reader(catalogues[0]))
     with screen.stage("working out what happened later"):
         truth = labels(events, int(events.times_ms[-1]))
-        training = Training(events.take(slice(0, cut)), BATCH_EVENTS)
+        training = Training(events.take(slice(0, cut)), BATCH_EVENTS, table)
     with screen.stage("computing features as the node will", cut) as advance:
         training.observe(advance)
     models: dict[ModelName, Any] = {}
-    for name in (REORDER, OFFERS, FRAUD):
+    for name in MODELS:
         with screen.stage(f"training {name}"):
             models[name] = training.fit(name)
-    drop_models(models, watched)
-    part, warm_up = _streamed(events, cut, settings.events)
     judged = {name: column[part].copy() for name, column in truth.items()}
     for column in judged.values():
         column[:warm_up] = np.nan
-    return Prepared(events.take(part), warm_up, judged, models)
+    return Prepared(events.take(part), warm_up, judged, models, catalogues, int(events.times_ms[-1]))
 
 
 def _streamed(events: Events, cut: int, limit: int | None) -> tuple[slice, int]:
@@ -139,6 +160,8 @@ class _Demo:
         self._topics = Topics(f"demo-{secrets.token_hex(4)}")
         self._port = free_port()
         self._url = f"http://127.0.0.1:{self._port}"
+        self._config = folder / "node.toml"
+        self._half_way = asyncio.Event()
         self._speed = Speed()
         self._node = NodeFigures()
 
@@ -151,7 +174,10 @@ class _Demo:
             node = self._start_node()
             # Before the topics go, the node does: it would otherwise wait for their return.
             stack.push_async_callback(asyncio.to_thread, node.stop)
-            with self._screen.stage("starting the node and trying the models"):
+            with self._screen.stage("starting the node, putting the catalogue and trying the models"):
+                await self._ready(node)
+                await self._put(0)
+                drop_models(self._prepared.models, self._folder / "tenants")
                 await self._models_live(node)
             return await self._stream(node)
 
@@ -186,9 +212,9 @@ class _Demo:
                 await asyncio.sleep(0.05)
 
     def _start_node(self) -> Child:
-        config = self._folder / "node.toml"
-        config.write_text(node_config(self._address, self._topics, self._port))
-        node = start_node(config, self._folder / "node.log")
+        (self._folder / "tenants").mkdir(exist_ok=True)
+        self._config.write_text(node_config(self._address, self._topics, self._port))
+        node = start_node(self._config, self._folder / "node.log")
         self._children.callback(node.stop)
         self._started.append(node)
         return node
@@ -197,23 +223,42 @@ class _Demo:
         for child in self._started:
             child.check()
 
+    async def _ready(self, node: Child) -> None:
+        async def reached() -> str:
+            await asyncio.to_thread(fetch_object, self._url, "/readyz")
+            return ""
+
+        await self._until(reached, node)
+
+    async def _put(self, number: int) -> None:
+        """Make that version of the catalogue the live one."""
+        put = ("table", "put", products.TABLE, str(self._prepared.catalogues[number]), "--key", products.SCHEMA.key)
+        await asyncio.to_thread(headrace, self._config, *put)
+
     async def _models_live(self, node: Child) -> None:
-        """Wait until the node is ready and all models live. Raises DemoError when one is refused, or late."""
+        async def reached() -> str:
+            answer = await asyncio.to_thread(fetch_object, self._url, "/v1/models")
+            models = {ModelName(entry["tenant"], entry["model"]): entry for entry in answer["models"]}
+            refused = [
+                f"the node refused model {name}: {'; '.join(entry['reasons'])}"
+                for name, entry in models.items()
+                if entry["state"] == "refused"
+            ]
+            missing = [str(name) for name in MODELS if models.get(name, {}).get("state") != "live"]
+            return "; ".join(refused) or (f"not live: {', '.join(missing)}" if missing else "")
+
+        await self._until(reached, node)
+
+    async def _until(self, reached: Callable[[], Awaitable[str]], node: Child) -> None:
+        """Wait until that is '' and not a reason. Raises DemoError with the last one."""
         deadline = time.monotonic() + NODE_START_SECONDS_MAX
         waiting = "it has not answered yet"
         while time.monotonic() < deadline:
             self._check_children()
             with contextlib.suppress(NodeUnreachable):
-                await asyncio.to_thread(fetch_object, self._url, "/readyz")
-                answer = await asyncio.to_thread(fetch_object, self._url, "/v1/models")
-                models = {ModelName(entry["tenant"], entry["model"]): entry for entry in answer["models"]}
-                for name, entry in models.items():
-                    if entry["state"] == "refused":
-                        raise DemoError(f"the node refused model {name}: {'; '.join(entry['reasons'])}")
-                missing = [str(name) for name in TRIGGERS if models.get(name, {}).get("state") != "live"]
-                if not missing:
+                waiting = await reached()
+                if not waiting:
                     return
-                waiting = f"not live: {', '.join(missing)}"
             await asyncio.sleep(0.1)
         raise DemoError(
             f"the node is not ready after {NODE_START_SECONDS_MAX:.0f} s ({waiting}); it said last:\n"
@@ -227,7 +272,7 @@ class _Demo:
         events = self._prepared.events
         triggers = np.sum([events.kinds == kind for kind in TRIGGERS.values()], axis=0)
         stream = Stream(producer, self._topics.events, events, triggers, self._settings.rate)
-        results = Results(list(TRIGGERS), stream.places, len(events))
+        results = Results(list(TRIGGERS), stream.places, len(events), [LIST])
         tasks: list[asyncio.Task[None]] = []
         try:
             await broker_call("start the demo's producer", producer.start())
@@ -238,13 +283,14 @@ class _Demo:
                 self._topics.dead_letters,
                 lambda: stream.tell_answered(self._answered(results)),
             )
-            tasks += [asyncio.create_task(reading), asyncio.create_task(stream.run())]
+            working = [asyncio.create_task(stream.run()), asyncio.create_task(self._flip())]
+            tasks += [asyncio.create_task(reading), *working]
             with self._screen.stream(self._addresses()) as show:
-                seconds = await self._until_done(node, stream, results, tasks, show)
-                report = self._report(stream, results, seconds)
+                seconds = await self._until_done(node, stream, results, tasks, working, show)
+                report = await self._report(stream, results, seconds)
                 if not self._settings.once:
                     await self._until_interrupted(stream, results, tasks, show)
-            return Outcome(report, self._prepared, results.scores)
+            return Outcome(report, self._prepared, results)
         finally:
             for task in tasks:
                 task.cancel()
@@ -252,16 +298,32 @@ class _Demo:
             await close_quietly("the demo's consumer", consumer.stop())
             await close_quietly("the demo's producer", producer.stop())
 
+    async def _flip(self) -> None:
+        """Half-way, the catalogue's second version."""
+        await self._half_way.wait()
+        await self._put(1)
+
     async def _until_done(
-        self, node: Child, stream: Stream, results: Results, tasks: list[asyncio.Task[None]], show: Show
+        self,
+        node: Child,
+        stream: Stream,
+        results: Results,
+        tasks: Sequence[asyncio.Task[None]],
+        working: Sequence[asyncio.Task[None]],
+        show: Show,
     ) -> float:
         """Show the stream until its last inference is here; gives the seconds since its first event."""
-        started = time.monotonic()
+        started, listing = time.monotonic(), time.monotonic()
         while True:
             await self._look(stream, results, tasks)
             behind = stream.produced < len(self._prepared.events) or self._node.processed < stream.produced
+            behind = behind or not all(task.done() for task in working)
             show(self._figures(self._phase(), stream, results))
-            if not behind and self._answered(results) >= stream.expected:
+            if behind or self._node.lists_running or results.inferences[LIST] < self._node.listed:
+                listing = time.monotonic()
+            # A run that the last events have made due begins a moment after they are committed.
+            listed = time.monotonic() - listing > LISTED_SECONDS
+            if listed and self._answered(results) >= stream.expected:
                 return results.last_arrival - started
             quiet = time.monotonic() - results.last_arrival
             if not behind and not self._node.backlog_rows and quiet > QUIET_SECONDS:
@@ -276,7 +338,7 @@ class _Demo:
             await asyncio.sleep(LOOK_SECONDS)
 
     async def _until_interrupted(
-        self, stream: Stream, results: Results, tasks: list[asyncio.Task[None]], show: Show
+        self, stream: Stream, results: Results, tasks: Sequence[asyncio.Task[None]], show: Show
     ) -> None:
         """Keep the node up for whoever wants to look at it. Ctrl-C, here, is how the demo ends well."""
         self._screen.say("The node keeps running; Ctrl-C ends the demo.")
@@ -290,7 +352,7 @@ class _Demo:
             assert task is not None
             task.uncancel()
 
-    async def _look(self, stream: Stream, results: Results, tasks: list[asyncio.Task[None]]) -> None:
+    async def _look(self, stream: Stream, results: Results, tasks: Sequence[asyncio.Task[None]]) -> None:
         """Ask the node how it is. A busy node may be late to answer: then what it said last stands."""
         self._check_children()
         for task in tasks:
@@ -298,7 +360,9 @@ class _Demo:
                 task.result()
         with contextlib.suppress(NodeUnreachable):
             status = await asyncio.to_thread(fetch_object, self._url, "/v1/status")
-            self._node = self._node.then(status, self._topics.events)
+            self._node = self._node.then(status, self._topics.events, str(LIST))
+        if self._node.processed >= len(self._prepared.events) // 2:
+            self._half_way.set()
         stream.tell_answered(self._answered(results))
         self._speed.tell(time.monotonic(), {"events": self._node.processed, **results.inferences})
 
@@ -324,12 +388,52 @@ class _Demo:
             node=self._node,
         )
 
-    def _report(self, stream: Stream, results: Results, seconds: float) -> dict[str, Any]:
+    async def _report(self, stream: Stream, results: Results, seconds: float) -> dict[str, Any]:
         """Print the result, and give it as it goes into JSON."""
         judged = {name: quality(results.scores[name], self._prepared.truth[name]) for name in TRIGGERS}
+        judged[LIST] = self._list_quality(results.lists[LIST])
         figures = self._figures("done", stream, results)
-        self._screen.result(figures, seconds, judged)
-        return report_of(figures, seconds, judged, self._prepared.warm_up, results.doubled)
+        shared = await asyncio.to_thread(fetch_object, self._url, "/v1/features")
+        with self._screen.stage(f"exporting what {FRAUD} was fed, and computing it anew from the events"):
+            rows, checked = await asyncio.to_thread(self._training_rows)
+        missing = stream.expected - self._answered(results)
+        report = report_of(figures, seconds, judged, self._prepared.warm_up, results.doubled, missing)
+        versions = results.of_versions()
+        report["tables"] = {
+            "inferences_by_version": versions,
+            "mixed": results.mixed,
+            "unnamed": figures.inferences[REORDER] - sum(versions.values()),
+        }
+        report["lists"] = {
+            **figures.node.lists,
+            "missing": figures.node.listed - figures.inferences[LIST],
+            "left_out": left_out(results.lists[LIST], self._prepared.events, stream.partitions, WEEK_MS),
+        }
+        report["shared_features"] = {one["name"]: one["users"] for one in shared["features"]}
+        report["training_rows"] = {"exported": rows, **{name: checked[name] for name in _CHECKED}}
+        report["problems"] = problems_of(report)
+        self._screen.result(figures, seconds, judged, report)
+        return report
+
+    def _list_quality(self, lists: Mapping[tuple[int, int], float]) -> Quality:
+        by_end: dict[int, list[tuple[int, float]]] = {}
+        for (end_ms, household), score in lists.items():
+            if end_ms >= CUT_MS:
+                by_end.setdefault(end_ms, []).append((household, score))
+        scores, truth = [np.zeros(0)], [np.zeros(0)]
+        for end_ms, found in by_end.items():
+            households = np.array([household for household, _ in found])
+            scores.append(np.array([score for _, score in found]))
+            truth.append(list_labels(self._prepared.events, households, end_ms, self._prepared.known_until_ms))
+        return quality(np.concatenate(scores), np.concatenate(truth))
+
+    def _training_rows(self) -> tuple[int, dict[str, Any]]:
+        """How many rows were exported, and what the check of them found."""
+        out = self._folder / "training"
+        headrace(self._config, "export", "training", str(FRAUD), "--out", str(out))
+        rows = sum(pyarrow.parquet.read_metadata(path).num_rows for path in out.glob("*.parquet"))
+        told = headrace(self._config, "check-training", str(FRAUD), "--rows-max", "1000000", "--json", codes=(0, 1))
+        return rows, json.loads(told)
 
     def _addresses(self) -> list[str]:
         customer = f"/v1/customers/{self._prepared.events.households[-1]}"
@@ -345,8 +449,31 @@ class _Demo:
         return [f"look at {self._url}{path}" for path in paths]
 
 
+def problems_of(report: Mapping[str, Any]) -> list[str]:
+    """What must not be, a line each."""
+    found = []
+    if report["doubled"] and report["delivery"] == "exactly_once":
+        found.append(f"{report['doubled']} inferences came twice")
+    if report["missing"]:
+        found.append(f"{report['missing']} triggers have neither an inference nor a dead letter, and none was shed")
+    if report["tables"]["unnamed"]:
+        found.append(f"{report['tables']['unnamed']} inferences of {REORDER} name no version of the catalogue")
+    if report["tables"]["mixed"]:
+        found.append(f"{report['tables']['mixed']} inferences are of the catalogue's version before, after the flip")
+    if report["lists"]["missing"]:
+        found.append(f"{report['lists']['missing']} inferences of {LIST} are committed and did not come")
+    if report["lists"]["left_out"]:
+        found.append(f"{report['lists']['left_out']} times {LIST} left out a household that had come in the week")
+    rows = report["training_rows"]
+    # The embedded broker at times tells an end that is before the last records; a real one never does.
+    whole = rows["compared"] == rows["exported"] == report["inferences"][str(FRAUD)]
+    if rows["different"] or rows["state_different"] or not (whole or report["delivery"] == "at_least_once"):
+        found.append(f"the rows of {FRAUD} are not what the events give: {rows}")
+    return found
+
+
 def report_of(
-    figures: Figures, seconds: float, judged: Mapping[ModelName, Quality], warm_up: int, doubled: int
+    figures: Figures, seconds: float, judged: Mapping[ModelName, Quality], warm_up: int, doubled: int, missing: int
 ) -> dict[str, Any]:
     """The object that `--json` prints. `events` counts those of the warm-up too, `quality` does not."""
     return {
@@ -361,4 +488,5 @@ def report_of(
         "dead_letters": figures.dead_letters,
         "sheds": figures.node.shed,
         "doubled": doubled,
+        "missing": missing,
     }

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from typing import Any
 
 from rich.console import Console, Group
 from rich.live import Live
@@ -76,13 +77,33 @@ class Screen:
             f"{figures.events_per_s:,.0f}/s, lag {figures.lag:,}; inferences: {shares}"
         )
 
-    def result(self, figures: Figures, seconds: float, qualities: Mapping[ModelName, Quality]) -> None:
+    def result(
+        self, figures: Figures, seconds: float, qualities: Mapping[ModelName, Quality], report: Mapping[str, Any]
+    ) -> None:
         rate = figures.node.processed / seconds if seconds else 0.0
         self.say(
             f"{figures.node.processed:,} events in {seconds:.1f} s ({rate:,.0f}/s), {figures.dead_letters:,} dead "
-            f"letters, {figures.node.shed:,} sheds, delivery {figures.node.delivery.replace('_', ' ')}"
+            f"letters, {figures.node.shed:,} sheds, {report['missing']:,} missing, "
+            f"delivery {figures.node.delivery.replace('_', ' ')}"
         )
         self._console.print(quality_view(figures, qualities), width=PLAIN_COLUMNS if self._plain else None)
+        tables, lists, rows = report["tables"], report["lists"], report["training_rows"]
+        versions = ", ".join(f"{count:,} by {version}" for version, count in tables["inferences_by_version"].items())
+        self.say(
+            f"catalogue flipped half-way: inferences {versions}; {tables['mixed']} mixed, {tables['unnamed']} name none"
+        )
+        self.say(
+            f"weekly lists: {lists['finished']} runs over a partition, {lists['late']} late, {lists['skipped']} weeks "
+            f"skipped, {lists['missing']} inferences missing, {lists['left_out']} households left out"
+        )
+        for name, users in report["shared_features"].items():
+            self.say(f"{name} is used by {', '.join(users)}")
+        self.say(
+            f"training rows: {rows['exported']:,} exported, {rows['compared']:,} computed anew, "
+            f"{rows['different']:,} different"
+        )
+        for problem in report["problems"]:
+            self.say(f"PROBLEM: {problem}")
 
 
 def stream_view(figures: Figures, addresses: Sequence[str]) -> Group:

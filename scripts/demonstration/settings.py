@@ -53,7 +53,7 @@ class Topics:
 
     @property
     def all(self) -> tuple[str, ...]:
-        return self.events, self.inferences, self.changelog, self.dead_letters
+        return self.events, self.inferences, self.changelog, self.dead_letters, f"{self.application}.rows"
 
 
 def node_config(address: str, topics: Topics, http_port: int) -> str:

@@ -17,17 +17,21 @@ from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler, TargetEncoder
 
 from demonstration.data import BASKET, TRANSACTION, Array, Events
-from demonstration.features import MANIFESTS, Observed, observe, plan_of, read_manifests, rows_of, stored_before
-from demonstration.labels import abnormal_limits, fraud_labels, offers_labels, reorder_labels
+from demonstration.features import MANIFESTS, Ends, Observed, observe, plan_of, read_manifests, rows_of, stored_before
+from demonstration.labels import WEEK_MS, abnormal_limits, fraud_labels, list_labels, offers_labels, reorder_labels
+from node.kernel.tables import TableSet
 from node.kernel.types import FeatureRows, ModelName, StoredOutput
 from tenants.features import CompiledFeatures
 from tenants.inputs import ModelInput, Rows
+from tenants.shared_names import FEATURES_FILE
 
 REORDER = ModelName("reorder", "again")
 OFFERS = ModelName("offers", "redeem")
 FRAUD = ModelName("fraud", "abnormal")
+LIST = ModelName("reorder", "list")
 TRIGGERS: Mapping[ModelName, int] = {REORDER: TRANSACTION, OFFERS: BASKET, FRAUD: BASKET}
-"""The type of event, of `TYPES`, that each model runs on."""
+"""The type of event, of `TYPES`, that each model runs on; `LIST` runs on none, but by the week."""
+MODELS = (*TRIGGERS, LIST)
 
 CUT_MS = int(np.datetime64("2017-09-01", "ms").astype(np.int64))
 """Training sees nothing from here on."""
@@ -55,6 +59,7 @@ def estimators() -> dict[ModelName, Any]:
         REORDER: make_pipeline(category, HistGradientBoostingClassifier(max_iter=100, random_state=SEED)),
         OFFERS: make_pipeline(StandardScaler(), LogisticRegression(max_iter=500)),
         FRAUD: HistGradientBoostingClassifier(max_iter=60, learning_rate=0.05, max_leaf_nodes=15, random_state=SEED),
+        LIST: HistGradientBoostingClassifier(max_iter=60, learning_rate=0.05, max_leaf_nodes=15, random_state=SEED),
     }
 
 
@@ -90,21 +95,34 @@ def sample(events: Events, batch_events: int) -> Sample:
 class Training:
     """Fits one model after the other, since `offers` reads what `reorder` says. `batch_events`: see `observe`."""
 
-    def __init__(self, events: Events, batch_events: int) -> None:
+    def __init__(self, events: Events, batch_events: int, tables: TableSet) -> None:
         self._events = events
+        self._tables = tables
         self._batch_events = batch_events
         self._sample = sample(events, batch_events)
         self._truth = labels(events, CUT_MS)
         self._manifests = read_manifests()
         self._plan: CompiledFeatures = plan_of(list(self._manifests.values()))
         self._observed: Observed | None = None
+        self._ends = Ends(self._manifests[LIST].version("0" * 64))
 
     def observe(self, progress: Callable[[int], None]) -> None:
         """Compute the features: one pass over all events."""
-        self._observed = observe(self._plan, self._events, self._sample.wanted, self._batch_events, progress)
+        self._observed = observe(
+            self._plan,
+            self._events,
+            self._sample.wanted,
+            self._batch_events,
+            progress,
+            self._tables,
+            self._ends,
+            self._ends.ends_ms(TRAIN_FROM_MS, CUT_MS - WEEK_MS),
+        )
 
     def fit(self, name: ModelName) -> Any:
         """The fitted estimator; `observe` must have run. Fitting `REORDER` makes its output known to the others."""
+        if name == LIST:
+            return self._fit_list()
         asked = self._sample.lines if name == REORDER else self._sample.baskets
         usable = asked & np.isfinite(self._truth[name]) & (self._events.times_ms >= TRAIN_FROM_MS)
         places = np.flatnonzero(usable)
@@ -112,6 +130,12 @@ class Training:
         if name == REORDER:
             self._store(model)
         return model
+
+    def _fit_list(self) -> Any:
+        found = self._ends.found
+        truth = [list_labels(self._events, one.households, one.end_ms, CUT_MS) for one in found]
+        numbers = np.concatenate([one.rows.numbers for one in found])
+        return estimators()[LIST].fit(as_frame(FeatureRows(found[0].rows.names, numbers)), np.concatenate(truth))
 
     def _store(self, model: Any) -> None:
         assert self._observed is not None
@@ -132,13 +156,15 @@ def as_frame(rows: FeatureRows) -> Any:
 
 def drop_models(models: Mapping[ModelName, Any], watched: Path) -> None:
     """Put each model and manifest into the watched directory as a tenant would: written beside, then renamed in."""
+    settings = sorted(MANIFESTS.glob(f"*/{FEATURES_FILE}")) + sorted(MANIFESTS.glob("*/tenant.toml"))
+    for source in (*settings, *(MANIFESTS / name.tenant / f"{name.model}.toml" for name in models)):
+        tenant = watched / source.parent.name
+        tenant.mkdir(parents=True, exist_ok=True)
+        part = tenant / f".{source.name}.part"
+        shutil.copyfile(source, part)
+        part.rename(tenant / source.name)
     for name, model in models.items():
         tenant = watched / name.tenant
-        tenant.mkdir(parents=True, exist_ok=True)
-        for source in (MANIFESTS / name.tenant).glob("*.toml"):
-            part = tenant / f".{source.name}.part"
-            shutil.copyfile(source, part)
-            part.rename(tenant / source.name)
         part = tenant / f".{name.model}.part"
         joblib.dump(model, part)
         part.rename(tenant / f"{name.model}.joblib")

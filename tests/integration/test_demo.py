@@ -6,6 +6,7 @@ import io
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -15,12 +16,13 @@ from rich.console import Console
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "scripts"))
 
+from demonstration import products
 from demonstration import run as demo
 from demonstration.data import Frames
-from demonstration.features import observe, plan_of, read_manifests, rows_of
+from demonstration.features import Ends, observe, plan_of, read_manifests, rows_of
 from demonstration.screen import Screen
 from demonstration.settings import Settings
-from demonstration.training import FRAUD, OFFERS, REORDER, TRIGGERS, as_frame
+from demonstration.training import FRAUD, LIST, OFFERS, REORDER, TRIGGERS, as_frame
 
 ROOT = Path(__file__).resolve().parents[2]
 HOUSEHOLDS = 60
@@ -95,7 +97,8 @@ def processes_in(folder: Path) -> list[str]:
 
 def test_every_trigger_is_answered_once_with_the_features_of_training(kafka: str, tmp_path: Path) -> None:
     said = io.StringIO()
-    settings = Settings(once=True, as_json=True, kafka=kafka)
+    # Slowly enough for weeks to end, and the catalogue's second version to be built, while it streams.
+    settings = Settings(once=True, as_json=True, kafka=kafka, rate=1000)
     outcome = demo.run(settings, Screen(Console(file=said)), tmp_path, small_year)
     events, report = outcome.prepared.events, outcome.report
 
@@ -107,15 +110,53 @@ def test_every_trigger_is_answered_once_with_the_features_of_training(kafka: str
         assert report["quality"][str(name)]["judged"] > 100
         assert 0 < report["quality"][str(name)]["auc"] < 1
     assert "Ctrl-C" not in said.getvalue()
+    assert report["problems"] == []
 
-    plan = plan_of(list(read_manifests().values()))
+    results, plan = outcome.results, plan_of(list(read_manifests().values()))
+    versions = [products.table_set(products.reader(path)) for path in outcome.prepared.catalogues]
     for name in (REORDER, FRAUD):
         observed = observe(plan, events, events.kinds == TRIGGERS[name], 1000, lambda _: None)
-        features = as_frame(rows_of(plan, name, observed, observed.places))
-        offline = outcome.prepared.models[name].predict_proba(features)[:, 1]
-        np.testing.assert_array_equal(outcome.scores[name][observed.places], offline)
-    assert np.isfinite(outcome.scores[OFFERS][events.kinds == TRIGGERS[OFFERS]]).all()
+        offline = [
+            outcome.prepared.models[name].predict_proba(
+                as_frame(rows_of(plan, name, replace(observed, tables=version), observed.places))
+            )[:, 1]
+            for version in versions
+        ]
+        named = np.maximum(results.version_of[observed.places], 0) if name == REORDER else 0
+        np.testing.assert_array_equal(results.scores[name][observed.places], np.choose(named, offline))
+    assert np.isfinite(results.scores[OFFERS][events.kinds == TRIGGERS[OFFERS]]).all()
+    assert report["missing"] == 0
+    assert (report["tables"]["mixed"], report["tables"]["unnamed"]) == (0, 0)
+    counts = list(report["tables"]["inferences_by_version"].values())
+    assert sum(counts) == report["inferences"][str(REORDER)]
+    assert len(counts) in (1, 2), "a small year may be over before the second version is built"
+    check_lists(outcome, report["lists"])
+    assert report["shared_features"]["features.reorder.spend_30d.v1"] == [
+        str(FRAUD),
+        str(OFFERS),
+        str(REORDER),
+        str(LIST),
+    ]
+    baskets = report["inferences"][str(FRAUD)]
+    rows = report["training_rows"]
+    assert (rows["exported"], rows["compared"], rows["different"], rows["unchecked"]) == (baskets, baskets, 0, {})
+    assert rows["state_rows"] > 0
+    assert rows["state_different"] == 0
     assert processes_in(tmp_path) == []
+
+
+def check_lists(outcome: demo.Outcome, told: dict[str, int]) -> None:
+    """Whoever came is on a list, by the events; the lists are of whole weeks and of households that there are."""
+    lists, events = outcome.results.lists[LIST], outcome.prepared.events
+    assert lists
+    assert (told["missing"], told["left_out"]) == (0, 0)
+    assert told["finished"] > 0
+    manifests = read_manifests()
+    ends = Ends(manifests[LIST].version("0" * 64))
+    weeks = ends.ends_ms(int(events.times_ms[0]), int(events.times_ms[-1]))
+    assert {end_ms for end_ms, _ in lists} <= set(weeks)
+    assert {household for _, household in lists} <= set(events.households.tolist())
+    assert all(0 <= score <= 1 for score in lists.values())
 
 
 def run_demo(*arguments: str) -> subprocess.CompletedProcess[str]:

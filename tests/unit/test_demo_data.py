@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -15,14 +16,16 @@ from hypothesis import strategies as st
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "scripts"))
 
-from demonstration import labels, stream
+from demonstration import labels, products, stream
 from demonstration.__main__ import parse
-from demonstration.data import BASKET, CAMPAIGN, FIELDS, REDEMPTION, TRANSACTION, Events, Frames, build_events
-from demonstration.features import SCHEMA, observe, plan_of, read_manifests, rows_of, stored_before
+from demonstration.data import BASKET, CAMPAIGN, DAY_MS, FIELDS, REDEMPTION, TRANSACTION, Events, Frames, build_events
+from demonstration.features import SCHEMA, Ends, observe, plan_of, read_manifests, rows_of, stored_before
 from demonstration.figures import Speed
+from demonstration.lists import left_out
 from demonstration.results import Results, quality
+from demonstration.run import problems_of
 from demonstration.settings import Settings, Topics, node_config
-from demonstration.training import FRAUD, OFFERS, REORDER, TRIGGERS, last_lines
+from demonstration.training import FRAUD, LIST, MODELS, OFFERS, REORDER, TRIGGERS, last_lines
 
 from node.config import parse_config
 from node.kernel.types import ModelName
@@ -275,10 +278,11 @@ def test_the_last_line_of_each_household_in_each_micro_batch() -> None:
 
 def test_the_manifests_parse_and_offers_uses_what_reorder_says() -> None:
     manifests = read_manifests()
-    assert set(manifests) == {REORDER, OFFERS, FRAUD} == set(TRIGGERS)
+    assert set(manifests) == {REORDER, OFFERS, FRAUD, LIST} == set(MODELS)
     assert [str(output) for output in manifests[OFFERS].stored_outputs] == [f"models.{REORDER.tenant}.again.score"]
-    for name, manifest in manifests.items():
-        assert manifest.events == (SCHEMA.types[TRIGGERS[name]],)
+    for name, kind in TRIGGERS.items():
+        assert manifests[name].events == (SCHEMA.types[kind],)
+    assert manifests[LIST].schedule.every_ms == 7 * DAY_MS
 
 
 def test_the_nodes_config_passes_its_own_check(tmp_path: Path) -> None:
@@ -326,3 +330,186 @@ def test_the_command_line() -> None:
     for wrong in (["--rate", "0"], ["--kafka", "nowhere"], ["--events", "-3"], ["--frobnicate"]):
         with pytest.raises(SystemExit):
             parse(wrong)
+
+
+def test_an_inference_of_an_interval_counts_once_and_not_as_one_of_an_event() -> None:
+    results = Results([REORDER], [np.array([0])], 1, [LIST])
+    record = {"tenant": "reorder", "model": "list", "interval": 7 * DAY_MS, "customer": "5", "outputs": {"score": 0.5}}
+    results.take([record, {**record, "customer": "6", "outputs": {"score": None}}, record])
+    assert (results.total, results.doubled, results.inferences[LIST]) == (0, 1, 2)
+    assert results.lists[LIST][7 * DAY_MS, 5] == 0.5
+    assert np.isnan(results.lists[LIST][7 * DAY_MS, 6])
+
+
+@given(st.lists(st.tuples(st.integers(0, 1), st.sampled_from(["a", "b"])), max_size=12))
+def test_versions_are_mixed_where_an_older_one_follows_in_a_partition(named: list[tuple[int, str]]) -> None:
+    """`named`: the partition of each event, and the version that its inference names."""
+    places = [np.array([at for at, (number, _) in enumerate(named) if number == one], np.int64) for one in (0, 1)]
+    results = Results([REORDER], places, len(named))
+    offsets = [0, 0]
+    order = []
+    for number, version in named:
+        found = {"tenant": "reorder", "model": "again", "partition": number, "offset": offsets[number]}
+        results.take([{**found, "outputs": {"score": 0.5}, "tables": {"products": version}}])
+        offsets[number] += 1
+        if version not in order:
+            order.append(version)
+    expected = 0
+    for one in (0, 1):
+        mine = [order.index(version) for number, version in named if number == one]
+        expected += sum(any(before > after for before in mine[:at]) for at, after in enumerate(mine))
+    assert results.mixed == expected
+    assert sum(results.of_versions().values()) == len(named)
+
+
+def test_a_week_is_foretold_by_who_comes_in_the_next_one() -> None:
+    events = year_in_small()
+    known = int(events.times_ms[-1])
+    for week in (3, 8, 12):
+        end_ms = int(events.times_ms[0] // DAY_MS + 7 * week) * DAY_MS
+        found = labels.list_labels(events, np.arange(1, 14), end_ms, known)
+        for household, label in zip(range(1, 14), found.tolist(), strict=True):
+            mine = events.times_ms[(events.kinds == BASKET) & (events.households == household)]
+            comes = bool(((mine >= end_ms) & (mine < end_ms + 7 * DAY_MS)).any())
+            assert np.isnan(label) if end_ms + 7 * DAY_MS > known else label == float(comes)
+
+
+def test_the_rows_of_a_week_are_those_of_an_event_at_its_end() -> None:
+    events = year_in_small()
+    manifests = read_manifests()
+    plan, ends = plan_of(list(manifests.values())), Ends(manifests[LIST].version("0" * 64))
+    weeks = ends.ends_ms(int(events.times_ms[0]), int(events.times_ms[-1]))
+    assert len(weeks) == 13
+    observe(plan, events, np.zeros(len(events), np.bool_), 50, lambda _: None, at_ends=ends, ends_ms=weeks)
+    assert [one.end_ms for one in ends.found] == weeks
+    for one in ends.found:
+        before = events.times_ms < one.end_ms
+        assert set(one.households.tolist()) == set(events.households[before].tolist())
+        column = one.rows.names.index("baskets_90d")
+        for household, row in zip(one.households.tolist(), one.rows.numbers, strict=True):
+            baskets = before & (events.kinds == BASKET) & (events.households == household)
+            assert row[column] == baskets.sum(), "the small year is shorter than the window"
+
+
+def test_a_week_without_events_has_its_rows_too() -> None:
+    events = year_in_small()
+    ends = Ends(read_manifests()[LIST].version("0" * 64))
+    weeks = ends.ends_ms(int(events.times_ms[0]), int(events.times_ms[-1]))
+    quiet = (events.times_ms < weeks[3]) | (events.times_ms >= weeks[5])
+    events = events.take(quiet)
+    plan = plan_of(list(read_manifests().values()))
+    observe(plan, events, np.zeros(len(events), np.bool_), 50, lambda _: None, at_ends=ends, ends_ms=weeks)
+    assert [one.end_ms for one in ends.found] == weeks
+
+
+def test_a_price_is_the_median_of_a_piece_before_discounts_of_the_shelf(tmp_path: Path) -> None:
+    products_of = pd.DataFrame({"product_id": [1, 2, 3], "department": "D", "brand": ["National", "Private", None]})
+    year = frames([(1, 0.0, [1, 2]), (1, 1.0, [1]), (2, 2.0, [1, 2])], [], [])
+    year = replace(year, products=products_of.assign(product_category="C"))
+    events = build_events(year)
+    table = products.catalogue(year, events, len(events))
+    lines = year.transactions
+    for number in (1, 2):
+        mine = lines[lines["product_id"] == number]
+        expected = ((mine["sales_value"] + mine["retail_disc"]) / mine["quantity"]).median()
+        assert table.set_index("product").loc[number, "price"] == pytest.approx(expected, abs=0.005)
+    assert np.isnan(table.set_index("product").loc[3, "price"])
+    version = products.reader(products.write(table, tmp_path / "products.parquet"))
+    rows = version.rows(np.array([1.0, 3.0, 4.0]))
+    assert (rows >= 0).tolist() == [True, True, False]
+    assert version.column("brand", rows).tolist() == ["National", None, None]
+
+
+def comings(households: Sequence[int], times_ms: Sequence[int]) -> Events:
+    count = len(households)
+    numbers = {name: np.full(count, np.nan) for name, kind in FIELDS.items() if kind == "number"}
+    kinds, nothing = np.full(count, BASKET, np.int8), {}
+    return Events(kinds, np.array(times_ms, np.int64), np.array(households, np.int64), numbers, nothing, nothing)
+
+
+def lists_of(came: list[tuple[int, int]], steps: list[int]) -> set[tuple[int, int]]:
+    """(end, household) as a node makes them of (household, time) in order: intervals of ten, each run over those
+    changed since it last read them, in order of households, `steps[i]` of them between events i and i + 1."""
+    listed, counts, marks = set(), dict[int, int](), dict[int, int]()
+    run_end, waiting = came[0][1] // 10 * 10, list[int]()
+
+    def go_on(step: int, newest: int) -> None:
+        nonlocal run_end, waiting
+        if not waiting and newest > run_end:
+            run_end, waiting = newest, sorted(counts)
+        read, waiting = waiting[:step], waiting[step:]
+        for household in read:
+            if marks.get(household) != counts[household]:
+                marks[household] = counts[household]
+                listed.add((run_end, household))
+
+    for (household, time), step in zip(came, steps, strict=False):
+        counts[household] = counts.get(household, 0) + 1
+        go_on(step, time // 10 * 10)
+    while waiting or came[-1][1] // 10 * 10 > run_end:
+        go_on(1, came[-1][1] // 10 * 10)
+    return listed
+
+
+@settings(max_examples=200)
+@given(
+    st.lists(st.tuples(st.integers(1, 5), st.integers(0, 69)), min_size=1, max_size=40),
+    st.lists(st.integers(0, 5), min_size=40, max_size=40),
+)
+def test_whoever_came_is_listed_however_late_runs_are(came: list[tuple[int, int]], steps: list[int]) -> None:
+    came.sort(key=lambda one: one[1])
+    events = comings([household for household, _ in came], [time for _, time in came])
+    partitions, listed = np.zeros(len(came), np.int64), lists_of(came, steps)
+    assert left_out(listed, events, partitions, 10) == 0
+    ends = sorted({end for end, _ in listed})
+    for number, end in enumerate(ends):
+        fewer = {one for one in listed if one[0] != end}
+        since, near = max([0, *ends[:number]]), ends[max(0, number - 2) : number]
+        for household in {household for one, household in listed if one == end}:
+            others = listed - {(end, household)}
+            kept = end == ends[-1] or others - fewer  # else it is as if the interval had been skipped
+            there = any(one == household and since <= time < end for one, time in came)
+            if others and kept and there and not any((one, household) in listed for one in near):
+                assert left_out(others, events, partitions, 10) >= 1
+
+
+def test_a_partition_whose_newest_week_has_no_list_leaves_out_all_who_came() -> None:
+    events = comings([1, 2, 1, 2, 3, 1], [1, 2, 11, 12, 13, 21])
+    assert left_out({(10, 1), (10, 2), (20, 1), (20, 2), (20, 3)}, events, np.zeros(6), 10) == 0
+    assert left_out({(10, 1), (10, 2)}, events, np.zeros(6), 10) == 1, "what 1 and 2 did may be in the run before"
+    assert left_out({(10, 1), (10, 2), (20, 1)}, events, np.zeros(6), 10) == 1, "3 is on no list"
+    assert left_out(set(), events, np.zeros(6), 10) == 0, "the model may have seen no end before the last"
+
+
+@pytest.mark.parametrize(
+    ("where", "what", "said"),
+    [
+        ((), {"missing": 3}, "3 triggers"),
+        ((), {"doubled": 2}, "2 inferences came twice"),
+        (("tables",), {"mixed": 4}, "version before"),
+        (("tables",), {"unnamed": 5}, "name no version"),
+        (("lists",), {"missing": 6}, "did not come"),
+        (("lists",), {"left_out": 7}, "left out"),
+        (("training_rows",), {"different": 1}, "not what the events give"),
+        (("training_rows",), {"state_different": 1}, "not what the events give"),
+        (("training_rows",), {"exported": 8}, "not what the events give"),
+        (("training_rows",), {"compared": 8}, "not what the events give"),
+    ],
+)
+def test_what_must_not_be_is_a_problem(where: tuple[str, ...], what: dict[str, int], said: str) -> None:
+    report = {
+        "delivery": "exactly_once",
+        "inferences": {str(FRAUD): 9},
+        "doubled": 0,
+        "missing": 0,
+        "tables": {"mixed": 0, "unnamed": 0},
+        "lists": {"missing": 0, "left_out": 0},
+        "training_rows": {"exported": 9, "compared": 9, "different": 0, "state_different": 0},
+    }
+    assert problems_of(report) == []
+    changed = report
+    for name in where:
+        changed = changed[name]  # type: ignore[assignment]
+    changed.update(what)
+    (problem,) = problems_of(report)
+    assert said in problem
