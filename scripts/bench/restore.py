@@ -86,7 +86,7 @@ def prepared(folder: Path, address: str, events: int, state_bytes: int) -> State
     """Topics and changelogs for both sides; the rows are made by a node of its own."""
     topics = {
         TOPIC: {},
-        f"{APPLICATION}.changelog": {"max.message.bytes": str(1 << 20)},
+        f"{APPLICATION}.changelog": {"max.message.bytes": str(1 << 20), "retention.ms": "-1"},
         f"{APPLICATION}.streams": {},
         f"{APPLICATION}-{kafka_streams.STORE}-changelog": {"cleanup.policy": "compact"},
     }
