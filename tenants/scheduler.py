@@ -125,6 +125,8 @@ class _Running:
     tenant: _Tenant
     model: _Model
     flow: _Flow
+    beside: float = -math.inf
+    """The tenant's virtual time, if the batch was started beside the slots."""
     lent: bool = False
     """Others have its slot meanwhile."""
 
@@ -146,8 +148,9 @@ class Scheduler:
 
     **Beside the slots.** A tenant with little to run is not to wait for the batch of another: one batch more than there
     are slots may run if all that its tenant has waiting is short (BESIDE_SHARE_MAX of a quantum). The next slot that
-    is free is then taken by it. It starts at most a quantum of its own ahead of the tenant that is due, which is
-    all it adds to the bound: a quantum, divided by its weight.
+    is free is then taken by it, unless the tenant that is due is behind it: that one goes beside them in its place. It
+    starts at most a quantum of its own ahead of what was started in the slots, which is all it adds to the bound: a
+    quantum, divided by its weight.
 
     **Lending.** A batch that holds its slot without computing (it sleeps) lends it to others, see `lend`. Then as many
     batches compute at once as there are slots; a tenant that lends falls behind as it does with more of them.
@@ -349,15 +352,18 @@ class Scheduler:
 
     def next(self) -> Dispatch | None:
         """The next batch to start, or None when no slot is free, nor the place beside them, or nothing may run."""
-        if self._ready and self._slots_taken < self.parallel:
-            tenant = min(self._ready.values(), key=_virtual)
-            self._virtual = max(self._virtual, tenant.virtual)
-            return self._start(tenant)
-        if self._ready and self._slots_taken == self.parallel:
-            light = [tenant for tenant in self._ready.values() if self._may_run_beside(tenant)]
-            if light:
-                return self._start(min(light, key=_virtual))
-        return None
+        if not self._ready or self._slots_taken > self.parallel:
+            return None
+        due = min(self._ready.values(), key=_virtual)
+        if self._slots_taken < self.parallel or self._owed_a_slot(due):
+            self._virtual = max(self._virtual, due.virtual)
+            return self._start(due)
+        light = [tenant for tenant in self._ready.values() if self._may_run_beside(tenant)]
+        return self._start(min(light, key=_virtual), beside=True) if light else None
+
+    def _owed_a_slot(self, due: _Tenant) -> bool:
+        """Whether a batch that was let in beside the slots, ahead of that tenant, has one of them by now."""
+        return any(one.beside > due.virtual and not one.lent for one in self._running.values())
 
     def _may_run_beside(self, tenant: _Tenant) -> bool:
         """Whether all it has waiting is short, and it is at most a quantum ahead of what runs in the slots."""
@@ -366,7 +372,7 @@ class Scheduler:
         waiting = sum(flow.model.cost.seconds(flow.model.rows_queued) for flow in tenant.ready.values())
         return waiting <= BESIDE_SHARE_MAX * self.quantum_seconds
 
-    def _start(self, tenant: _Tenant) -> Dispatch:
+    def _start(self, tenant: _Tenant, beside: bool = False) -> Dispatch:
         self._slots_taken += 1
         flow = min(tenant.ready.values(), key=_virtual)
         tenant.flows_virtual = max(tenant.flows_virtual, flow.virtual)
@@ -383,7 +389,8 @@ class Scheduler:
         dispatch = Dispatch(
             self._number, tenant.name, model.name, flow.priority, parts, rows, model.cost.seconds(rows), whole
         )
-        self._running[dispatch.number] = _Running(dispatch, tenant, model, flow)
+        ahead = tenant.virtual if beside else -math.inf
+        self._running[dispatch.number] = _Running(dispatch, tenant, model, flow, ahead)
         tenant.running += 1
         del self._ready[tenant.name]
         self._ledger.hold(tenant.name, self._hold(tenant))
