@@ -23,6 +23,7 @@ from node.kernel.types import ModelName, Statistics
 from node.outbox import Outbox
 from node.outgoing import Origin
 from node.state.cache import RowCache
+from node.state.flushing import Flushing
 from node.state.folder import StateFolder
 from node.state.layout import Layout
 from node.steps import StepTimes
@@ -81,8 +82,7 @@ class PartitionSession:
         store: StateStore,
         state: PartitionState,
         steps: StepTimes,
-        flush_interval_seconds: float,
-        clock: Clock,
+        flushing: Flushing,
         close_store: Callable[[], None],
     ) -> None:
         self.source = source
@@ -92,17 +92,12 @@ class PartitionSession:
         self.steps = steps
         self._cycle = cycle
         self._committer = committer
-        self._clock = clock
-        self._flush_interval = flush_interval_seconds
+        self._flushing = flushing
         self._close_store = close_store
-        self._flushed = clock.monotonic()
 
     async def cycle(self) -> bool:
         more = await self._cycle.run()
-        if self._clock.monotonic() - self._flushed > self._flush_interval:
-            await self._committer.drain()
-            await asyncio.to_thread(self.store.flush)
-            self._flushed = self._clock.monotonic()
+        await self._flushing.step(self._committer.drain)
         return more
 
     @property
@@ -122,6 +117,7 @@ class PartitionSession:
         await self.state.backfilling.close()
         await self.source.close()
         await self.outbox.close()
+        await self._flushing.close()
         self._close_store()
 
 
@@ -154,8 +150,8 @@ async def open_session(
     committer = Committer(outbox, store, state.cache, steps)
     cycle = Cycle(engine, origin, source, committer, state, steps, clock)
     state.backlog.pump()
-    interval = parts.flush_interval_seconds
-    return PartitionSession(cycle, committer, source, outbox, store, state, steps, interval, clock, close_store)
+    flushing = Flushing(store, parts.flush_interval_seconds, clock)
+    return PartitionSession(cycle, committer, source, outbox, store, state, steps, flushing, close_store)
 
 
 def _leave_open() -> None:

@@ -78,7 +78,14 @@ class StateStore(Protocol):
         """As the last frame that told of it."""
         ...
 
-    def flush(self) -> None: ...
+    def flush(self) -> None:
+        """Put everything applied on disk. May run in another thread; no frame is applied meanwhile."""
+        ...
+
+    def flush_rows(self) -> None:
+        """Put most of what is applied on disk, so that `flush` has little left. May run in another thread while frames
+        are applied: after a crash the offset is too old rather than too new."""
+        ...
 
     def checkpoint(self, folder: Path) -> int:
         """Copy the store as of one frame into `folder`, which must not be there; the offset it goes on from.

@@ -98,6 +98,9 @@ class MemoryStore:
     def flush(self) -> None:
         """Nothing is kept on disk."""
 
+    def flush_rows(self) -> None:
+        """Nor ahead of it."""
+
     def checkpoint(self, folder: Path) -> int:
         raise StoreUnavailable(f"a store in memory is not copied to {folder}; its changelog has all of it")
 

@@ -22,6 +22,7 @@ from rocksdict import (
     Cache,
     Checkpoint,
     DBCompressionType,
+    Env,
     Options,
     Rdict,
     WriteBatch,
@@ -77,6 +78,8 @@ class RocksEnvironment:
         if not 0 < write_buffer_bytes <= cache_bytes:
             raise ValueError(f"write buffers of {write_buffer_bytes} bytes do not fit a cache of {cache_bytes}")
         cache = Cache(cache_bytes)
+        # Of all stores of the process. Compactions may lag; the loop beside them serves every tenant.
+        Env().lower_thread_pool_cpu_priority()
         manager = WriteBufferManager.new_write_buffer_manager_with_cache(write_buffer_bytes, False, cache)
         return RocksEnvironment(cache, manager, compacting)
 
@@ -287,12 +290,18 @@ class RocksStore:
             for family in FAMILIES:
                 self._families[family].flush()
 
+    def flush_rows(self) -> None:
+        """See `StateStore`; `meta` is left to `flush`, as its offset must not reach the disk before the rows do."""
+        with self._failures("flushed"):
+            for family in FAMILIES[:-1]:
+                self._families[family].flush()
+
     def checkpoint(self, folder: Path) -> int:
         """A copy of the store as of one frame, in a new `folder` beside its own; the changelog offset it goes on from.
 
         Tables are linked, not copied. May run in another thread: what is in memtables is first flushed with the GIL
         released and frames let through, since the checkpoint itself, which flushes the rest of all families
-        together, holds both. `meta` is left to it: its offset must not reach the disk before the rows do.
+        together, holds both.
         Raises StoreUnavailable; nothing is left of the folder then.
         """
         with self._failures("copied"), self._open:
@@ -300,8 +309,7 @@ class RocksStore:
                 raise StoreUnavailable(
                     f"the state in {self._path} was closed before it was copied; copy it once it is open"
                 )
-            for family in FAMILIES[:-1]:
-                self._families[family].flush()
+            self.flush_rows()
             with self._writing:
                 folder.parent.mkdir(parents=True, exist_ok=True)
                 if folder.exists():

@@ -325,7 +325,7 @@ def test_a_crash_between_the_families_of_a_flush_leaves_the_offset_behind(tmp_pa
     store.apply(frame([b"a"], 1.0, progress={"e": 1}), 1)
     store.flush()
     store.apply(frame([b"a"], 2.0, progress={"e": 2}), 2)
-    store._families["profiles"].flush()
+    store.flush_rows()
     shutil.copytree(tmp_path / "state", tmp_path / "crashed")
     store.close()
     crashed = RocksStore(tmp_path / "crashed", ENVIRONMENT)
