@@ -59,6 +59,7 @@ from node.serving.view import (
 )
 from node.session import ChangelogReader, PartitionSession, Parts, open_session
 from node.stage_view import Checked, Judged, consistency_status, detail, infos, stage_status
+from node.state.flushing import FlushTurns
 from node.state.folder import StateFolder, StateFolders
 from node.state.layout import Layout
 from node.state.rocksdb import RocksEnvironment, RocksStore
@@ -110,6 +111,7 @@ class Node:
         self._data = Path(config.node.data_dir)
         self._environment = RocksEnvironment.of(config.state.block_cache_mb * MIB, config.state.write_buffer_mb * MIB)
         kafka = config.kafka
+        self._flushes = FlushTurns(config.state.flush_interval_s)
         self._outputs = OutputTopics(
             kafka.inferences_topic, kafka.changelog_topic, kafka.dead_letters_topic, kafka.rows_topic
         )
@@ -307,7 +309,7 @@ class Node:
             versions=self._tenants.version,
             bound=self._bound,
             cache_bytes=config.state.row_cache_mb * MIB,
-            flush_interval_seconds=config.state.flush_interval_s,
+            flushes=self._flushes,
             keep_store=self._clustering is not None,
         )
 

@@ -23,7 +23,7 @@ from node.kernel.types import ModelName, Statistics
 from node.outbox import Outbox
 from node.outgoing import Origin
 from node.state.cache import RowCache
-from node.state.flushing import Flushing
+from node.state.flushing import Flushing, FlushTurns
 from node.state.folder import StateFolder
 from node.state.layout import Layout
 from node.steps import StepTimes
@@ -66,7 +66,7 @@ class Parts:
     versions: Versions
     bound: Callable[[ModelName], Bound]
     cache_bytes: int
-    flush_interval_seconds: float
+    flushes: FlushTurns
     keep_store: bool = False
 
 
@@ -150,7 +150,7 @@ async def open_session(
     committer = Committer(outbox, store, state.cache, steps)
     cycle = Cycle(engine, origin, source, committer, state, steps, clock)
     state.backlog.pump()
-    flushing = Flushing(store, parts.flush_interval_seconds, clock)
+    flushing = Flushing(store, parts.flushes, clock)
     return PartitionSession(cycle, committer, source, outbox, store, state, steps, flushing, close_store)
 
 

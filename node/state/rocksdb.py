@@ -78,8 +78,11 @@ class RocksEnvironment:
         if not 0 < write_buffer_bytes <= cache_bytes:
             raise ValueError(f"write buffers of {write_buffer_bytes} bytes do not fit a cache of {cache_bytes}")
         cache = Cache(cache_bytes)
-        # Of all stores of the process. Compactions may lag; the loop beside them serves every tenant.
-        Env().lower_thread_pool_cpu_priority()
+        # Of all stores of the process. Compactions may lag; the loop beside them serves every tenant. Of two flushes,
+        # one may be of a full memtable.
+        threads = Env()
+        threads.lower_thread_pool_cpu_priority()
+        threads.set_high_priority_background_threads(2)
         manager = WriteBufferManager.new_write_buffer_manager_with_cache(write_buffer_bytes, False, cache)
         return RocksEnvironment(cache, manager, compacting)
 

@@ -11,7 +11,7 @@ from test_store import ENVIRONMENT, frame, row
 
 from node.kernel.clock import ManualClock
 from node.kernel.errors import StoreUnavailable
-from node.state.flushing import Flushing
+from node.state.flushing import Flushing, FlushTurns
 from node.state.rocksdb import RocksStore
 
 DUE_MS = 60_001
@@ -32,7 +32,7 @@ async def ended(flushing: Flushing) -> None:
 
 async def test_frames_are_applied_while_rows_are_written_and_all_are_on_disk_when_it_ends(tmp_path: Path) -> None:
     store, clock = RocksStore(tmp_path / "state", ENVIRONMENT), ManualClock()
-    flushing = Flushing(store, 60.0, clock)
+    flushing = Flushing(store, FlushTurns(60.0), clock)
     settled: list[int] = []
 
     async def settle() -> None:
@@ -59,7 +59,7 @@ async def test_frames_are_applied_while_rows_are_written_and_all_are_on_disk_whe
 
 async def test_a_flush_is_due_once_an_interval(tmp_path: Path) -> None:
     store, clock = RocksStore(tmp_path / "state", ENVIRONMENT), ManualClock()
-    flushing = Flushing(store, 60.0, clock)
+    flushing = Flushing(store, FlushTurns(60.0), clock)
     for number in (1, 2):
         store.apply(frame([b"a"], float(number)), number)
         assert not await flushing.step(nothing)
@@ -70,9 +70,26 @@ async def test_a_flush_is_due_once_an_interval(tmp_path: Path) -> None:
     store.close()
 
 
+async def test_partitions_flush_one_after_another_also_when_one_is_closed_meanwhile(tmp_path: Path) -> None:
+    turns, clock = FlushTurns(60.0), ManualClock()
+    stores = [RocksStore(tmp_path / name, ENVIRONMENT) for name in ("one", "other")]
+    one, other = [Flushing(store, turns, clock) for store in stores]
+    clock.advance(DUE_MS)
+    await one.step(nothing)
+    assert not await other.step(nothing)
+    await ended(one)
+    assert not await other.step(nothing), "it begins now"
+    clock.advance(DUE_MS)
+    await other.close()
+    await one.step(nothing)
+    await ended(one)
+    for store in stores:
+        store.close()
+
+
 async def test_a_store_is_closed_once_no_thread_writes_it_and_a_failure_is_told(tmp_path: Path) -> None:
     store, clock = RocksStore(tmp_path / "state", ENVIRONMENT), ManualClock()
-    flushing = Flushing(store, 60.0, clock)
+    flushing = Flushing(store, FlushTurns(60.0), clock)
     store.apply(frame([b"a"], 1.0), 1)
     clock.advance(DUE_MS)
     await flushing.step(nothing)

@@ -37,6 +37,7 @@ from node.outbox import BrokerTraits, Outbox, OutputTopics
 from node.outgoing import Origin
 from node.replicas import Guard, Held, Replicas, Surroundings
 from node.session import ChangelogReader, PartitionSession, Parts, open_session
+from node.state.flushing import FlushTurns
 from node.state.folder import StateFolder, StateFolders
 from node.state.rocksdb import RocksEnvironment, RocksStore
 from node.steps import StepTimes
@@ -271,7 +272,7 @@ class Node:
             versions=lambda name, version: VERSION,
             bound=lambda name: Bound(100_000),
             cache_bytes=1 << 20,
-            flush_interval_seconds=0.1,
+            flushes=FlushTurns(0.1),
             keep_store=True,
         )
         origin = Origin(self.name, [one.source], number, schema)
