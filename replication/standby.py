@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -195,12 +196,12 @@ class StandbyFolder:
         fold = self._folds.get(partition)
         if fold is None:
             return None
-        silent_ms = (self._clock.monotonic() - fold.ended) * 1000
+        silent_ms = math.ceil((self._clock.monotonic() - fold.ended) * 1000)
         if fold.gap is None:
-            return ReplicaProgress(fold.store.changelog_offset(), STANDBY_UNKNOWN_FRAMES, int(silent_ms))
+            return ReplicaProgress(fold.store.changelog_offset(), STANDBY_UNKNOWN_FRAMES, silent_ms)
         frames = -(-fold.gap // _OFFSETS_PER_FRAME)
         near = fold.gap == 0 and silent_ms <= STANDBY_PROOF_MS_MAX
-        return ReplicaProgress(fold.store.changelog_offset(), frames, 0 if near else int(silent_ms))
+        return ReplicaProgress(fold.store.changelog_offset(), frames, 0 if near else silent_ms)
 
     def _reassign(self) -> None:
         self._stale = True
