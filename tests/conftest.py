@@ -189,3 +189,21 @@ async def topics(kafka: str) -> AsyncIterator[Topics]:
     finally:
         async with asyncio.timeout(ADMIN_S_MAX):
             await admin.close()
+
+
+@pytest.fixture
+def small_disk() -> Iterator[Callable[[Path, int], None]]:
+    """Mounts a file system of so many MiB at a folder, until the test is over: a disk can be full without the machine's
+    being so. Only root may, or who is root in a container that lets it; skips the test for others."""
+    mounted: list[Path] = []
+
+    def mount(place: Path, size_mb: int) -> None:
+        place.mkdir(exist_ok=True)
+        command = ["mount", "-t", "tmpfs", "-o", f"size={size_mb}m", "tmpfs", str(place)]
+        if shutil.which("mount") is None or subprocess.run(command, capture_output=True, timeout=30).returncode:
+            pytest.skip("NO FULL DISK, SO THIS IS NOT TESTED: this user may not mount a file system")
+        mounted.append(place)
+
+    yield mount
+    for place in mounted:
+        subprocess.run(["umount", "-l", str(place)], check=True, timeout=30)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import os
-import subprocess
 from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -131,20 +130,20 @@ def test_source_topics_that_are_missing_grow_and_are_made_again(
     assert len(node.log.read_text().splitlines()) < LOG_LINES_MAX
 
 
-def test_a_full_disk(kafka: str, make: Callable[..., Node], topic_names: Callable[[str], str], tmp_path: Path) -> None:
+def test_a_full_disk(
+    kafka: str,
+    make: Callable[..., Node],
+    topic_names: Callable[[str], str],
+    tmp_path: Path,
+    small_disk: Callable[[Path, int], None],
+) -> None:
     broker = Kafka(kafka)
     topic = broker.create(topic_names("events"))
     disk = tmp_path / "disk"
-    disk.mkdir()
-    mount = ["mount", "-t", "tmpfs", "-o", "size=24m", "tmpfs", str(disk)]
-    if subprocess.run(mount, capture_output=True, timeout=30).returncode:
-        pytest.skip("this user may not mount file systems, so a full disk is not tested")
-    try:
-        node = make(broker, topic, node={"data_dir": str(disk)}, state={"flush_interval_s": 1, "write_buffer_mb": 1})
-        with stopped_after(node):
-            _fill_and_free(node, broker, topic, disk)
-    finally:
-        subprocess.run(["umount", "-l", str(disk)], check=True, timeout=30)
+    small_disk(disk, 24)
+    node = make(broker, topic, node={"data_dir": str(disk)}, state={"flush_interval_s": 1, "write_buffer_mb": 1})
+    with stopped_after(node):
+        _fill_and_free(node, broker, topic, disk)
 
 
 def fill(filler: Path) -> None:
