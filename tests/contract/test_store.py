@@ -14,6 +14,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from frame_support import as_sent
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -25,7 +26,6 @@ from node.kernel.ports import StateStore
 from node.kernel.types import FeatureRows, Frame, IntervalRun, ModelName, Schedule, SequenceChunk, Triggers
 from node.state.memory import MemoryStore
 from node.state.rocksdb import RocksEnvironment, RocksStore
-from replication.frame import FrameAssembler, encode_frame
 
 ENVIRONMENT = RocksEnvironment.of(16 * MIB, 8 * MIB)
 
@@ -103,9 +103,7 @@ def test_how_far_windows_are_filled_is_kept_until_a_frame_says_otherwise(store: 
     assert store.backfill() == BackfillState((fill,))
     assert [family for family, _, _ in store.entries()] == ["profiles", "backfill"]  # type: ignore[attr-defined]
     done = BackfillState((replace(fill, done=True),))
-    (decoded,) = [FrameAssembler().add(record) for record in encode_frame(replace(frame([]), backfill=done))]
-    assert decoded is not None
-    store.apply(decoded, 3)
+    store.apply(as_sent(replace(frame([]), backfill=done)), 3)
     assert store.backfill() == done
 
 
@@ -182,9 +180,8 @@ def test_what_holds_the_same_has_the_same_digest_and_what_differs_is_named(store
             [b"a", b"b%d" % number], float(number), progress={"e": number}, layout=b"L", counters={"late": 1},
             appended=[chunk("t/m", number)], cursors={"t/m": 1},
         )  # fmt: skip
-        (decoded,) = [FrameAssembler().add(record) for record in encode_frame(sent)]
         store.apply(sent, number)
-        other.apply(decoded, number)
+        other.apply(as_sent(sent), number)
     assert digest_store(store) == digest_store(other)
     assert (digest_store(other).rows, digest_store(other).chunks) == (4, 2)
     store.apply(frame([b"a"], 7.0, progress={"e": 3}), 3)

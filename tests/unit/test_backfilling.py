@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 import pytest
+from frame_support import as_sent
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -22,7 +23,6 @@ from node.state.codec import images, unpack
 from node.state.fold import fold
 from node.state.layout import PLANES, Layout, accumulators_of
 from node.state.memory import MemoryStore
-from replication.frame import FrameAssembler, encode_frame
 from tenants.features import compile_plan
 from tenants.manifest import parse_manifest
 
@@ -128,9 +128,7 @@ class Node:
             await fills.close()
             self.open()
             return
-        (decoded,) = [FrameAssembler().add(record) for record in encode_frame(frame)]
-        assert decoded is not None
-        self.store.apply(decoded, self.frames)
+        self.store.apply(as_sent(frame), self.frames)
         self.frames += 1
         fills.pump({"t": self.at})
         await asyncio.sleep(0)

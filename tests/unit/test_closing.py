@@ -9,6 +9,7 @@ from datetime import UTC
 
 import numpy as np
 import pytest
+from frame_support import as_sent
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -39,7 +40,6 @@ from node.state.fold import FoldResult, fold
 from node.state.layout import Layout
 from node.state.memory import MemoryStore
 from node.training.fed_rows import FedRows, decode, encode_rows, event_ids
-from replication.frame import FrameAssembler, encode_frame
 from tenants.features import compile_plan
 from tenants.manifest import parse_manifest
 
@@ -191,10 +191,8 @@ class Partition:
         assert rows[but_marks].tobytes() == whole[but_marks].tobytes()
 
     def _commit(self, frame: Frame) -> None:
-        (decoded,) = [FrameAssembler().add(record) for record in encode_frame(frame)]
-        assert decoded is not None
         self.offset += 1
-        self.store.apply(decoded, self.offset)
+        self.store.apply(as_sent(frame), self.offset)
 
     def _for(self, model: str, session: Session, gap: int) -> bool:
         """Whether it is the model's: it is seen, and the session had not ended by then."""

@@ -11,6 +11,7 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).parent))
 
+from frame_support import as_sent
 from test_backfilling import SCHEMA, START_MS, Log, events_of
 from test_closing import NoRunner
 
@@ -26,7 +27,6 @@ from node.state.codec import images, unpack
 from node.state.fold import fold
 from node.state.layout import Layout
 from node.state.memory import MemoryStore
-from replication.frame import FrameAssembler, encode_frame
 from tenants.features import compile_plan
 from tenants.manifest import parse_manifest
 
@@ -94,10 +94,8 @@ class Partition:
             {"t": self.at}, self.layout.id, [name.encode() for name in names], images(rows), self.layout.encode(),
             runs=runs, event_time_ms=event_time_ms, backfill=self.fills.committing(),
         )  # fmt: skip
-        (decoded,) = [FrameAssembler().add(record) for record in encode_frame(frame)]
-        assert decoded is not None
         self.frames += 1
-        self.store.apply(decoded, self.frames)
+        self.store.apply(as_sent(frame), self.frames)
         self._use(wanted)
         self.fills.pump({"t": self.at})
         await asyncio.sleep(0)

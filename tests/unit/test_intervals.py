@@ -7,6 +7,7 @@ from collections import Counter, deque
 
 import numpy as np
 import pytest
+from frame_support import as_sent
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -30,7 +31,6 @@ from node.state.codec import images, unpack
 from node.state.fold import fold
 from node.state.layout import Layout
 from node.state.memory import MemoryStore
-from replication.frame import FrameAssembler, encode_frame
 from tenants.features import compile_plan
 from tenants.manifest import parse_manifest
 
@@ -118,9 +118,8 @@ class Partition:
                 {}, self.layout.id, encoded, images(rows), self.layout.encode(), counters=dict(self.counters),
                 runs=runs, event_time_ms=event_time_ms,
             )  # fmt: skip
-            (decoded,) = [FrameAssembler().add(record) for record in encode_frame(frame)]
             self.offset += 1
-            self.store.apply(decoded, self.offset)
+            self.store.apply(as_sent(frame), self.offset)
             self.events.update(customers)
             for answer in ran.answers:
                 self.committed += [(int(answer.triggers.times_ms[0]), name) for name in answer.triggers.customers]
