@@ -76,7 +76,7 @@ class Outcome:
     results: Results
 
 
-def prepare(settings: Settings, screen: Screen, watched: Path, read: Callable[[], Frames]) -> Prepared:
+def prepare(settings: Settings, screen: Screen, folder: Path, read: Callable[[], Frames]) -> Prepared:
     """Read the year, and train on its first part."""
     with screen.stage("reading a year of shopping"):
         frames = read()
@@ -85,10 +85,9 @@ def prepare(settings: Settings, screen: Screen, watched: Path, read: Callable[[]
     part, warm_up = _streamed(events, cut, settings.events)
     with screen.stage("writing the catalogue, as of two days"):
         half = part.start + (part.stop - part.start) // 2
-        watched.parent.mkdir(parents=True, exist_ok=True)
         catalogues = (
-            products.write(products.catalogue(frames, events, cut), watched.parent / "products-1.parquet"),
-            products.write(products.catalogue(frames, events, half), watched.parent / "products-2.parquet"),
+            products.write(products.catalogue(frames, events, cut), folder / "products-1.parquet"),
+            products.write(products.catalogue(frames, events, half), folder / "products-2.parquet"),
         )
         table = products.table_set(products.reader(catalogues[0]))
     with screen.stage("working out what happened later"):
@@ -120,7 +119,7 @@ def run(settings: Settings, screen: Screen, folder: Path, read: Callable[[], Fra
     """All of it. What was started is stopped, whatever happens. Raises HeadraceError."""
     if settings.kafka:
         check_answers(settings.kafka)
-    prepared = prepare(settings, screen, folder / "tenants", read)
+    prepared = prepare(settings, screen, folder, read)
     with ExitStack() as children:
         address, started = settings.kafka, list[Child]()
         if address is None:
