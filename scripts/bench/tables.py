@@ -49,10 +49,9 @@ SETTLED_MS = 1_000
 """After a change, what is still counted as its doing."""
 CLIENT_NICENESS = 19
 LIVE_S_MAX = 120.0
-WARM_S = 240.0
+WARM_S, WARM_S_QUICK = 240.0, 5.0
 """Under the load before anything counts. The broker still compiles itself after two minutes, in bursts in which it
 takes two or three times its processor for up to half a second: all partitions wait, change or no change."""
-ROUNDS = 4
 ROWS, ROWS_QUICK = 5_000_000, 200_000
 BATCH_EVENTS = 4_000
 
@@ -232,7 +231,8 @@ sys.exit(code)"""
 
 
 def main(quick: bool) -> harness.Result:
-    rate, rounds, kills = (2_000, 2, (0.5,)) if quick else (20_000, ROUNDS, (0.2, 0.8, 1.4, 2.0))
+    rate, rounds, kills = (2_000, 2, (0.5,)) if quick else (20_000, 4, (0.2, 0.8, 1.4, 2.0))
+    warm_s = WARM_S_QUICK if quick else WARM_S
     with tempfile.TemporaryDirectory(prefix="headrace-bench-") as name:
         folder = Path(name)
         with harness.broker(folder / "kafka") as broker:
@@ -241,7 +241,7 @@ def main(quick: bool) -> harness.Result:
             asyncio.run(workload.create_topic(broker.address, "tables.inferences", settings=settings))
             start = {"cycle": {"start_from": "latest"}}
             with cluster.running(folder, NAMES, broker.address, "events", "tables", start, models=False) as nodes:
-                outputs, detail, changes = drive(nodes, folder, broker.address, rate, rounds, kills)
+                outputs, detail, changes = drive(nodes, folder, broker.address, rate, warm_s, rounds, kills)
             inferences, appends = asyncio.run(read_back(broker.address, "tables.inferences"))
         detail["large_table"] = costs(folder, ROWS_QUICK if quick else ROWS)
     pause_ms, measured = pauses(changes, appends)
@@ -250,7 +250,7 @@ def main(quick: bool) -> harness.Result:
 
 
 def drive(
-    nodes: cluster.Cluster, folder: Path, address: str, rate: int, rounds: int, kills: Sequence[float]
+    nodes: cluster.Cluster, folder: Path, address: str, rate: int, warm_s: float, rounds: int, kills: Sequence[float]
 ) -> tuple[dict[str, float], dict[str, Any], list[Change]]:
     """Flips without kills, then with; each version's output, the detail, and the changes without kills."""
     key = ("--key", "id")
@@ -265,7 +265,7 @@ def drive(
     with traffic.Traffic(address, "events", "tables.inferences", rate) as driven:
         driven.watch(time.time_ns() // 1_000_000)
         driven.wait(frozenset(range(workload.PARTITIONS)), LIVE_S_MAX)
-        time.sleep(WARM_S if rounds == ROUNDS else WARM_S / 48)
+        time.sleep(warm_s)
         begun, sent, read = time.monotonic(), driven.sent, driven.read
 
         def change(kind: str, *arguments: str) -> str:
