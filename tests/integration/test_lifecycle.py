@@ -139,11 +139,14 @@ def test_a_canary_keeps_its_customers_through_a_kill_and_each_trigger_is_answere
     second = staged(node, PATIENT_CANARY)
     stream = Stream(node)
     stream.more()
-    for _ in range(2):  # right after they were made, so that the node is amid them
+    unanswered = []
+    for _ in range(2):  # right after they were made
         stream.make(4_000)
+        unanswered.append(stream.count - stream.answered())
         node.kill()
         node.start()
     stream.wait()
+    assert any(unanswered), "none of the kills came before all was answered"
     assert stage_of(node) == "canary 0.5"
     served = dict(zip(CUSTOMERS, of_canary(CUSTOMERS, ModelName("shop", "spend"), 0.5).tolist(), strict=True))
     assert len(set(served.values())) == 2
