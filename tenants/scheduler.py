@@ -181,7 +181,7 @@ class Scheduler:
         self._running: dict[int, _Running] = {}
         self._slots_taken = 0
         self._virtual = 0.0
-        """The highest virtual time at which a batch was started."""
+        """The highest virtual time at which a batch was started in a slot, not beside them."""
         self._costliest_seconds = quantum_seconds
         self._number = 0
         self._ledger = ShareLedger()

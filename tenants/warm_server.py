@@ -1,6 +1,6 @@
 """The process that workers are forked from: NumPy, scikit-learn and every allowed class are imported once.
 
-Started by `tenants.workers.WarmServer` as `python -m tenants.warm_server <settings>`, with a socket that keeps
+Started by `tenants.warm_process.WarmProcess` as `python -m tenants.warm_server <settings>`, with a socket that keeps
 message borders. It reads no tenant's bytes and runs no thread, so a fork of it is sound.
 """
 
