@@ -111,6 +111,7 @@ class Cluster:
             done = subprocess.run(
                 [sys.executable, "-m", "node", command, *arguments, "--config", str(config)],
                 cwd=harness.ROOT,
+                env=harness.as_installed(),
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.PIPE,
                 stderr=subprocess.STDOUT,

@@ -210,6 +210,11 @@ def broker(
         subprocess.run(stop, env=environment, stdin=subprocess.DEVNULL, timeout=STOP_S_MAX * 2)
 
 
+def as_installed() -> dict[str, str]:
+    """The environment of a node: an installed one has its bytecode, so here the first start may leave it."""
+    return {name: value for name, value in os.environ.items() if name != "PYTHONDONTWRITEBYTECODE"}
+
+
 class Node:
     """`python -m node run --config F` as a subprocess; its output goes to `node.log` beside the config."""
 
@@ -242,6 +247,7 @@ class Node:
             self._process = subprocess.Popen(
                 [*self._prefix, sys.executable, *self._program, "run", "--config", str(self.config)],
                 cwd=ROOT,
+                env=as_installed(),
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=subprocess.STDOUT,
