@@ -211,7 +211,7 @@ def broker(
 
 
 def as_installed() -> dict[str, str]:
-    """The environment of a node: an installed one has its bytecode, so here the first start may leave it."""
+    """Of nodes and their commands: those of an installed one have their bytecode, so a first start may leave it."""
     return {name: value for name, value in os.environ.items() if name != "PYTHONDONTWRITEBYTECODE"}
 
 
