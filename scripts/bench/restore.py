@@ -178,6 +178,7 @@ class Restoring:
         node.stop()
         shutil.rmtree(node.config.with_name("data"))
         self._nodes.operate("undrain", EMPTY, at=HAS)
+        self._nodes.wait(lambda: caught_up(self._nodes.status(), EMPTY) == 0, f"{EMPTY} is missed", WAIT_S_MAX)
 
     def _let_the_first_have_all(self) -> None:
         nodes, every = self._nodes, workload.PARTITIONS
