@@ -14,7 +14,6 @@ import errno
 import fcntl
 import os
 import resource
-import signal
 import sysconfig
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -24,6 +23,7 @@ import landlock
 
 from node.kernel.errors import SandboxUnavailable
 from node.kernel.limits import WORKER_THREADS_MAX
+from node.kernel.parent import die_with_parent
 from tenants.cgroup_files import Place
 
 try:
@@ -36,7 +36,6 @@ LAYERS = ("cgroup", "resource_limits", "own_user", "no_new_privileges", "landloc
 OWN_USER_FIRST = 61_700
 """Inside systemd's range of dynamic users, of which no host account is."""
 
-_PR_SET_PDEATHSIG = 1
 _PR_SET_DUMPABLE = 4
 _PR_SET_NO_NEW_PRIVS = 38
 _OPEN_CHANGES = os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_APPEND
@@ -77,13 +76,6 @@ _libc = ctypes.CDLL(None, use_errno=True)
 def _prctl(option: int, value: int) -> None:
     if _libc.prctl(option, value, 0, 0, 0) != 0:
         raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()))
-
-
-def die_with_parent(parent: int) -> None:
-    """Have the kernel kill this process when its parent ends, however that happens."""
-    _prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
-    if os.getppid() != parent:
-        os._exit(1)
 
 
 def close_files_except(*kept: int, output: int | None = None) -> None:

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING
 import msgspec
 
 from node.kernel import limits
-from tenants import sandbox
+from node.kernel.parent import die_with_parent
 from tenants.cgroup_files import Place
 
 if TYPE_CHECKING:
@@ -77,7 +77,7 @@ class NotStarted(msgspec.Struct, frozen=True, tag="not_started"):
 def main() -> None:
     gc.disable()  # imports make next to no garbage, and looking for it would take a sixth of their time
     settings = msgspec.json.decode(sys.argv[1], type=Settings)
-    sandbox.die_with_parent(settings.parent)
+    die_with_parent(settings.parent)
     leave_terminal()
     warnings.simplefilter("ignore")  # each would cost time in calls, and nobody reads them
     from tenants import worker  # imports NumPy and joblib

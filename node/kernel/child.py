@@ -26,8 +26,9 @@ async def in_child(
     """What `talk` gives, in a thread of its own, of this very Python with `arguments`: it reads and writes the pipes,
     which block. The child has nothing of the node's environment, which may hold secrets; `stderr` None: the node's own.
 
-    The child is killed when `talk` has ended, or this is given up, which ends `talk` too. Raises what that raises, and
-    StoreUnavailable if there can be no further process.
+    The child is killed when `talk` has ended, or this is given up, which ends `talk` too, and when the node ends: a new
+    one finds nobody else in its folders. Raises what `talk` raises, and StoreUnavailable if there can be no further
+    process.
     """
     process = _started(arguments, stderr)
     # Not one of the loop's threads, which are few: a child may take minutes.
@@ -58,7 +59,7 @@ def _started(arguments: Sequence[str], stderr: int | None) -> subprocess.Popen[b
 
 def _popen(arguments: Sequence[str], stderr: int | None) -> subprocess.Popen[bytes]:
     return subprocess.Popen(
-        [sys.executable, "-s", *arguments],
+        [sys.executable, "-s", "-m", "node.kernel.parent", str(os.getpid()), *arguments],
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         stderr=stderr,

@@ -9,10 +9,11 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import os
+import secrets
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import msgspec
@@ -45,15 +46,18 @@ async def bucket_of(folder: Path, bucket: int) -> list[BucketEntry]:
     return msgspec.json.decode(await _inspect("bucket", folder, str(bucket)), type=list[BucketEntry])
 
 
-async def _inspect(*arguments: str | Path) -> bytes:
-    what = f"the copy of a store in {arguments[1]}"
+async def _inspect(subject: str, folder: Path, *arguments: str) -> bytes:
+    what = f"the copy of a store in {folder}"
+    links = folder.with_name(f".look-{folder.name.lstrip('.')}-{secrets.token_hex(8)}")
     try:
         async with asyncio.timeout(SNAPSHOT_INSPECT_MS_MAX / 1000):
             code, output, errors = await in_child(
-                ("-m", "node.state.inspection", *map(str, arguments)), _said, subprocess.PIPE
+                ("-m", "node.state.inspection", subject, str(folder), str(links), *arguments), _said, subprocess.PIPE
             )
     except TimeoutError:
         raise StoreUnavailable(f"{what} took longer than SNAPSHOT_INSPECT_MS_MAX; it is tried again") from None
+    finally:  # here, as who looks may have been killed
+        await asyncio.to_thread(shutil.rmtree, links, ignore_errors=True)
     if code == 0:
         return output
     reason = errors.decode(errors="replace").strip()[-1000:]
@@ -68,16 +72,15 @@ def _said(process: subprocess.Popen[bytes]) -> tuple[int, bytes, bytes]:
 
 
 def main(arguments: Sequence[str]) -> int:
-    what, folder = arguments[0], Path(arguments[1])
+    what, folder, links = arguments[0], Path(arguments[1]), Path(arguments[2])
     os.nice(_LOWEST_PRIORITY)
-    links = folder.with_name(f".look-{folder.name.lstrip('.')}-{os.getpid()}")
     try:
-        with _opened(folder, links) as store:
+        with contextlib.closing(_opened(folder, links)) as store:
             found: object = store.changelog_offset()
             if what == "digest":
                 found = digest_store(store)
             elif what == "bucket":
-                found = bucket_entries(store, int(arguments[2]))
+                found = bucket_entries(store, int(arguments[3]))
         sys.stdout.buffer.write(msgspec.json.encode(found))
     except (HeadraceError, OSError) as failure:
         sys.stderr.write(str(failure))
@@ -85,22 +88,14 @@ def main(arguments: Sequence[str]) -> int:
     return 0
 
 
-@contextlib.contextmanager
-def _opened(folder: Path, links: Path) -> Iterator[RocksStore]:
+def _opened(folder: Path, links: Path) -> RocksStore:
     links.mkdir()
-    try:
-        for path in folder.iterdir():
-            if path.suffix == ".sst":
-                os.link(path, links / path.name)
-            else:
-                shutil.copyfile(path, links / path.name)
-        store = RocksStore(links, RocksEnvironment.of(_CACHE_BYTES, _CACHE_BYTES, compacting=False))
-        try:
-            yield store
-        finally:
-            store.close()
-    finally:
-        shutil.rmtree(links)
+    for path in folder.iterdir():
+        if path.suffix == ".sst":
+            os.link(path, links / path.name)
+        else:
+            shutil.copyfile(path, links / path.name)
+    return RocksStore(links, RocksEnvironment.of(_CACHE_BYTES, _CACHE_BYTES, compacting=False))
 
 
 if __name__ == "__main__":

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 from snapshot_support import CHANGELOG, damage, digest_folder, fold, frames, open_store
+from waiting import until
 
 from node.kernel.clock import ManualClock
 from node.kernel.digest import digest_store
@@ -117,8 +118,21 @@ def test_a_copy_that_was_made_wrong_is_found_by_opening_it(tmp_path: Path, folde
     snapshot = folder.take(0, without_a_table)
     store.close()
     folder.verify(snapshot)
-    command = [sys.executable, "-m", "node.state.inspection", "offset", str(folder.place(0, 10))]
-    assert subprocess.run(command, capture_output=True, timeout=60).returncode == 3
+    with pytest.raises(StateCorrupt):
+        asyncio.run(changelog_offset_of(folder.place(0, 10)))
+
+
+async def test_a_look_into_a_snapshot_that_is_given_up_leaves_nothing(tmp_path: Path) -> None:
+    copy = tmp_path / "copy"
+    copy.mkdir()
+    for number in range(5_000):  # copied one by one: it is still at it when it is given up
+        (copy / f"{number}.log").touch()
+    looking = asyncio.ensure_future(changelog_offset_of(copy))
+    await until(lambda: list(tmp_path.glob(".look-*")), "it looks")
+    looking.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await looking
+    assert os.listdir(tmp_path) == ["copy"]
 
 
 def test_what_a_crash_left_is_removed_and_what_is_whole_stays(tmp_path: Path, folder: SnapshotFolder) -> None:

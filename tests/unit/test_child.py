@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import os
+import select
 import signal
 import subprocess
+import sys
 
 import pytest
 
@@ -72,3 +75,40 @@ async def test_what_goes_wrong_in_talking_is_told() -> None:
 
     with pytest.raises(RuntimeError, match="wrong"):
         await in_child(("-c", "import sys; sys.stdin.read()"), talk)
+
+
+_NODE = """
+import asyncio, sys
+from node.kernel.child import in_child
+
+def talk(process):
+    print(process.stdout.readline().decode().strip(), flush=True)
+    process.wait()
+
+asyncio.run(in_child(("-c", "import os, signal; print(os.getpid(), flush=True); signal.pause()"), talk))
+"""
+
+
+def test_a_child_does_not_outlive_a_node_that_is_killed() -> None:
+    """It would go on in folders that the next node finds its own to clear."""
+    with subprocess.Popen([sys.executable, "-c", _NODE], stdout=subprocess.PIPE) as node:
+        assert node.stdout is not None
+        child = int(node.stdout.readline())
+        ended = os.pidfd_open(child)
+        try:
+            node.kill()
+            assert node.wait(10) == -signal.SIGKILL
+            assert select.select([ended], [], [], 10)[0], "it lives on"
+        finally:
+            os.close(ended)
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(child, signal.SIGKILL)
+
+
+def test_a_child_whose_node_is_gone_before_it_begins_does_nothing() -> None:
+    gone = str(os.getppid())
+    started = subprocess.run(
+        [sys.executable, "-m", "node.kernel.parent", gone, "-c", "print('begun')"], capture_output=True, timeout=10
+    )
+    assert started.stdout == b""
+    assert started.returncode != 0
