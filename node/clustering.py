@@ -125,7 +125,7 @@ class Clustering:
         self.tables = CatalogTables(self.cluster)
         self.follow_tables: Callable[[Mapping[str, Table]], None] = lambda tables: None
         """Hears of each change, before the models do."""
-        self._standbys = StandbyFolder(options, changelog, clock, caught_up=self.cluster.report_now)
+        self._standbys = StandbyFolder(options, changelog, clock, near=self.cluster.report_now)
         changelogs = Changelogs(options, changelog)
         sources = Sources(self._stores, changelog_offset_of, changelogs.bounds)
         self._snapshots = _snapshots(config, section, changelog, self.cluster, self._client, sources, clock)

@@ -85,14 +85,15 @@ class StandbyFolder:
         topic: str,
         clock: Clock,
         flush_interval_seconds: float = 30.0,
-        caught_up: Callable[[], None] = lambda: None,
+        near: Callable[[], None] = lambda: None,
     ) -> None:
-        """`caught_up` is called when a partition that was added has been folded to its end for the first time."""
+        """`near` is called when it is known for the first time how far a partition that was added is behind, and when
+        it has been folded to its end for the first time."""
         self._options = options
         self._topic = topic
         self._clock = clock
         self._flush_interval = flush_interval_seconds
-        self._caught_up = caught_up
+        self._near = near
         self._folds: dict[int, _Fold] = {}
         self._expected: set[int] = set()
         self._added = asyncio.Event()
@@ -255,6 +256,7 @@ class StandbyFolder:
                     continue
                 if self._stale:
                     self._assign(reader)
+                    await self._ask_ends(reader, asker)
                 await self._fold(await self._poll(reader), reader)
                 await self._flush()
             self._added.clear()
@@ -286,6 +288,19 @@ class StandbyFolder:
         for place, fold in wanted.items():
             consumer.seek(place, fold.store.changelog_offset())
             fold.assembler, fold.assigned, fold.stamp, fold.heard = FrameAssembler(), True, None, now
+
+    async def _ask_ends(self, reader: AIOKafkaConsumer, asker: AIOKafkaConsumer) -> None:
+        """How far new partitions are behind: most have next to nothing to fold, and the answer to the first fetch of
+        nothing comes only after STANDBY_POLL_MS, for which whoever waits for a move would wait."""
+        known = asker.partitions_for_topic(self._topic) or ()
+        new = [(at, fold) for at, fold in self._assigned(reader) if fold.gap is None and at.partition in known]
+        if not new:
+            return
+        ends = await broker_call(f"ends of changelog {self._topic}", asker.end_offsets([at for at, _ in new]))
+        for at, fold in new:
+            gap = ends[at] - fold.store.changelog_offset()
+            fold.gap = gap if gap >= 0 else None  # the fetch says what is wrong
+        self._near()
 
     async def _poll(self, consumer: AIOKafkaConsumer) -> Mapping[TopicPartition, Sequence[Any]]:
         """What has come. Nothing when the assignment is to be changed."""
@@ -337,7 +352,7 @@ class StandbyFolder:
                 if fold.wanted is not None and position >= fold.wanted[0] and not fold.wanted[1].done():
                     fold.wanted[1].set_result(None)
         if caught_up:
-            self._caught_up()
+            self._near()
 
     def _assigned(self, consumer: AIOKafkaConsumer) -> list[tuple[TopicPartition, _Fold]]:
         found = ((place, self._folds.get(place.partition)) for place in consumer.assignment())

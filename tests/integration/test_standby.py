@@ -159,6 +159,18 @@ async def test_the_reader_connects_while_the_state_is_on_its_way(
         assert folder._reader is reader
 
 
+async def test_a_new_standby_knows_its_lag_before_the_broker_has_answered_a_fetch_of_nothing(
+    application: Application, stores: Callable[[str], RocksStore], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("replication.standby.STANDBY_POLL_MS", 25_000)
+    outbox, store = await application.outbox(0), stores("standby")
+    one = frame(1)
+    store.apply(one, await outbox.send(Outgoing(one)))
+    async with folding(application.address, application.topics.changelog) as folder:
+        folder.add(0, store, refuse)
+        await until(lambda: (told := folder.progress(0)) and told.frames_behind <= 1, "its lag is known", 10)
+
+
 async def test_standbys_equal_their_owners_row_for_row_through_changes_of_the_assignment(
     application: Application, stores: Callable[[str], RocksStore]
 ) -> None:
