@@ -247,10 +247,13 @@ class Outbox:
             producer._closed = True
             await close_quietly(f"sender of partition {self._partition}", producer._sender.close())
             await close_quietly(f"producer of partition {self._partition}", producer.client.close())
+            ended = producer._txn_manager and producer._txn_manager._transaction_waiter
+            if ended is not None and ended.done():
+                _mark_seen(ended)
 
 
 def _mark_seen(future: asyncio.Future[Any]) -> None:
-    """The commit reports the failure; without this each batch would be reported again as never retrieved."""
+    """The commit reports the failure, if there is one; without this it would be reported as never retrieved, too."""
     if not future.cancelled():
         future.exception()
 

@@ -231,6 +231,19 @@ async def test_a_replaced_producer_whose_topics_were_to_join_early_is_told_so(pa
     assert await partition.values(partition.topics.inferences) == [b"inference 1", b"inference 3"]
 
 
+async def test_a_replaced_producer_that_is_closed_before_it_commits_leaves_no_complaint(partition: Partition) -> None:
+    complaints: list[object] = []
+    asyncio.get_running_loop().set_exception_handler(lambda _, context: complaints.append(context))
+    older = await partition.outbox()
+    await older.send(outgoing(1))
+    await partition.outbox()
+    older.expect()
+    await until(lambda: not older._producer._txn_manager.is_in_transaction(), "the broker refused it")  # type: ignore[union-attr]
+    await older.close()
+    gc.collect()
+    assert complaints == []
+
+
 async def test_a_frame_in_parts_is_one_frame(partition: Partition) -> None:
     outbox = await partition.outbox(record_bytes_max=1000)
     wide = replace(frame(1), customers=[b"w%d" % name for name in range(400)], rows=np.random.rand(400, SLOTS))
