@@ -126,7 +126,7 @@ class Cluster:
         self._machine = CatalogMachine(clock)
         self._raft = CatalogRaft(settings.raft, self._machine, self._raft_changed, clock)
         self._lease: Lease | None = None
-        self._book = ReportBook()
+        self._book = ReportBook(settings.plan)
         self._term_led = -1
         self._told: tuple[object, ...] = ()
         self._subscribers: list[Callable[[], None]] = []

@@ -14,11 +14,11 @@ from typing import Final
 import msgspec
 
 from node.kernel.errors import PeerRefused
-from node.kernel.limits import CLUSTER_REPORT_BYTES_MAX, STANDBY_UNKNOWN_FRAMES
+from node.kernel.limits import CLUSTER_REPORT_BYTES_MAX
 from replication.catalog_machine import Agreed
 from replication.commands import Name
 from replication.lease import same_process
-from replication.ownership import NodeReport, Progress, Reports
+from replication.ownership import NodeReport, PlanSettings, Progress, Reports, caught_up
 
 REPORT_QUIET_S: Final = 4.0
 
@@ -33,10 +33,10 @@ class PeerReport(msgspec.Struct, frozen=True):
     observed: dict[str, bytes] = {}
     """Staged version -> what the node has seen of it, for whoever judges it."""
 
-    def turning_points(self) -> dict[int, tuple[bool, int, bool]]:
-        """What a plan may be waiting for: owners that opened or released a partition, standbys that know their end."""
+    def turning_points(self, settings: PlanSettings) -> dict[int, tuple[bool, int, bool]]:
+        """What a plan may be waiting for: owners that opened or released a partition, standbys that have caught up."""
         return {
-            number: (held.serving, held.released_revision, held.frames_behind < STANDBY_UNKNOWN_FRAMES)
+            number: (held.serving, held.released_revision, caught_up(held, settings))
             for number, held in self.partitions.items()
         }
 
@@ -59,9 +59,10 @@ def decode_report(body: bytes) -> PeerReport:
 
 
 class ReportBook:
-    """The leader's, of its present term. Times are seconds of its monotonic clock."""
+    """The leader's, of its present term; it plans by `settings`. Times are seconds of its monotonic clock."""
 
-    def __init__(self) -> None:
+    def __init__(self, settings: PlanSettings) -> None:
+        self._settings = settings
         self.changes = 0
         """Rises when a report says something else than the one before."""
         self.taken = 0
@@ -90,7 +91,7 @@ class ReportBook:
             return True
         if (before.partitions, before.verified) != (report.partitions, report.verified):
             self.changes += 1
-        return before.turning_points() != report.turning_points()
+        return before.turning_points(self._settings) != report.turning_points(self._settings)
 
     def reports(self, agreed: Agreed, origin_ms: float) -> Reports:
         """For `ownership`; `origin_ms` is what the planner's milliseconds are at 0 s of the monotonic clock."""

@@ -190,9 +190,9 @@ async def test_a_lost_disk_rejoins_empty_and_does_not_vote_before_it_caught_up(c
 
 
 async def test_a_node_that_starts_has_the_log_before_the_next_heartbeat(cluster: Cluster) -> None:
-    heartbeat_ms = 900
-    times = {"heartbeat_ms": heartbeat_ms, "election_ms_min": 2800, "election_ms_max": 2900, "reconnect_ms": 50}
-    times |= {"connection_lost_ms": 3000, "quorum_lost_ms": 2800}
+    heartbeat_ms = 2000
+    times = {"heartbeat_ms": heartbeat_ms, "election_ms_min": 6100, "election_ms_max": 6200, "reconnect_ms": 50}
+    times |= {"connection_lost_ms": 6500, "quorum_lost_ms": 6100}
     nodes = await cluster.start(**times)
     leader, (follower, _) = await split(cluster, nodes)
     await leader.put("x", 1)

@@ -11,7 +11,7 @@ from node.kernel.limits import CLUSTER_RENEWALS_MAX, CLUSTER_REPORT_BYTES_MAX, S
 from replication.catalog import Catalog, Node
 from replication.catalog_machine import Agreed
 from replication.lease import NUMBERS_A_PROCESS, Lease, same_process
-from replication.ownership import Progress
+from replication.ownership import PlanSettings, Progress
 from replication.report import REPORT_QUIET_S, PeerReport, ReportBook, decode_report, encode_report
 
 LEASE_MS = 1000
@@ -65,7 +65,7 @@ def report(
 
 
 def test_the_newest_report_of_the_right_incarnation_counts() -> None:
-    book = ReportBook()
+    book = ReportBook(PlanSettings())
     book.begin(5.0)
     assert book.take(report(1), agreed(), 6.0)
     changes = book.changes
@@ -88,15 +88,16 @@ def test_the_newest_report_of_the_right_incarnation_counts() -> None:
     assert book.reports(agreed(), 0.0).nodes == {}
 
 
-def test_a_plan_may_have_waited_for_a_standby_that_has_found_its_end() -> None:
-    book = ReportBook()
-    book.take(report(1, frames_behind=STANDBY_UNKNOWN_FRAMES), agreed(), 1.0)
-    assert book.take(report(2, frames_behind=0), agreed(), 2.0)
-    assert not book.take(report(3, frames_behind=1), agreed(), 3.0)
+@pytest.mark.parametrize("behind", [STANDBY_UNKNOWN_FRAMES, PlanSettings().caught_up_frames + 1])
+def test_a_plan_may_have_waited_for_a_standby_that_has_caught_up(behind: int) -> None:
+    book = ReportBook(PlanSettings())
+    book.take(report(1, frames_behind=behind), agreed(), 1.0)
+    assert book.take(report(2, frames_behind=PlanSettings().caught_up_frames), agreed(), 2.0)
+    assert not book.take(report(3, frames_behind=0), agreed(), 3.0)
 
 
 def test_renewals_say_that_a_quiet_node_is_there_until_it_is_another_process() -> None:
-    book = ReportBook()
+    book = ReportBook(PlanSettings())
     book.take(report(1), agreed(), 1.0)
     quiet = book.reports(agreed(lease=2, renewed_s=2.0), 0.0).nodes["a"]
     assert (quiet.heard_ms, quiet.reported_ms) == (2000, 2000)
