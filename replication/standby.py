@@ -299,7 +299,7 @@ class StandbyFolder:
         ends = await broker_call(f"ends of changelog {self._topic}", asker.end_offsets([at for at, _ in new]))
         for at, fold in new:
             gap = ends[at] - fold.store.changelog_offset()
-            fold.gap = gap if gap >= 0 else None  # the fetch says what is wrong
+            fold.gap, fold.whole = gap if gap >= 0 else None, gap == 0  # below 0, the fetch says what is wrong
         self._near()
 
     async def _poll(self, consumer: AIOKafkaConsumer) -> Mapping[TopicPartition, Sequence[Any]]:

@@ -131,8 +131,9 @@ def _pause(deadline: float, what: str, node: harness.Node) -> None:
 def caught_up(status: Mapping[str, Any], node: str) -> int:
     """How many partitions the node has caught up with, as their owner or a standby; what it said last is told on while
     it is silent, and does not count."""
-    fresh = any(member["name"] == node and member["fresh"] for member in status["members"])
-    return fresh * sum(
+    if not any(member["name"] == node and member["fresh"] for member in status["members"]):
+        return 0
+    return sum(
         copy["node"] == node
         and ((copy["role"] == "owner" and copy["serving"]) or cluster.stands_by(copy, FRAMES_BEHIND_MAX))
         for found in status["partitions"]

@@ -375,7 +375,9 @@ async def test_a_node_whose_models_are_on_trial_stands_by_for_what_it_will_own(a
 async def test_what_a_move_waits_for_is_told_at_once(application: Application) -> None:
     a, b = await pair(application)
     assert [told[0].serving for told in a.told if 0 in told] == [True], "an owner that has opened the partition"
-    assert [(told[0].serving, told[0].frames_behind) for told in b.told] == [(False, 0)], "a standby at the end"
+    *before, last = [(told[0].serving, told[0].frames_behind) for told in b.told]
+    assert last == (False, 0), "a standby at the end"
+    assert len(before) <= 1, "how far behind it is, unless it is at the end"
     application.agreed.take_over(0, "b")
     await b.serves()
     assert b.told[-1][0].serving

@@ -84,8 +84,11 @@ def test_what_a_node_has_serves_and_has_snapshots_of_is_counted() -> None:
         [copy("a", "owner", snapshot_offset=10), copy("b", "standby", 100)],
         [copy("b", "owner", serving=True), copy("a", "left", None)],
     )
+    held["members"] = [{"name": "a", "fresh": True}, {"name": "b", "fresh": True}]
     assert (restore.serves(held, "a"), restore.serves(held, "b")) == (1, 1)
     assert (restore.caught_up(held, "a"), restore.caught_up(held, "b")) == (1, 2)
+    held["members"][1]["fresh"] = False
+    assert (restore.caught_up(held, "a"), restore.caught_up(held, "b")) == (1, 0), "its last words do not count"
     assert (restore.snapshots_of(held, "a"), restore.snapshots_of(held, "b")) == (2, 0)
 
 
