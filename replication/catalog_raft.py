@@ -2,8 +2,8 @@
 
 Raft (`raft_replica`) runs on a thread of its own, so that a busy event loop does not cost the node its place in the
 cluster. The state machine is called on that thread only. What other threads read of it must be one immutable value that
-`apply` and `restore` put in place by one assignment; it is in place before `propose` or `read_barrier` return and
-before `changed` is called.
+`apply` and `restore` put in place by one assignment; it is in place before `changed` is called, and that is called
+before `propose` or `read_barrier` return.
 
 Raft here decides who and what. A command may be applied twice when its outcome was unknown and it was proposed again,
 so commands are idempotent. On a port without a secret whoever reaches it runs code as this process (the wire format is
@@ -70,6 +70,7 @@ class CatalogRaft:
         self._state: object = None
         self._stopping = threading.Event()
         self._calls: deque[Callable[[Replica], None]] = deque()
+        self._answers: deque[Callable[[], None]] = deque()
         self._told = threading.Event()
         self._turn = asyncio.Event()
         self._waiting = 0
@@ -251,7 +252,7 @@ class CatalogRaft:
             if not answer.done():
                 answer.set_result((result, reason))
 
-        ask(callback=lambda result, reason: self._on_loop(settle, result, reason))
+        ask(callback=lambda result, reason: self._answers.append(functools.partial(settle, result, reason)))
         self._running().wake()
         try:
             async with asyncio.timeout(wait_s):
@@ -353,6 +354,7 @@ class CatalogRaft:
         replica.recorded = None
         self._check(replica)
         self._publish(replica)
+        replica.addOnTickCallback(functools.partial(self._publish, replica))
         return replica
 
     def _tick(self, replica: Replica) -> None:
@@ -371,7 +373,6 @@ class CatalogRaft:
             log.error("a step of the catalog's Raft failed and is tried again", error=repr(error))
             time.sleep(_RETRY_S)
         self._check(replica)
-        self._publish(replica)
 
     def _check(self, replica: Replica) -> None:
         if replica.failure is None:
@@ -384,15 +385,19 @@ class CatalogRaft:
         ) from replica.failure
 
     def _publish(self, replica: Replica) -> None:
-        state = replica.read_state()
-        if state == self._state:
+        """Tell the loop what changed, then who waits for an answer; in each round before it waits for messages."""
+        if replica.failure is not None:
             return
-        self._state, self._status = state, replica.read_status()
-        if self._status.ready:
-            replica.folder.trust()
-        if not self._told.is_set():
-            self._told.set()
-            self._on_loop(self._tell)
+        state = replica.read_state()
+        if state != self._state:
+            self._state, self._status = state, replica.read_status()
+            if self._status.ready:
+                replica.folder.trust()
+            if not self._told.is_set():
+                self._told.set()
+                self._on_loop(self._tell)
+        while self._answers:
+            self._on_loop(self._answers.popleft())
 
     def _step_down(self, replica: Replica) -> None:
         """A stopping leader hands on, so that nobody waits for an election timeout."""

@@ -299,7 +299,6 @@ class Cluster:
                 except _REFUSALS as error:
                     log.warning("this node has not joined the cluster yet and tries again", reason=str(error))
                     await _pause(self._changed, _RETRY_S)
-                self._raft_changed()
                 self._renew_now.set()
             else:
                 await _pause(self._changed, None)

@@ -353,6 +353,37 @@ async def proposes(raft: CatalogRaft, command: bytes) -> bool:
         return True
 
 
+class Counting(Nothing):
+    applied = told = 0
+
+    def apply(self, command: bytes) -> str:
+        self.applied += 1
+        return super().apply(command)
+
+    def changed(self) -> None:
+        self.told = self.applied
+
+
+async def test_who_hears_of_changes_has_heard_before_the_proposer_is_answered(tmp_path: Path) -> None:
+    """At the leader and at others: else an operator was shown what was so before the answer."""
+    peers = {name: free_address() for name in NAMES}
+    machines = {name: Counting() for name in NAMES}
+    rafts = [
+        CatalogRaft(
+            alone(tmp_path / name, name=name, listen=peers[name], peers=peers, secret=SECRET), machine, machine.changed
+        )
+        for name, machine in machines.items()
+    ]
+    await asyncio.gather(*(raft.start() for raft in rafts))
+    try:
+        await asyncio.gather(*(raft.wait_ready(WAIT_S) for raft in rafts))
+        for proposed, raft in enumerate(rafts * 50, 1):
+            await raft.propose(b"x", WAIT_S)
+            assert machines[raft.settings.name].told >= proposed
+    finally:
+        await asyncio.gather(*(raft.stop() for raft in rafts))
+
+
 def places_listened_on() -> list[str]:
     return [line.split()[1] for line in Path("/proc/net/tcp").read_text().splitlines() if " 0A " in line]
 
