@@ -6,7 +6,8 @@ fairness costs.
 - `light_p99_ratio`: a light tenant's p99 from event to inference on a real node beside nine heavy neighbours, to its
   p99 alone; the same with one of the nine that crashes, sleeps or takes all memory; the worst of the four. Medians of
   rounds, each of which runs all arms (light_tenant.py). Beside it the node with one queue, first come first served,
-  and Kafka Streams that calls the models in a chain.
+  and Kafka Streams that calls the models in a chain; and a node that takes the same events and has no other tenant:
+  what of the ratio is due to there being twenty times the events, not to the neighbours' models.
 - `goodput_ratio`: the same rows of ten backlogged tenants, rows a second with the scheduler to first come first served.
 """
 
@@ -73,13 +74,18 @@ def _light(per_neighbour: float, size: Size) -> dict[str, Any]:
     with tempfile.TemporaryDirectory(prefix="headrace-bench-") as name:
         folder = Path(name)
         light_tenant.tenants(folder / "tenants", per_neighbour)
+        light_tenant.drop(folder / "one-tenant", "light", neighbours.of_cost(0.0, per_neighbour))
         program = kafka_streams.compiled(folder)
         with harness.broker(folder / "kafka") as broker:
             asyncio.run(workload.create_topic(broker.address, light_tenant.TOPIC))
             with light_tenant.node(folder, broker.address, "fair") as node:
-                _measured(broker.address, "fair.inferences", "alone", light_tenant.COLD_S, "cold")
+                for arm in ("alone", "heavy"):
+                    _measured(broker.address, "fair.inferences", arm, light_tenant.COLD_S, "cold")
+                    light_tenant.drained(node.url)
                 rounds = [_round(folder, broker.address, node, number, size.arm_s) for number in range(size.rounds)]
-            with light_tenant.node(folder, broker.address, "first-come", (str(FIRST_COME),)):
+            with light_tenant.node(folder, broker.address, "events-only", tenants="one-tenant"):
+                events_only = _pair(broker.address, "events-only.inferences", "events only", size.arm_s)
+            with light_tenant.node(folder, broker.address, "first-come", program=(str(FIRST_COME),)):
                 first_come = _pair(broker.address, "first-come.inferences", "first come", size.arm_s)
             with _chain(folder, broker.address, program, "streams") as topic:
                 streams = _pair(broker.address, topic, "streams", size.arm_s)
@@ -87,10 +93,12 @@ def _light(per_neighbour: float, size: Size) -> dict[str, Any]:
     return {
         "p99_ms": p99,
         "p99_ratio": _rounded(shares.median_ratios(p99, "alone")),
+        "events_only": events_only,
         "first_come": first_come,
-        "first_come_p99_ratio": round(first_come["heavy"]["p99_ms"] / first_come["alone"]["p99_ms"], 3),
         "streams": streams,
-        "streams_p99_ratio": round(streams["heavy"]["p99_ms"] / streams["alone"]["p99_ms"], 3),
+        "events_only_p99_ratio": _pair_ratio(events_only),
+        "first_come_p99_ratio": _pair_ratio(first_come),
+        "streams_p99_ratio": _pair_ratio(streams),
         "p50_ms": {arm: statistics.median(found[arm]["p50_ms"] for found in rounds) for arm in rounds[0]},
         "rounds": rounds,
         "light_per_s": light_tenant.LIGHT_PER_S,
@@ -123,6 +131,10 @@ def _pair(broker: str, topic: str, name: str, seconds: float) -> dict[str, dict[
     """What is compared with, once: alone, then beside the heavy neighbours."""
     _measured(broker, topic, "alone", light_tenant.COLD_S, f"{name}, cold")
     return {arm: _measured(broker, topic, arm, seconds, name) for arm in ("alone", "heavy")}
+
+
+def _pair_ratio(pair: dict[str, dict[str, Any]]) -> float:
+    return round(float(pair["heavy"]["p99_ms"]) / float(pair["alone"]["p99_ms"]), 3)
 
 
 def _measured(broker: str, topic: str, arm: str, seconds: float, what: str) -> dict[str, Any]:

@@ -33,8 +33,9 @@ BROKEN_PER_S, BROKEN_SHARE = 50.0, 0.1
 TICK_S = 0.002
 WARM_S = 3.0
 COLD_S = 10.0
-"""Of the light tenant alone, before anything counts: the first seconds of a node and its broker are several times as
-slow as later ones, and a baseline taken from them would hide what neighbours do."""
+"""Of each of `alone` and `heavy`, before anything counts: the first seconds of a node and its broker are several times
+as slow as later ones (Java compiles the broker's code, with a third of a core, for as long as the load is new to it),
+and a baseline taken from them would hide what neighbours do."""
 ROWS_QUEUED_MAX = 4096
 DRAIN_S_MAX = 120.0
 POLL_S = 0.05
@@ -107,12 +108,12 @@ def manifest(event: str) -> str:
     return "\n".join(lines) + "\n"
 
 
-def configured(folder: Path, broker: str, port: int, application: str) -> Path:
+def configured(folder: Path, broker: str, port: int, application: str, tenants: str) -> Path:
     settings: dict[str, dict[str, object]] = {
         "cycle": dict(CYCLE),
         "events": {"types": list(TYPES)},
         "tenants": {
-            "directory": "../tenants",
+            "directory": f"../{tenants}",
             "workers_parallel": 1,
             "allow_globals": [f"neighbours.{kind.__name__}" for kind in neighbours.BROKEN.values()],
         },
@@ -239,11 +240,12 @@ def drained(url: str) -> None:
 
 @contextlib.contextmanager
 def node(
-    folder: Path, broker: str, application: str, program: Sequence[str] = ("-m", "node")
+    folder: Path, broker: str, application: str, tenants: str = "tenants", program: Sequence[str] = ("-m", "node")
 ) -> Iterator[harness.Node]:
-    """A fresh node of that application in `folder`, beside the folder `tenants`."""
+    """A fresh node of that application in `folder`, beside the folder of its tenants."""
     port = harness.free_port()
-    started = harness.Node(configured(folder / application, broker, port, application), port, program=program)
+    config = configured(folder / application, broker, port, application, tenants)
+    started = harness.Node(config, port, program=program)
     try:
         started.start()
         yield started
