@@ -25,7 +25,8 @@ ADDRESS_VARIABLE = "HEADRACE_TEST_KAFKA"
 RUN_FOLDER_VARIABLE = "HEADRACE_TEST_RUN_FOLDER"
 """Set by the process that controls the run, so that the workers of pytest-xdist share one folder and broker."""
 KAFKA_JAVA = "-XX:TieredStopAtLevel=1"
-"""A broker of tests lives for minutes: Java's optimising compiler would take more CPU time than its code saves."""
+"""A broker of tests lives for minutes: Java's optimising compiler would cost them more time than its code saves. The
+environment may say otherwise."""
 FIRST_START_S_MAX = 400
 """The first start of all fetches the broker, and perhaps Java and Maven."""
 START_S_MAX = 90
@@ -57,7 +58,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 def run_kafka(*arguments: str, wait_s_max: float) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
         [sys.executable, str(KAFKA), *arguments],
-        env={**os.environ, "HEADRACE_KAFKA_JAVA": KAFKA_JAVA},
+        env={"HEADRACE_KAFKA_JAVA": KAFKA_JAVA, **os.environ},
         stdin=subprocess.DEVNULL,
         capture_output=True,
         text=True,

@@ -81,7 +81,7 @@ def _light(per_neighbour: float, size: Size) -> dict[str, Any]:
             with light_tenant.node(folder, broker.address, "fair") as node:
                 for arm in ("alone", "heavy"):
                     _measured(broker.address, "fair.inferences", arm, light_tenant.COLD_S, "cold")
-                    light_tenant.drained(node.url)
+                light_tenant.drained(node.url)
                 rounds = [_round(folder, broker.address, node, number, size.arm_s) for number in range(size.rounds)]
             with light_tenant.node(folder, broker.address, "events-only", tenants="one-tenant"):
                 events_only = _pair(broker.address, "events-only.inferences", "events only", size.arm_s)
@@ -128,7 +128,7 @@ def _round(folder: Path, broker: str, node: harness.Node, number: int, seconds: 
 
 
 def _pair(broker: str, topic: str, name: str, seconds: float) -> dict[str, dict[str, Any]]:
-    """What is compared with, once: alone, then beside the heavy neighbours."""
+    """What is compared with, once, on a broker that is warm: alone, then beside the heavy neighbours."""
     _measured(broker, topic, "alone", light_tenant.COLD_S, f"{name}, cold")
     return {arm: _measured(broker, topic, arm, seconds, name) for arm in ("alone", "heavy")}
 

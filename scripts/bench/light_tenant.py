@@ -33,9 +33,9 @@ BROKEN_PER_S, BROKEN_SHARE = 50.0, 0.1
 TICK_S = 0.002
 WARM_S = 3.0
 COLD_S = 10.0
-"""Of each of `alone` and `heavy`, before anything counts: the first seconds of a node and its broker are several times
-as slow as later ones (Java compiles the broker's code, with a third of a core, for as long as the load is new to it),
-and a baseline taken from them would hide what neighbours do."""
+"""Of each arm that comes before anything counts: the first seconds of a node and its broker are several times as slow
+as later ones (Java compiles the broker's code for as long as the load is new to it), and a baseline taken from them
+would hide what neighbours do."""
 ROWS_QUEUED_MAX = 4096
 DRAIN_S_MAX = 120.0
 POLL_S = 0.05

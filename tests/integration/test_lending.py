@@ -15,8 +15,8 @@ from node.kernel.clock import SystemClock
 from tenants.cpu_time import cpu_seconds
 from tenants.lending import SlotLook, wants_cpu
 
-SLEEPS = "import time; print(flush=True); time.sleep(600)"
-"""It sleeps, as the models that lend their slots do; no test waits for its end: it is killed."""
+SLEEPS = "import signal; print(flush=True); signal.pause()"
+"""It uses no CPU, as the models that lend their slots do, until it is killed."""
 BOTH = "import sys; print(flush=True); sys.stdin.readline()\nwhile True: pass"
 
 
