@@ -157,6 +157,7 @@ class _Board:
                 lease=self._catalog.leases.get(name, 0),
                 heard_ms=self._heard_ms(name),
                 fresh=self._fresh(name),
+                tries_models=self._tries_models(name),
                 owns=owns[name],
                 stands_by=stands_by[name],
             )
@@ -244,11 +245,18 @@ class _Board:
 
     def _waits_for_standby(self, number: int, held: Assignment) -> str:
         moving = sum(other.move is not None for other in self._catalog.partitions)
-        if any(caught_up(self._progress(number, name), self._plan) for name in held.standbys):
+        complete = [name for name in held.standbys if caught_up(self._progress(number, name), self._plan)]
+        if complete and all(self._tries_models(name) for name in complete):
+            return f"{' and '.join(complete)} caught up, and must try the models first"
+        if complete:
             return f"waits for its turn, {moving} of at most {self._catalog.settings.moves_max} moves are in progress"
         if not held.standbys:
             return "it has no standby that could take over"
         return "no standby has caught up yet"
+
+    def _tries_models(self, name: str) -> bool:
+        report = self._report(name)
+        return report is not None and report.tries_models
 
     # models
 

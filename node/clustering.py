@@ -118,6 +118,7 @@ class Clustering:
         self._client = PeerClient(name, secret, clock)
         settings = _settings(config, section, secret)
         self.cluster = Cluster(settings, clock, supervisor, self._send_report, self._progress, self._verified)
+        self.cluster.tries_models = True
         self.models = CatalogModels(self.cluster, clock)
         self.view = LocalClusterView(self.cluster, self._client, clock, settings.plan)
         self._blobs = BlobExchange(blobs, self._client, self.cluster, clock)
@@ -204,6 +205,8 @@ class Clustering:
         """From now on what the catalog gives this node is owned, not only stood by for."""
         if self._replicas is not None:
             self._replicas.own()
+        self.cluster.tries_models = False
+        self.cluster.report_now()
 
     async def stop(self) -> None:
         for task in self._tasks:

@@ -192,7 +192,7 @@ def cluster_view(cluster: Mapping[str, Any]) -> list[RenderableType]:
 
 def _member_state(member: Mapping[str, Any]) -> str:
     states = [("leads", member.get("leader")), ("draining", member.get("draining"))]
-    states.append(("silent", member.get("fresh") is False))
+    states += [("silent", member.get("fresh") is False), ("tries models", member.get("tries_models"))]
     return ", ".join(word for word, applies in states if applies) or "member"
 
 

@@ -123,6 +123,8 @@ class Cluster:
         self._verified = verified
         self.observed: Mapping[str, bytes] = {}
         """What this node has seen of staged versions; to be set anew whenever that changes."""
+        self.tries_models = False
+        """Whether this node opens nothing yet that it is given: partitions move onto it only once it does."""
         self._machine = CatalogMachine(clock)
         self._raft = CatalogRaft(settings.raft, self._machine, self._raft_changed, clock)
         self._lease: Lease | None = None
@@ -416,6 +418,7 @@ class Cluster:
                 dict(self._progress()),
                 dict(self._verified()),
                 dict(self.observed),
+                self.tries_models,
             )
             now_s = self._clock.monotonic()
             if news == self._reported and now_s < self._reported_s + REPORT_QUIET_S / 2:

@@ -10,8 +10,9 @@ before another starts, as long as no clock runs faster or slower than real time 
 Kafka does not depend on it.
 
 The plan makes one step for each partition at most, the most urgent first: a dead owner's partitions go at once to the
-standby that is furthest; moves under way end or are cancelled; draining and balancing prepare a standby, wait for it to
-catch up, and only then move. It keeps no memory: given the same catalog and reports it says the same again.
+standby that is furthest; moves under way end or are cancelled; draining and balancing prepare a standby, wait until it
+has caught up and its node has tried its models, and only then move. It keeps no memory: given the same catalog and
+reports it says the same again.
 
 A restart copies nothing: a silent node's partitions go to their standbys, but until it has been silent for
 `standby_replace_ms` it keeps its standbys and nobody balances. It is the standby of what it owned, so what it gets back
@@ -70,6 +71,8 @@ class NodeReport:
     They are believed no longer than a silent node is taken for alive: a node that has crashed, come back and renewed
     its lease is heard of before it says how little of its partitions it still has.
     """
+    tries_models: bool = False
+    """It has just started and opens nothing that it is given until it has tried its models."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -187,8 +190,12 @@ class _Planner:
         """Of a node that said so lately; None for one that did not, or has nothing of the partition."""
         return self.heard[name].partitions.get(partition) if name in self.told else None
 
-    def ready(self, partition: int, name: str) -> bool:
+    def complete(self, partition: int, name: str) -> bool:
         return caught_up(self.progress(partition, name), self.settings)
+
+    def ready(self, partition: int, name: str) -> bool:
+        """Whether the partition would go on there at once."""
+        return self.complete(partition, name) and not self.heard[name].tries_models
 
     def undecided(self) -> Iterator[tuple[int, Assignment]]:
         for partition, held in enumerate(self.catalog.partitions):
@@ -217,12 +224,14 @@ class _Planner:
                 )
 
     def _heir(self, partition: int, held: Assignment, owned: Mapping[str, int]) -> str | None:
-        """The furthest standby; without one, whoever has most of the partition on disk, or else owns least."""
+        """The furthest standby, of those that can go on at once; without one, whoever has most of the partition on
+        disk, or else owns least."""
 
-        def rank(name: str) -> tuple[bool, int, bool, int, str]:
+        def rank(name: str) -> tuple[bool, bool, int, bool, int, str]:
             progress = self.progress(partition, name)
             offset = progress.offset if progress is not None and held.owner else -1
-            return (self.draining(name), -offset, name not in held.standbys, owned[name], name)
+            waits = not self.ready(partition, name)
+            return (self.draining(name), waits, -offset, name not in held.standbys, owned[name], name)
 
         standbys = [name for name in held.standbys if name in self.fresh]
         return min(standbys or [name for name in self.fresh if name != held.owner], key=rank, default=None)
@@ -253,7 +262,9 @@ class _Planner:
         if self.draining(to):
             return f"{to} is draining"
         late = self.now_ms - held.move.at_ms > self.settings.move_ms_max
-        return f"{to} lags" if late and to in self.fresh and not self.ready(partition, to) else ""
+        if not late or to not in self.fresh or self.ready(partition, to):
+            return ""
+        return f"{to} tries its models" if self.complete(partition, to) else f"{to} lags"
 
     # owners
 
@@ -352,7 +363,7 @@ class _Planner:
 
     def _building(self) -> int:
         return sum(
-            name in self.fresh and not self.ready(partition, name)
+            name in self.fresh and not self.complete(partition, name)
             for partition, held in enumerate(self.catalog.partitions)
             for name in held.standbys
         )
@@ -367,10 +378,10 @@ class _Planner:
         if target != held.owner and target in self.catalog.nodes:
             goal.append(target)
         spare = [name for name in held.standbys if name not in goal]
-        complete = sum(self.ready(partition, name) for name in goal)
+        complete = sum(self.complete(partition, name) for name in goal)
         count = max(len(goal), self.catalog.settings.standby_count)
         needed = max(0, count - complete) if self._owner_has_it(partition, held.owner) else len(spare)
-        spare.sort(key=lambda name: (not self.ready(partition, name), self.silent_ms[name]))
+        spare.sort(key=lambda name: (not self.complete(partition, name), self.silent_ms[name]))
         keep = {*goal, *spare[:needed]}
         kept = tuple(name for name in held.standbys if name in keep)
         added = tuple(name for name in goal if name not in held.standbys)

@@ -32,6 +32,8 @@ class PeerReport(msgspec.Struct, frozen=True):
     """Partition -> changelog offset of the newest snapshot that the node has and has verified."""
     observed: dict[str, bytes] = {}
     """Staged version -> what the node has seen of it, for whoever judges it."""
+    tries_models: bool = False
+    """It has just started and opens nothing that it is given until it has tried its models."""
 
     def turning_points(self, settings: PlanSettings) -> dict[int, tuple[bool, int, bool]]:
         """What a plan may be waiting for: owners that opened or released a partition, standbys that have caught up."""
@@ -91,6 +93,9 @@ class ReportBook:
             return True
         if (before.partitions, before.verified) != (report.partitions, report.verified):
             self.changes += 1
+        if before.tries_models != report.tries_models:
+            self.changes += 1
+            return True
         return before.turning_points(self._settings) != report.turning_points(self._settings)
 
     def reports(self, agreed: Agreed, origin_ms: float) -> Reports:
@@ -109,7 +114,8 @@ class ReportBook:
         if report is None or not _is_of(report, agreed):
             return NodeReport(heard_ms, incarnation)
         reported_s = min(heard_s, told_s + REPORT_QUIET_S)
-        return NodeReport(heard_ms, report.incarnation, report.partitions, math.floor(origin_ms + reported_s * 1000))
+        reported_ms = math.floor(origin_ms + reported_s * 1000)
+        return NodeReport(heard_ms, report.incarnation, report.partitions, reported_ms, report.tries_models)
 
     def observed(self, names: Collection[str], agreed: Agreed) -> list[Mapping[str, bytes]]:
         """What each of these nodes has seen of staged versions."""

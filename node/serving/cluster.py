@@ -31,6 +31,8 @@ class ClusterMember(Body, frozen=True):
     """Since the leader last heard of it; null: not since it leads, or not known here."""
     fresh: bool | None = None
     """Whether it was heard of within its lease; null: not known here."""
+    tries_models: bool = False
+    """It has just started, and opens nothing that it is given until it has tried its models."""
     owns: int = 0
     stands_by: int = 0
 

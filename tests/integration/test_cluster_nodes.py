@@ -5,11 +5,15 @@ Whatever happens, each event ends in exactly one inference, the right one, and c
 
 from __future__ import annotations
 
+import contextlib
 import os
+import signal
+from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
-from cluster_support import Cluster, Load, lose_disk, serves
-from node_support import drop, linear, status_file, wait_until
+from cluster_support import FRAMES_BEHIND_MAX, Cluster, Load, lose_disk, serves
+from node_support import Node, children, drop, linear, status_file, wait_until
 
 PARTITIONS = 4
 
@@ -81,7 +85,11 @@ def test_nodes_are_drained_join_and_leave_under_load(cluster: Cluster) -> None:
         cluster.headrace("leave", gone, "--dead")
         cluster.make("n4")
         cluster.headrace("join", "n4", cluster_address(cluster, "n4"))
-        cluster.start("n4")
+        cluster.nodes["n4"].start(wait_s_max=0)
+        with models_on_trial(cluster.nodes["n4"]):
+            wait_until(lambda: copies(cluster, "n4"), "the replacement has caught up with a partition")
+            told = member(cluster, "n4")
+            assert (told["tries_models"], told["owns"]) == (True, 0)
         wait_until(lambda: "n4" in cluster.owners().values(), "the replacement owns partitions")
 
         leaving = next(name for name in ("n3", "n2") if name != gone)
@@ -99,6 +107,37 @@ def test_nodes_are_drained_join_and_leave_under_load(cluster: Cluster) -> None:
     load.check()
     assert len(cluster.inferences(100, "twice")) >= 100
     verify(cluster)
+
+
+@contextlib.contextmanager
+def models_on_trial(node: Node) -> Iterator[None]:
+    """What its workers are forked from stands still meanwhile, so that no model can be tried."""
+
+    def found() -> list[int]:
+        with contextlib.suppress(OSError):
+            return [pid for pid in children(node.pid) if b"tenants.warm_server" in cmdline(pid)]
+        return []
+
+    (warm,) = wait_until(found, "its warm server")
+    os.kill(warm, signal.SIGSTOP)
+    try:
+        yield
+    finally:
+        os.kill(warm, signal.SIGCONT)
+
+
+def cmdline(pid: int) -> bytes:
+    return Path(f"/proc/{pid}/cmdline").read_bytes()
+
+
+def copies(cluster: Cluster, name: str) -> list[int]:
+    """The partitions that the node has caught up with as a standby."""
+    return [
+        one["number"]
+        for one in cluster.status().get("partitions", ())
+        for copy in one["replicas"]
+        if (copy["node"], copy["role"]) == (name, "standby") and copy["frames_behind"] in range(FRAMES_BEHIND_MAX + 1)
+    ]
 
 
 def cluster_address(cluster: Cluster, name: str) -> str:

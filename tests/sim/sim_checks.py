@@ -89,6 +89,7 @@ class Checks:
         for command in commands:
             if isinstance(command, StartMove):
                 self._target_has_caught_up(command)
+                self._target_has_tried_its_models(command)
 
     def all_is_valid(self, catalog: Catalog, commands: Sequence[Command]) -> None:
         for command in commands:
@@ -108,6 +109,12 @@ class Checks:
         recent = sum(at >= world.now_ms - STALE_MS for at in self.commit_ms[partition][-100:])
         if offset < 0 or lag > world.plan_settings.caught_up_frames + recent:
             self.fail("(f) a move onto a standby that lags", command, "lag", lag, "recent", recent)
+
+    def _target_has_tried_its_models(self, command: StartMove) -> None:
+        """Or what its last process said is still believed."""
+        node = self.world.nodes[command.to]
+        if self.world.is_well(node) and node.tries_models and node.local_ms - node.booted_ms > STALE_MS:
+            self.fail("(f) a move onto a node that tries its models", command)
 
     # (a), (b), (c): what was committed, and what is made of it
 

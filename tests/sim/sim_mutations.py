@@ -302,6 +302,11 @@ MUTATIONS = (
     Mutation("takeover too early", "half the lease is waited", ((ownership, "takeover_wait_ms", _always(500)),)),
     Mutation("renewals unheard", "only reports count as signs of life", ((SimNode, "_renewed", _renewed_unheard),)),
     Mutation("any standby", "every standby counts as caught up", ((ownership, "caught_up", _said_anything),)),
+    Mutation(
+        "untried models",
+        "a partition moves to a node that can't open it yet",
+        ((ownership._Planner, "ready", ownership._Planner.complete),),
+    ),
     Mutation("moves without bound", "more moves than moves_max", ((sim_node, "plan", _plan_again_and_again),)),
     Mutation(
         "no release", "a move completes under its owner", ((ownership._Planner, "attend_moves", _complete_at_once),)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import sim_models
@@ -20,6 +20,8 @@ if TYPE_CHECKING:
     from sim_world import World
 
 RENEW_MS, REPORT_MS, PLAN_MS, CUT_MS, FLUSH_MS, SNAPSHOT_MS, DROP_MS = 300, 200, 300, 1000, 900, 1700, 1500
+TRIALS_MS = (0.0, 400.0, 7_000.0)
+"""How long a node tries its models after a start, in turns."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,6 +32,7 @@ class Told:
     number: int
     partitions: Mapping[int, Progress]
     verified: Mapping[int, int]
+    tries_models: bool
     at_ms: float = 0.0
 
 
@@ -56,6 +59,7 @@ class SimNode:
         """A new process on the disk as it is."""
         self.alive = True
         self.boots += 1
+        self.booted_ms = self.local_ms
         self.renewals = 0
         self.reported = 0
         self.pending: dict[int, float] = {}
@@ -78,6 +82,10 @@ class SimNode:
 
     def running(self) -> bool:
         return self.alive and self.world.now_ms >= self.paused_until_ms
+
+    @property
+    def tries_models(self) -> bool:
+        return self.local_ms - self.booted_ms < TRIALS_MS[(self.boots + ord(self.name[-1])) % len(TRIALS_MS)]
 
     def is_due(self, what: str, every_ms: float) -> bool:
         now_ms = self.local_ms
@@ -145,7 +153,8 @@ class SimNode:
         if self.is_due("report", REPORT_MS):
             self.reported += 1
             number = (self.boots << 20) + self.reported
-            self.world.report(self, Told(self.disk.incarnation, number, self._report(), self._verified()))
+            told = Told(self.disk.incarnation, number, self._report(), self._verified(), self.tries_models)
+            self.world.report(self, told)
         if self.world.raft.leader == self.name:
             self._lead()
 
@@ -182,7 +191,7 @@ class SimNode:
             if not self.has_lease():
                 replica.close()
             return
-        if held.owner != self.name or not self.has_lease():
+        if held.owner != self.name or not self.has_lease() or (self.tries_models and held.move is None):
             replica.close()
             if self.world.random.random() < self.folds:
                 replica.fold(6)
@@ -261,11 +270,13 @@ class SimNode:
         if before is not None and before.incarnation == told.incarnation and before.number >= told.number:
             return
         self.heard[name] = self.local_ms
-        self.told[name] = Told(told.incarnation, told.number, told.partitions, told.verified, self.local_ms)
+        self.told[name] = replace(told, at_ms=self.local_ms)
 
     def _reports(self) -> Reports:
         nodes = {
-            name: NodeReport(int(self.heard[name]), told.incarnation, told.partitions, int(told.at_ms))
+            name: NodeReport(
+                int(self.heard[name]), told.incarnation, told.partitions, int(told.at_ms), told.tries_models
+            )
             for name, told in self.told.items()
             if name in self.heard
         }

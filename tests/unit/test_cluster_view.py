@@ -188,3 +188,8 @@ def test_each_partition_that_is_not_as_it_should_be_says_why() -> None:
         heard = Reports(0, {**HEARD.nodes, "n2": NodeReport(NOW_MS, 1, {0: progress(400)})})
         found = partition(0, Assignment("n1", 3, standbys, revision=4), heard, nodes=nodes)
         assert found.reason == f"n1 is draining: {words}"
+    started = replace(HEARD.nodes["n3"], tries_models=True)
+    heard = Reports(0, {**HEARD.nodes, "n3": started})
+    found = partition(0, Assignment("n1", 3, ("n3",), revision=4), heard, nodes=nodes)
+    assert found.reason == "n1 is draining: n3 caught up, and must try the models first"
+    assert [one.tries_models for one in view(heard=heard).local().members] == [False, False, True]

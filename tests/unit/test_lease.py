@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import msgspec
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -94,6 +95,17 @@ def test_a_plan_may_have_waited_for_a_standby_that_has_caught_up(behind: int) ->
     book.take(report(1, frames_behind=behind), agreed(), 1.0)
     assert book.take(report(2, frames_behind=PlanSettings().caught_up_frames), agreed(), 2.0)
     assert not book.take(report(3, frames_behind=0), agreed(), 3.0)
+
+
+def test_a_plan_may_have_waited_for_a_node_that_has_tried_its_models() -> None:
+    book = ReportBook(PlanSettings())
+    trying = msgspec.structs.replace(report(1), tries_models=True)
+    book.take(trying, agreed(), 1.0)
+    assert book.reports(agreed(), 0.0).nodes["a"].tries_models
+    changes = book.changes
+    assert book.take(report(2), agreed(), 2.0)
+    assert book.changes == changes + 1
+    assert not book.reports(agreed(), 0.0).nodes["a"].tries_models
 
 
 def test_renewals_say_that_a_quiet_node_is_there_until_it_is_another_process() -> None:

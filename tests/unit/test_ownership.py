@@ -68,6 +68,8 @@ class Cluster:
         self.random = random.Random(seed)
         self.since: dict[tuple[int, str], int] = {}
         self.dead: dict[str, int] = {}
+        self.trying: set[str] = set()
+        """Nodes that try their models."""
         self.round = 0
         self.commands: list[Command] = []
 
@@ -76,7 +78,8 @@ class Cluster:
         for name in self.catalog.nodes:
             held = {p: self.progress(p, name) for p in range(len(self.catalog.partitions)) if self.replica(p, name)}
             heard_ms = NOW_MS - self.dead.get(name, 0)
-            nodes[name] = NodeReport(heard_ms, self.catalog.nodes[name].incarnation, held, heard_ms)
+            incarnation = self.catalog.nodes[name].incarnation
+            nodes[name] = NodeReport(heard_ms, incarnation, held, heard_ms, name in self.trying)
         return Reports(0, nodes)
 
     def replica(self, partition: int, name: str) -> bool:
@@ -107,6 +110,7 @@ class Cluster:
             assert command.to in held.standbys
             assert caught_up(self.progress(command.partition, command.to), PLAN)
             assert command.to not in self.dead
+            assert command.to not in self.trying
 
     def settle(self) -> int:
         """Until nothing is planned any more; how many commands that took."""
@@ -177,6 +181,62 @@ def test_standbys_are_in_other_racks(partitions: int, racks: int, standby_count:
     assert spread(cluster.owners(), list(members)) <= 1
     if standby_count == 1:  # with more, racks that own a partition more than others leave no even choice
         assert spread(cluster.standbys(), list(members)) <= 1
+
+
+def test_nothing_moves_onto_a_node_that_tries_its_models() -> None:
+    cluster = Cluster(make(dict.fromkeys("abc", ""), 6))
+    cluster.settle()
+    cluster.catalog = drain(cluster.catalog, "a")
+    before = cluster.owners()
+    cluster.trying = {"b", "c"}
+    cluster.settle()
+    assert cluster.owners() == before, "they caught up, but the partitions would stand still there"
+    cluster.trying = {"c"}
+    cluster.settle()
+    assert cluster.owners()["c"] == before["c"]
+    assert cluster.owners()["b"] > before["b"]
+    cluster.trying = set()
+    cluster.settle()
+    assert cluster.owners()["a"] == 0
+
+
+def test_a_copy_counts_though_its_node_tries_its_models() -> None:
+    cluster = Cluster(make(dict.fromkeys("abc", ""), 6))
+    cluster.settle()
+    cluster.trying = {"a", "b", "c"}
+    assert cluster.settle() == 0, "no standby is looked for in its place"
+
+
+def test_a_dead_owner_is_followed_by_who_can_go_on_at_once() -> None:
+    cluster = Cluster(make(dict.fromkeys("abc", ""), 1, standby_count=2))
+    cluster.settle()
+    owner, (first, second) = cluster.catalog.partitions[0].owner, cluster.catalog.partitions[0].standbys
+    cluster.dead[owner] = 5_000
+    for trying, heir in (({first}, second), ({second}, first)):
+        cluster.trying = trying
+        (command,) = plan(cluster.catalog, cluster.reports(), NOW_MS, PLAN)
+        assert isinstance(command, TakeOver)
+        assert command.to == heir
+    cluster.trying = {first, second}
+    (command,) = plan(cluster.catalog, cluster.reports(), NOW_MS, PLAN)
+    assert isinstance(command, TakeOver), "sooner than nobody"
+
+
+def test_a_move_is_given_up_when_its_target_tries_its_models_for_too_long() -> None:
+    catalog = make(dict.fromkeys("ab", ""), 1)
+    cluster = Cluster(catalog)
+    cluster.settle()
+    held = cluster.catalog.partitions[0]
+    (to,) = held.standbys
+    long_ago_ms = NOW_MS - PLAN.move_ms_max - 1
+    start = StartMove(
+        revision=cluster.catalog.revision, partition=0, epoch=held.epoch, to=to, why="balance", at_ms=long_ago_ms
+    )
+    cluster.catalog = apply(cluster.catalog, start)
+    cluster.trying = {to}
+    (command,) = plan(cluster.catalog, cluster.reports(), NOW_MS, PLAN)
+    assert isinstance(command, CancelMove)
+    assert command.why == f"{to} tries its models"
 
 
 def test_a_settled_cluster_stays_as_it_is() -> None:
