@@ -273,7 +273,7 @@ class Backlog:
 
     def _triggers(self, name: str, entry: Entry) -> Triggers:
         if entry.triggers is None:
-            entry.triggers = self._store.chunks(1, name, entry.number)[0].triggers
+            entry.triggers = self._store.chunk(name, entry.number).triggers
         return entry.triggers
 
     def _submit(self, line: Line, entry: Entry) -> bool:

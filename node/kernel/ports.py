@@ -63,11 +63,13 @@ class StateStore(Protocol):
         """Of the newest event folded; 0 for an empty store."""
         ...
 
-    def chunks(
-        self, limit: int, model: str | None = None, number_min: int = 0, after: tuple[str, int] | None = None
-    ) -> list[SequenceChunk]:
-        """Up to `limit` unanswered chunks by (model, number), all models or one, from `number_min` on; of all, those
-        strictly after (model, number) `after`, so that they need not be held all at once."""
+    def chunks(self, limit: int, after: tuple[str, int] | None = None) -> list[SequenceChunk]:
+        """Up to `limit` unanswered chunks by (model, number), strictly after `after`, so that they need not be held
+        all at once."""
+        ...
+
+    def chunk(self, model: str, number: int) -> SequenceChunk:
+        """One of them. Raises StateCorrupt when it is not there."""
         ...
 
     def scan(self, after: bytes | None, limit: int) -> list[tuple[bytes, bytes]]:

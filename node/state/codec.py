@@ -88,10 +88,6 @@ def _check_headers(found: Floats, layout: Layout) -> None:
         raise StateCorrupt(f"a stored row's header does not name a layout of its length; {_ADVICE}")
 
 
-def sequence_prefix(line: str) -> bytes:
-    """Of the keys of a line's chunks (the text of its model's name); in the order of (line, number)."""
-    return line.encode() + b"\0"
-
-
 def sequence_key(line: str, number: int) -> bytes:
-    return sequence_prefix(line) + number.to_bytes(8, "big")
+    """Of a chunk of a line (the text of its model's name); in the order of (line, number)."""
+    return line.encode() + b"\0" + number.to_bytes(8, "big")

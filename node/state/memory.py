@@ -8,10 +8,10 @@ from pathlib import Path
 
 from node.kernel.backfills import BackfillState, encode_backfill
 from node.kernel.chunks import decode_chunk, encode_chunk
-from node.kernel.errors import StoreUnavailable
+from node.kernel.errors import StateCorrupt, StoreUnavailable
 from node.kernel.interval_runs import encode_run
 from node.kernel.types import Frame, IntervalRun, SequenceChunk
-from node.state.codec import sequence_key, sequence_prefix, split
+from node.state.codec import sequence_key, split
 
 
 class MemoryStore:
@@ -67,15 +67,15 @@ class MemoryStore:
     def event_time_ms(self) -> int:
         return self._event_time_ms
 
-    def chunks(
-        self, limit: int, model: str | None = None, number_min: int = 0, after: tuple[str, int] | None = None
-    ) -> list[SequenceChunk]:
-        prefix = b"" if model is None else sequence_prefix(model)
-        first = b"" if after is None else sequence_key(*after) + b"\0"
-        keys = sorted(
-            key for key in self._chunks if key.startswith(prefix) and key >= first and _number(key) >= number_min
-        )
-        return [decode_chunk(self._chunks[key]) for key in keys[:limit]]
+    def chunks(self, limit: int, after: tuple[str, int] | None = None) -> list[SequenceChunk]:
+        behind = b"" if after is None else sequence_key(*after)
+        return [decode_chunk(self._chunks[key]) for key in sorted(key for key in self._chunks if key > behind)[:limit]]
+
+    def chunk(self, model: str, number: int) -> SequenceChunk:
+        encoded = self._chunks.get(sequence_key(model, number))
+        if encoded is None:
+            raise StateCorrupt(f"the sequence log has no chunk {number} of {model}; open the partition again")
+        return decode_chunk(encoded)
 
     def scan(self, after: bytes | None, limit: int) -> list[tuple[bytes, bytes]]:
         if self._keys is None:
@@ -109,7 +109,3 @@ class MemoryStore:
 
     def statistics(self) -> Mapping[str, object]:
         return {"kind": "memory", "customers": len(self._rows), "chunks": len(self._chunks)}
-
-
-def _number(key: bytes) -> int:
-    return int.from_bytes(key[-8:], "big")

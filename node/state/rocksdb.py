@@ -36,7 +36,7 @@ from node.kernel.errors import HeadraceError, StateCorrupt, StoreUnavailable
 from node.kernel.interval_runs import decode_run, encode_run
 from node.kernel.limits import MIB, WRITE_STALL_MS_MAX
 from node.kernel.types import Frame, IntervalRun, SequenceChunk
-from node.state.codec import sequence_key, sequence_prefix, split
+from node.state.codec import sequence_key, split
 
 FAMILIES = ("profiles", "history", "inferences", "sequence", "identity", "meta")
 """`meta` comes last: see `RocksStore.flush`."""
@@ -248,20 +248,24 @@ class RocksStore:
             encoded: bytes | None = self._families["meta"].get(_BACKFILL)
         return BackfillState() if encoded is None else decode_backfill(encoded)
 
-    def chunks(
-        self, limit: int, model: str | None = None, number_min: int = 0, after: tuple[str, int] | None = None
-    ) -> list[SequenceChunk]:
-        prefix = b"" if model is None else sequence_prefix(model)
-        start = prefix if model is None else sequence_key(model, number_min)
-        if after is not None:
-            start = max(start, sequence_key(*after) + b"\0")
+    def chunks(self, limit: int, after: tuple[str, int] | None = None) -> list[SequenceChunk]:
+        start = b"" if after is None else sequence_key(*after) + b"\0"
         found: list[SequenceChunk] = []
-        for key, value in self._entries("sequence", start):
-            if len(found) >= limit or not key.startswith(prefix):
+        for _, value in self._entries("sequence", start):
+            if len(found) >= limit:
                 break
-            if int.from_bytes(key[-8:], "big") >= number_min:
-                found.append(decode_chunk(value))
+            found.append(decode_chunk(value))
         return found
+
+    def chunk(self, model: str, number: int) -> SequenceChunk:
+        with self._failures("read"):
+            encoded: bytes | None = self._families["sequence"].get(sequence_key(model, number))
+        if encoded is None:
+            raise StateCorrupt(
+                f"the state in {self._path} has no chunk {number} of {model} in its sequence log; "
+                "delete that folder, it is rebuilt from the changelog"
+            )
+        return decode_chunk(encoded)
 
     def scan(self, after: bytes | None, limit: int) -> list[tuple[bytes, bytes]]:
         found: list[tuple[bytes, bytes]] = []
