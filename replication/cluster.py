@@ -377,7 +377,8 @@ class Cluster:
     # --- what the leader is told
 
     def report_now(self) -> None:
-        """To be called when this node has opened, released or caught up with a partition: a move may wait for it."""
+        """To be called when this node has opened, released or caught up with a partition, or has tried its models: a
+        move may wait for it."""
         self._report_now.set()
 
     def take_report(self, body: bytes) -> None:

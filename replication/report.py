@@ -35,9 +35,10 @@ class PeerReport(msgspec.Struct, frozen=True):
     tries_models: bool = False
     """It has just started and opens nothing that it is given until it has tried its models."""
 
-    def turning_points(self, settings: PlanSettings) -> dict[int, tuple[bool, int, bool]]:
-        """What a plan may be waiting for: owners that opened or released a partition, standbys that have caught up."""
-        return {
+    def turning_points(self, settings: PlanSettings) -> tuple[bool, dict[int, tuple[bool, int, bool]]]:
+        """What a plan may be waiting for: a node that has tried its models, owners that opened or released a partition,
+        standbys that have caught up."""
+        return self.tries_models, {
             number: (held.serving, held.released_revision, caught_up(held, settings))
             for number, held in self.partitions.items()
         }
@@ -91,11 +92,9 @@ class ReportBook:
         if before is None or before.incarnation != report.incarnation or not same_process(before.number, report.number):
             self.changes += 1
             return True
-        if (before.partitions, before.verified) != (report.partitions, report.verified):
+        said = (before.partitions, before.verified, before.tries_models)
+        if said != (report.partitions, report.verified, report.tries_models):
             self.changes += 1
-        if before.tries_models != report.tries_models:
-            self.changes += 1
-            return True
         return before.turning_points(self._settings) != report.turning_points(self._settings)
 
     def reports(self, agreed: Agreed, origin_ms: float) -> Reports:

@@ -88,7 +88,7 @@ def test_nodes_are_drained_join_and_leave_under_load(cluster: Cluster) -> None:
         cluster.nodes["n4"].start(wait_s_max=0)
         with models_on_trial(cluster.nodes["n4"]):
             wait_until(lambda: copies(cluster, "n4"), "the replacement has caught up with a partition")
-            told = member(cluster, "n4")
+            told = wait_until(lambda: member(cluster, "n4"), "told of as a member")
             assert (told["tries_models"], told["owns"]) == (True, 0)
         wait_until(lambda: "n4" in cluster.owners().values(), "the replacement owns partitions")
 
@@ -115,7 +115,8 @@ def models_on_trial(node: Node) -> Iterator[None]:
 
     def found() -> list[int]:
         with contextlib.suppress(OSError):
-            return [pid for pid in children(node.pid) if b"tenants.warm_server" in cmdline(pid)]
+            commands = {pid: Path(f"/proc/{pid}/cmdline").read_bytes() for pid in children(node.pid)}
+            return [pid for pid, command in commands.items() if b"tenants.warm_server" in command]
         return []
 
     (warm,) = wait_until(found, "its warm server")
@@ -124,10 +125,6 @@ def models_on_trial(node: Node) -> Iterator[None]:
         yield
     finally:
         os.kill(warm, signal.SIGCONT)
-
-
-def cmdline(pid: int) -> bytes:
-    return Path(f"/proc/{pid}/cmdline").read_bytes()
 
 
 def copies(cluster: Cluster, name: str) -> list[int]:

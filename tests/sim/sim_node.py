@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 RENEW_MS, REPORT_MS, PLAN_MS, CUT_MS, FLUSH_MS, SNAPSHOT_MS, DROP_MS = 300, 200, 300, 1000, 900, 1700, 1500
 TRIALS_MS = (0.0, 400.0, 7_000.0)
-"""How long a node tries its models after a start, in turns."""
+"""How long a node tries its models after a start, in turns. The checker of moves looks at times over its STALE_MS."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -223,8 +223,7 @@ def test_a_dead_owner_is_followed_by_who_can_go_on_at_once() -> None:
 
 
 def test_a_move_is_given_up_when_its_target_tries_its_models_for_too_long() -> None:
-    catalog = make(dict.fromkeys("ab", ""), 1)
-    cluster = Cluster(catalog)
+    cluster = Cluster(make(dict.fromkeys("ab", ""), 1))
     cluster.settle()
     held = cluster.catalog.partitions[0]
     (to,) = held.standbys
