@@ -7,6 +7,7 @@ and those with its prefix replace methods of it. All is used by the Raft thread,
 from __future__ import annotations
 
 import contextlib
+import socket
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -43,6 +44,8 @@ _BATCH_SPARE_BYTES = 64 * limits.KIB
 pickle protocol writes a byte over 127 as two."""
 _EMPTY_LOG = (1, 0)
 """Index and term of the last entry of a log in which nothing happened yet."""
+_ALIVE = {"type": "alive"}
+"""Says nothing else."""
 _REFUSED = {"last_log_index": 0, "last_log_term": -1}
 """A log that no voter finds good enough; the candidate's term still reaches it."""
 
@@ -59,6 +62,8 @@ pysyncobj.syncobj.createJournal = _journal
 
 class Replica(SyncObj):  # type: ignore[misc]
     """Raises ConfigError when its address can't be listened on."""
+
+    _SyncObj__raftElectionDeadline: float
 
     def __init__(self, settings: RaftSettings, folder: RaftFolder, machine: StateMachine, clock: Clock) -> None:
         self.failure: BaseException | None = None
@@ -193,6 +198,18 @@ class Replica(SyncObj):  # type: ignore[misc]
         left_s = due_s - pysyncobj.syncobj.monotonicTime()
         return max(_ROUND_S_MIN, min(left_s, _ROUND_S_MAX)) if left_s > 0 else _IDLE_S
 
+    def disconnected(self, node: Any) -> None:
+        """Stand for election before heartbeats are missed if this was the leader and its process is gone: without a
+        leader no lease can be renewed, and all nodes would lose theirs with this one. Followers do so in the order of
+        their addresses, which splits no vote. A leader that is only cut off from here is given the usual time.
+        """
+        if self._isLeader() or node != self._getLeader() or not is_gone(node.ip, node.port):
+            return
+        followers = sorted(other.id for other in {*self.otherNodes, self.selfNode} - {node})
+        turn_s = followers.index(self.selfNode.id) * self.settings.succession_ms / 1000
+        deadline_s = pysyncobj.syncobj.monotonicTime() + turn_s
+        self._SyncObj__raftElectionDeadline = min(self._SyncObj__raftElectionDeadline, deadline_s)
+
     # --- members
 
     def add(self, name: str, address: str, callback: Answer) -> None:
@@ -264,6 +281,20 @@ def name_of(node: Any) -> str:
     return str(getattr(node, "name", node.id))
 
 
+def is_gone(host: str | None, port: int) -> bool:
+    """Whether nobody listens there any more: the host says so, or ends a new connection at once, as it does while the
+    process ends. Not when it does not answer in time, or has no address."""
+    if host is None:
+        return False
+    try:
+        with socket.create_connection((host, port), limits.CLUSTER_PROBE_MS_MAX / 1000) as probe:
+            return not probe.recv(1)
+    except (ConnectionRefusedError, ConnectionResetError):
+        return True
+    except OSError:
+        return False
+
+
 class _Transport(TCPTransport):  # type: ignore[misc]
     """pysyncobj's transport with answers bound to their term, and rules for strangers and voters.
 
@@ -276,6 +307,7 @@ class _Transport(TCPTransport):  # type: ignore[misc]
         self._strangers: dict[Any, float] = {}
         self._founders: dict[Any, dict[str, Any]] = {}
         self.strangers_refused = 0
+        self._alive_s = 0.0
         super().__init__(replica, own, others)
 
     def send(self, node: Any, message: dict[str, Any]) -> bool:
@@ -303,6 +335,8 @@ class _Transport(TCPTransport):  # type: ignore[misc]
         elif kind == "step_down":
             replica.transferLeadership()
             return
+        elif kind == _ALIVE["type"]:
+            return
         before = replica.next_index(node)
         super()._onMessageReceived(node, message)
         if kind == "next_node_idx" and message["reset"] and replica.next_index(node) != before:
@@ -312,6 +346,10 @@ class _Transport(TCPTransport):  # type: ignore[misc]
         """One that starts hears at once who leads, and by its answer gets the log: it would wait for two heartbeats."""
         super()._onNodeConnected(node)
         self._replica.send_soon()
+
+    def _onNodeDisconnected(self, node: Any) -> None:  # noqa: N802
+        super()._onNodeDisconnected(node)
+        self._replica.disconnected(node)
 
     def _judge(self, message: dict[str, Any]) -> None:
         """A node whose own log is not trusted refuses its vote to any log but an empty one, and that if it has none."""
@@ -357,6 +395,21 @@ class _Transport(TCPTransport):  # type: ignore[misc]
 
     def _onTick(self) -> None:  # noqa: N802
         super()._onTick()
+        self._say_alive()
+        self._close_strangers()
+
+    def _say_alive(self) -> None:
+        """Followers have nothing to say to each other until one needs a vote, and pysyncobj closes a connection that it
+        takes up after so long a silence: the vote would be asked of nobody."""
+        replica = self._replica
+        now_s = replica.clock.monotonic()
+        if replica._isLeader() or now_s < self._alive_s + replica.settings.connection_lost_ms / 3000:
+            return
+        self._alive_s = now_s
+        for node in replica.otherNodes - {replica._getLeader()}:
+            self.send(node, _ALIVE)
+
+    def _close_strangers(self) -> None:
         self._strangers = {c: since for c, since in self._strangers.items() if c in self._unknownConnections}
         oldest_s = self._replica.clock.monotonic() - limits.CLUSTER_STRANGER_MS_MAX / 1000
         spare = len(self._strangers) - limits.CLUSTER_STRANGERS_MAX

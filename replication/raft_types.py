@@ -53,9 +53,10 @@ class RaftSettings:
     """`peers` maps the name of every member to its address; a new folder starts from it, an old one knows better. A new
     cluster is founded once all of them are there; from then on a majority will do.
 
-    The times suit one data centre: heartbeats every 125 ms, and a follower stands for election after 400 to 1,000 ms
+    The times suit one data centre: heartbeats every 125 ms, and a follower stands for election after 400 to 700 ms
     without one, drawn anew each time. Shorter ones find a dead leader sooner and take a leader for dead whose process
-    was held up for that long. A leader that no majority has answered for `quorum_lost_ms` steps down.
+    was held up for that long. One whose process is gone is not waited for. A leader that no majority has answered for
+    `quorum_lost_ms` steps down.
     """
 
     name: str
@@ -67,6 +68,9 @@ class RaftSettings:
     election_ms_min: int = 400
     election_ms_max: int = 700
     """The first of those who wait stands for election: the later, the longer a dead leader's partitions wait."""
+    succession_ms: int = 100
+    """When the leader's process is gone its followers stand for election one after the other, so far apart: enough for
+    the votes of the one before, and little enough that leases outlive some who can't be elected."""
     quorum_lost_ms: int = 1_000
     connection_lost_ms: int = 2_000
     reconnect_ms: int = 250

@@ -293,6 +293,8 @@ CLUSTER_STRANGERS_MAX = 32
 """Connections to the Raft port that have not shown the secret yet; one more closes the oldest."""
 CLUSTER_STRANGER_MS_MAX = 3_000
 CLUSTER_STRANGER_BYTES_MAX = 4 * KIB
+CLUSTER_PROBE_MS_MAX = 50
+"""Raft stands still meanwhile on the node that asks whether its leader still listens."""
 CLUSTER_TICKS_FAILED_MAX = 100
 """In a row; then the node stops loudly."""
 

@@ -24,6 +24,15 @@ from replication.raft_types import RaftSettings, is_loopback
 
 SECRET = "a secret that no log may show"
 NAMES = ("a", "b", "c")
+PATIENT = {
+    "heartbeat_ms": 2000,
+    "election_ms_min": 6100,
+    "election_ms_max": 6200,
+    "reconnect_ms": 50,
+    "connection_lost_ms": 6500,
+    "quorum_lost_ms": 6100,
+}
+"""With these times only what does not wait for them happens within a heartbeat."""
 
 
 class Node(OrderedProcess):
@@ -190,10 +199,7 @@ async def test_a_lost_disk_rejoins_empty_and_does_not_vote_before_it_caught_up(c
 
 
 async def test_a_node_that_starts_has_the_log_before_the_next_heartbeat(cluster: Cluster) -> None:
-    heartbeat_ms = 2000
-    times = {"heartbeat_ms": heartbeat_ms, "election_ms_min": 6100, "election_ms_max": 6200, "reconnect_ms": 50}
-    times |= {"connection_lost_ms": 6500, "quorum_lost_ms": 6100}
-    nodes = await cluster.start(**times)
+    nodes = await cluster.start(**PATIENT)
     leader, (follower, _) = await split(cluster, nodes)
     await leader.put("x", 1)
     await follower.kill()
@@ -201,8 +207,24 @@ async def test_a_node_that_starts_has_the_log_before_the_next_heartbeat(cluster:
     await follower.start()
     started = time.monotonic()
     await follower.ask("ready", wait_s=WAIT_S)
-    assert (time.monotonic() - started) * 1000 < heartbeat_ms
+    assert (time.monotonic() - started) * 1000 < PATIENT["heartbeat_ms"]
     assert await follower.get("x") == 1
+
+
+async def test_a_leader_whose_process_is_gone_is_followed_at_once_by_the_first_to_stand(cluster: Cluster) -> None:
+    """Before heartbeats are missed, and though the followers had nothing to say to each other for a long time."""
+    nodes = await cluster.start(**PATIENT)
+    leader, followers = await split(cluster, nodes)
+    term = (await leader.status())["term"]
+    silent_until = time.monotonic() + 1.2 * PATIENT["connection_lost_ms"] / 1000
+    while time.monotonic() < silent_until:
+        await followers[0].put("x", 1)
+    killed = time.monotonic()
+    await leader.kill()
+    successor = await cluster.leader(followers)
+    assert await followers[1].put("y", 2)
+    assert (time.monotonic() - killed) * 1000 < PATIENT["heartbeat_ms"]
+    assert (await successor.status())["term"] == term + 1
 
 
 async def test_members_join_and_leave_and_are_remembered(cluster: Cluster) -> None:
