@@ -285,6 +285,8 @@ class StandbyFolder:
         wanted = {TopicPartition(self._topic, number): fold for number, fold in self._folds.items() if not fold.held}
         consumer.assign(list(wanted))
         now = self._clock.monotonic()
+        for fold in self._folds.values():
+            fold.assigned = False
         for place, fold in wanted.items():
             consumer.seek(place, fold.store.changelog_offset())
             fold.assembler, fold.assigned, fold.stamp, fold.heard = FrameAssembler(), True, None, now

@@ -228,6 +228,25 @@ async def test_a_standby_waits_at_an_offset_and_goes_on(
     assert store.progress() == {"source": 4}
 
 
+async def test_a_standby_that_waits_at_an_offset_can_be_removed_and_comes_back(
+    application: Application, stores: Callable[[str], RocksStore]
+) -> None:
+    outboxes = [await application.outbox(partition) for partition in (0, 1)]
+    for outbox in outboxes:
+        await outbox.send(Outgoing(frame(1)))
+    store, other = stores("one"), stores("other")
+    async with folding(application.address, application.topics.changelog) as folder:
+        folder.add(0, store, refuse)
+        await until(lambda: at_end(folder, 0), "the end")
+        folder.hold(0, 0)
+        folder.add(1, other, refuse)
+        await until(lambda: at_end(folder, 1), "the other is read without it")
+        await folder.remove(0)
+        end = await outboxes[0].send(Outgoing(frame(2)))
+        folder.add(0, store, refuse)
+        await until(lambda: store.changelog_offset() == end, "it goes on")
+
+
 async def test_an_owner_goes_on_from_a_standby(application: Application, stores: Callable[[str], RocksStore]) -> None:
     """Once the new producer has started, `finish` folds to the end and leaves the store; the others stand by on."""
     first, other = await application.outbox(0), await application.outbox(1)
