@@ -17,6 +17,7 @@ Methods in camel case are the interface pysyncobj calls. Everything here is used
 from __future__ import annotations
 
 import contextlib
+import errno
 import fcntl
 import hashlib
 import io
@@ -196,11 +197,24 @@ class Journal:
     def add(self, command: bytes, index: int, term: int) -> None:
         record = self._record(command, index, term)
         with disk_errors(self._path, "written"):
-            os.pwrite(self._file.fileno(), record, self._end)
+            self._write(record)
         self._entries.append(Entry(command, index, term))
         self._offsets.append(self._end)
         self._end += len(record)
         self._dirty = True
+
+    def _write(self, record: bytes) -> None:
+        """The whole record, or nothing: a disk that fills up takes a part of it and says so by the count alone."""
+        file, written = self._file.fileno(), 0
+        try:
+            while written < len(record):
+                count = os.pwrite(file, record[written:], self._end + written)
+                if not count:
+                    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+                written += count
+        except OSError:
+            os.ftruncate(file, self._end)
+            raise
 
     @staticmethod
     def _record(command: bytes, index: int, term: int) -> bytes:
