@@ -391,7 +391,7 @@ class CatalogRaft:
         state = replica.read_state()
         if state != self._state:
             self._state, self._status = state, replica.read_status()
-            if self._status.ready:
+            if replica.has_all_committed():
                 replica.folder.trust()
             if not self._told.is_set():
                 self._told.set()

@@ -183,6 +183,15 @@ class Replica(SyncObj):  # type: ignore[misc]
         index: int | None = self._SyncObj__raftNextIndex.get(node)
         return index
 
+    def match_index(self, node: Any) -> int:
+        """At the leader: the last entry that this node is counted for."""
+        return int(self._SyncObj__raftMatchIndex[node])
+
+    def lower_match(self, node: Any, index: int) -> None:
+        """This node's log goes no further, though it may have before its disk was lost: pysyncobj would go on to count
+        it among those that have what it had."""
+        self._SyncObj__raftMatchIndex[node] = min(self.match_index(node), index)
+
     def send_soon(self) -> None:
         """With the next round, if this node leads: somebody needs entries, and would wait for up to a heartbeat."""
         self._SyncObj__newAppendEntriesTime = 0.0
@@ -257,6 +266,12 @@ class Replica(SyncObj):  # type: ignore[misc]
         entries = self.log()
         position = self.raftLastApplied - entries[0][1]
         return 0 <= position < len(entries) and bool(entries[position][2] == self.raftCurrentTerm)
+
+    def has_all_committed(self) -> bool:
+        """Whether it has applied all that the leader had committed when it last wrote: a dump of the leader's own term
+        alone makes `caught_up` true, however much came after it."""
+        committed: int | None = self._SyncObj__leaderCommitIndex
+        return self.caught_up() and committed is not None and self.raftLastApplied >= committed
 
     def read_state(self) -> object:
         """Changes whenever `read_status` does, and costs less: members change with entries of the log only."""
@@ -339,8 +354,10 @@ class _Transport(TCPTransport):  # type: ignore[misc]
             return
         before = replica.next_index(node)
         super()._onMessageReceived(node, message)
-        if kind == "next_node_idx" and message["reset"] and replica.next_index(node) != before:
-            replica.send_soon()
+        if kind == "next_node_idx" and message["reset"]:
+            replica.lower_match(node, message["next_node_idx"] - 1)
+            if replica.next_index(node) != before:
+                replica.send_soon()
 
     def _onNodeConnected(self, node: Any) -> None:  # noqa: N802
         """One that starts hears at once who leads, and by its answer gets the log: it would wait for two heartbeats."""

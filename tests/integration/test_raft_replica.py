@@ -1,16 +1,93 @@
-"""Whether the process of a leader is gone: what a new connection to its port says."""
+"""One replica by itself: what it makes of a leader's messages, and of a leader's port that nobody may listen on."""
 
 from __future__ import annotations
 
 import socket
 import threading
 from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
 
 import pytest
+from order_lines import free_address
 
-from replication.raft_replica import is_gone
+from node.kernel.clock import SystemClock
+from replication.raft_journal import Dump, RaftFolder, write_dump
+from replication.raft_replica import Replica, is_gone
+from replication.raft_types import RaftSettings
 
 HOST = "127.0.0.1"
+TERM = 5
+NO_OP = b"\x01"
+
+
+class Values:
+    """What is replicated; only that it can be restored matters here."""
+
+    def apply(self, command: bytes) -> str:
+        return ""
+
+    def dump(self) -> bytes:
+        return b""
+
+    def restore(self, state: bytes) -> None:
+        return
+
+
+class Follower:
+    """A replica with an empty folder; what its transport gets is handed to it."""
+
+    def __init__(self, folder: Path) -> None:
+        peers = {name: free_address() for name in "abc"}
+        self.settings = RaftSettings("a", peers["a"], peers, folder)
+        self.folder = RaftFolder(folder, "a", peers["a"], sync=False)
+        self.replica = Replica(self.settings, self.folder, Values(), SystemClock())
+        self.replica.doTick(0.0)
+        self.replica.recorded = None
+        self.transport: Any = self.replica._SyncObj__transport
+        self.leader = next(node for node in self.replica.otherNodes if node.name == "b")
+
+    def receive(self, **message: Any) -> None:
+        self.transport._onMessageReceived(self.leader, {"term": TERM, **message})
+        self.replica.doTick(0.0)
+
+    def close(self) -> None:
+        self.replica.destroy()
+        self.replica.doTick(0.0)
+        self.folder.close()
+
+
+@pytest.fixture
+def follower(tmp_path: Path) -> Iterator[Follower]:
+    made = Follower(tmp_path / "raft")
+    yield made
+    made.close()
+
+
+def test_a_dump_of_the_leaders_own_term_is_not_all_that_was_committed(follower: Follower, tmp_path: Path) -> None:
+    path = tmp_path / "sent"
+    members = [(address, name) for address, name in follower.settings.members().items()]
+    write_dump(path, Dump(b"", (NO_OP, 99, TERM), (NO_OP, 100, TERM), members))
+    for piece in ((path.read_bytes(), True, False), (b"", False, True)):
+        follower.receive(type="append_entries", commit_index=102, serialized=piece)
+    assert follower.replica.raftLastApplied == 100
+    assert follower.replica.caught_up()
+    assert not follower.replica.has_all_committed()
+
+    rest = [(NO_OP, 101, TERM), (NO_OP, 102, TERM)]
+    follower.receive(type="append_entries", commit_index=102, prevLogIdx=100, prevLogTerm=TERM, entries=rest)
+    assert follower.replica.raftLastApplied == 102
+    assert follower.replica.has_all_committed()
+
+
+def test_a_node_whose_log_was_lost_is_not_counted_among_those_that_have_what_it_had(follower: Follower) -> None:
+    replica, node = follower.replica, follower.leader
+    replica._SyncObj__onBecomeLeader()
+    answer = {"type": "next_node_idx", "term": replica.raftCurrentTerm}
+    follower.receive(**answer, next_node_idx=3, reset=False, success=True)
+    assert replica.match_index(node) == 2
+    follower.receive(**answer, next_node_idx=2, reset=True, success=False)
+    assert replica.match_index(node) == 1
 
 
 @pytest.fixture
