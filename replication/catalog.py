@@ -216,7 +216,8 @@ def _drain(catalog: Catalog, command: DrainNode) -> Outcome:
 
 
 def _set_settings(catalog: Catalog, command: SetSettings) -> Outcome:
-    if catalog.settings == command.settings:
+    """The first count as agreed though they are the defaults: a node that comes later may have others in its file."""
+    if catalog.settings == command.settings and catalog.settings_revision > 0:
         return catalog
     owned = any(assignment.owner for assignment in catalog.partitions)
     if owned and command.settings.lease_ms != catalog.settings.lease_ms:

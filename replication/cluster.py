@@ -221,9 +221,7 @@ class Cluster:
 
     def _raft_changed(self) -> None:
         status = self._raft.status
-        if self.leads and status.term != self._term_led:
-            self._term_led = status.term
-            self._book.begin(self._clock.monotonic())
+        self._begin_term()
         if self._lease is not None:
             self._lease.came_back(self.catalog.leases.get(self.name, 0))
             if not self._had_lease and self.has_lease():
@@ -240,6 +238,14 @@ class Cluster:
         self._plan_now.set()
         for changed in self._subscribers:
             changed()
+
+    def _begin_term(self) -> None:
+        """Forget what was told to an earlier leader; to be called before a report is taken, which may come before the
+        loop has heard that this node leads."""
+        term = self._raft.status.term
+        if self.leads and term != self._term_led:
+            self._term_led = term
+            self._book.begin(self._clock.monotonic())
 
     # --- commands
 
@@ -316,8 +322,9 @@ class Cluster:
             raise HeadraceError(
                 f"another process has joined the cluster as {self.name} while this one ran; stop it, or give it a name"
             )
-        if catalog.settings_revision == 0 and catalog.settings != settings.agreed:
-            await self.propose(SetSettings(revision=catalog.revision, settings=settings.agreed))
+        if catalog.settings_revision == 0:
+            founded = settings.agreed if not catalog.nodes else catalog.settings
+            await self.propose(SetSettings(revision=catalog.revision, settings=founded))
         await self.propose(
             JoinNode(
                 revision=self.catalog.revision,
@@ -386,6 +393,7 @@ class Cluster:
         report = decode_report(body)
         if not self.leads:
             raise PeerRefused(f"node {self.name} does not lead the cluster; report to {self.leader or 'nobody yet'}")
+        self._begin_term()
         if self._book.take(report, self._machine.agreed, self._clock.monotonic()):
             self._plan_now.set()
 
@@ -470,10 +478,9 @@ class Cluster:
         if state == self._planned and not any(held.move for held in catalog.partitions):
             return []
         self._plans += 1
-        tables = table_rollout(catalog, tuple(sorted(alive & catalog.nodes.keys())))
-        commands = [*rollout(catalog, alive), *tables, *plan(catalog, reports, now_ms, settings)]
+        commands = next_commands(catalog, reports, alive, now_ms, settings)
         self._planned = () if commands else state
-        return commands[: limits.CLUSTER_PLAN_COMMANDS_MAX]
+        return commands
 
     def _silences(self, reports: Reports, now_ms: int) -> tuple[tuple[str, bool, bool], ...]:
         """Node, whether it has reported lately, and whether it is not silent for so long that it is replaced."""
@@ -498,6 +505,17 @@ class Cluster:
                 log.info("what the leader planned was not agreed to", command=repr(command), reason=str(outcome))
             elif outcome is not None:
                 raise outcome
+
+
+def next_commands(
+    catalog: Catalog, reports: Reports, alive: frozenset[str], now_ms: int, settings: PlanSettings
+) -> Sequence[Command]:
+    """What the leader proposes next, CLUSTER_PLAN_COMMANDS_MAX at most: of partitions first, since many versions may
+    become ready with the death of the node that they waited for, and its partitions stand still until another has them.
+    """
+    tables = table_rollout(catalog, tuple(sorted(alive & catalog.nodes.keys())))
+    commands = [*plan(catalog, reports, now_ms, settings), *rollout(catalog, alive), *tables]
+    return commands[: limits.CLUSTER_PLAN_COMMANDS_MAX]
 
 
 def _checked(command: Command) -> bytes:

@@ -10,6 +10,7 @@ from collections.abc import AsyncIterator, Collection
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import pytest
 from order_lines import Failed, OrderedProcess, free_address, until
 
@@ -17,7 +18,10 @@ from node.kernel.clock import SystemClock
 from node.kernel.errors import ConfigError
 from node.kernel.supervise import Supervisor
 from replication.cluster import Cluster, ClusterSettings
+from replication.commands import Settings
+from replication.ownership import Progress
 from replication.raft_types import RaftSettings
+from replication.report import PeerReport, encode_report
 
 SECRET = "a secret that no log may show"
 NAMES = ("a", "b", "c")
@@ -261,6 +265,50 @@ async def test_all_killed_at_once_go_on_as_they_were(cluster: Members) -> None:
     assert [s["incarnation"] for s in after] == [s["incarnation"] for s in before]
     assert after[0]["nodes"] == before[0]["nodes"]
     await cluster.owned_by(members, NAMES)
+
+
+async def test_a_node_that_comes_later_brings_no_settings(cluster: Members) -> None:
+    """What its file says counts only when it founds a cluster, also where the founders' was the default."""
+    members = await cluster.start(agreed=msgspec.to_builtins(Settings()))
+    await members[0].kill()
+    changed = cluster.make(members[0].name, agreed={"lease_ms": Settings().lease_ms - 500, "standby_count": 0})
+    await changed.start()
+    await cluster.whole([changed, *members[1:]])
+    assert (await changed.status())["lease_ms"] == Settings().lease_ms
+    await cluster.owned_by([changed, *members[1:]], NAMES)
+
+
+async def test_a_report_that_comes_before_the_loop_knows_that_it_leads_counts(tmp_path: Path) -> None:
+    """The Raft thread says so first: here the loop hears nothing until the report is taken."""
+
+    async def nothing(address: str, body: bytes) -> None:
+        raise AssertionError("there is nobody else")
+
+    address = free_address()
+    raft = RaftSettings("a", address, {"a": address}, tmp_path / "raft")
+    settings = ClusterSettings("a", raft, free_address(), "", 1.0, tmp_path)
+
+    async def started() -> Cluster:
+        cluster = Cluster(settings, SystemClock(), Supervisor(), nothing, dict, dict)
+        await cluster.start()
+        return cluster
+
+    async def has_lease() -> bool:
+        return before.has_lease()
+
+    before = await started()
+    await until("a lease", has_lease)
+    renewed = before.catalog.leases["a"]
+    await before.stop()
+
+    cluster = await started()
+    while not cluster.leads:
+        pass  # the Raft thread goes on, the loop does not
+    held = {0: Progress(5, 0, 0)}
+    cluster.take_report(encode_report(PeerReport("a", before.incarnation, renewed + 1, held, {})))
+    await asyncio.sleep(0)
+    assert cluster.reports().nodes["a"].partitions == held
+    await cluster.stop()
 
 
 async def test_a_cluster_that_others_reach_needs_a_secret(tmp_path: Path) -> None:

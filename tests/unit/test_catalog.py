@@ -463,6 +463,13 @@ def test_an_owner_may_not_leave_and_the_lease_may_not_change_under_it() -> None:
     assert "lease_ms" in problem(WHOLE, changed)
 
 
+def test_the_first_settings_count_as_agreed_though_they_are_the_defaults() -> None:
+    founded = apply(Catalog(), SetSettings(revision=0, settings=Settings()))
+    assert founded.settings_revision > 0
+    assert apply(founded, SetSettings(revision=founded.revision, settings=Settings())) is founded
+    assert problem(founded, SetSettings(revision=0, settings=Settings(standby_count=0)))
+
+
 @pytest.mark.parametrize("encoded", [b"", b"\xc1", msgspec.msgpack.encode({"do": "nothing"}), b"\x93\x01\x02\x03"])
 def test_damaged_bytes_are_told(encoded: bytes) -> None:
     with pytest.raises(CatalogCorrupt):

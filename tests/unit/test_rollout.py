@@ -7,7 +7,21 @@ from hypothesis import strategies as st
 
 from node.kernel import limits
 from replication.catalog import Catalog, Version, apply, problem
-from replication.commands import Command, GoLive, HoldBlob, JoinNode, LeaveNode, PutTenant, PutVersion, RetireVersion
+from replication.cluster import next_commands
+from replication.commands import (
+    Command,
+    GoLive,
+    GrowPartitions,
+    HoldBlob,
+    JoinNode,
+    LeaveNode,
+    PutTenant,
+    PutVersion,
+    RetireVersion,
+    SetStandbys,
+    TakeOver,
+)
+from replication.ownership import NodeReport, PlanSettings, Progress, Reports
 from replication.rollout import rollout
 
 NODES = ("a", "b", "c")
@@ -117,7 +131,8 @@ def test_a_node_that_is_there_without_the_file_holds_it_up_and_one_that_left_doe
     assert rollout(apply(left, command), NODES) == []
 
 
-def test_a_rollout_is_bounded() -> None:
+def many_versions() -> Catalog:
+    """More than one rollout may make live, all in the same file."""
     catalog = start(tuple(f"m{place}" for place in range(limits.MODELS_PER_TENANT_MAX)))
     catalog = apply(catalog, PutTenant(revision=catalog.revision, name="u", settings=""))
     for place in range(9):
@@ -130,5 +145,26 @@ def test_a_rollout_is_bounded() -> None:
             manifest="x",
         )
         catalog = apply(catalog, more)
-    catalog = apply(catalog, hold(catalog, "a", f"{0:064x}"))
-    assert len(rollout(catalog, {"a"})) == limits.ROLLOUT_COMMANDS_MAX
+    return apply(catalog, hold(catalog, "a", f"{0:064x}"))
+
+
+def test_a_rollout_is_bounded() -> None:
+    assert len(rollout(many_versions(), {"a"})) == limits.ROLLOUT_COMMANDS_MAX
+
+
+def test_a_dead_nodes_partitions_go_before_the_versions_that_waited_for_it() -> None:
+    catalog = apply(many_versions(), GrowPartitions(revision=0, count=2))
+    for partition in (0, 1):
+        for command in (
+            TakeOver(revision=catalog.revision, partition=partition, epoch=0, to="c"),
+            SetStandbys(revision=catalog.revision + 1, partition=partition, epoch=1, standbys=("a",)),
+        ):
+            assert not problem(catalog, command)
+            catalog = apply(catalog, command)
+    dead_ms, now_ms = 0, 10_000
+    held = {partition: Progress(5, 0, 0) for partition in (0, 1)}
+    told = {"a": NodeReport(now_ms, 1, held, now_ms), "c": NodeReport(dead_ms, 1)}
+    commands = next_commands(catalog, Reports(dead_ms, told), frozenset({"a"}), now_ms, PlanSettings())
+    assert [type(command) for command in commands[:2]] == [TakeOver, TakeOver]
+    assert len(commands) == limits.CLUSTER_PLAN_COMMANDS_MAX
+    assert GoLive in {type(command) for command in commands}
