@@ -516,7 +516,8 @@ class ClusterSection(Section, frozen=True):
             ge=limits.LEASE_MS_MIN,
             le=limits.LEASE_MS_MAX,
             description="An owner that has not heard from a quorum for so long stops; others take over a little "
-            "later. Shorter fails over sooner, and also when a machine only stalls. The first node's value holds.",
+            "later, or at once when its process is seen to have ended. Shorter fails over sooner, and also when a "
+            "machine only stalls. The first node's value holds.",
         ),
     ] = 1000
     snapshot_holders_min: Annotated[

@@ -77,6 +77,8 @@ class CatalogRaft:
         self._rate = CommandRate(settings.commands_per_second_max, self._clock.monotonic())
         self._proposals = self._retried = self._failed = self._ticks_failed = self._ticks_failed_in_row = 0
         self._ended: asyncio.Future[None] | None = None
+        self.closed = False
+        """Others may see from now on that this node no longer takes part. Set on the Raft thread."""
 
     # --- life
 
@@ -334,6 +336,7 @@ class CatalogRaft:
         except BaseException as error:
             failure = error if isinstance(error, HeadraceError) else self._unexpected(error)
         finally:
+            self.closed = True
             self._close(folder)
         self._on_loop(self._end, failure)
 

@@ -39,6 +39,7 @@ from replication.commands import (
     RenewLease,
     SetSettings,
     Settings,
+    TakeOver,
     decode_command,
     encode_command,
 )
@@ -227,10 +228,11 @@ class Cluster:
             if not self._had_lease and self.has_lease():
                 self._had_lease = True
                 self._report_now.set()
-        told = (self.catalog.revision, status.leader, status.ready, self.leads, self.ready)
+        endings = self._machine.agreed.endings
+        told = (self.catalog.revision, status.leader, status.ready, self.leads, self.ready, endings)
         if told == self._told:
             return
-        if status.leader is not None and told[1:] != self._told[1:]:
+        if status.leader is not None and told[1:5] != self._told[1:5]:
             self._renew_now.set()
             self._report_now.set()
         self._told = told
@@ -357,7 +359,7 @@ class Cluster:
         return self._lease_left_ms(self.catalog)
 
     def _lease_left_ms(self, catalog: Catalog) -> float:
-        if self._lease is None:
+        if self._lease is None or self._raft.closed:
             return 0.0
         number = catalog.leases.get(self.name)
         return self._lease.left_ms(number, self._clock.monotonic(), catalog.settings.lease_ms)
@@ -502,9 +504,16 @@ class Cluster:
         for command, outcome in zip(commands, outcomes, strict=True):
             if isinstance(outcome, _REFUSALS):
                 self._plan_refused += 1
+                if isinstance(command, TakeOver) and self._knew_too_little(command):
+                    self._plan_now.set()
                 log.info("what the leader planned was not agreed to", command=repr(command), reason=str(outcome))
             elif outcome is not None:
                 raise outcome
+
+    def _knew_too_little(self, command: TakeOver) -> bool:
+        """A renewal that was under way when its node ended came first; it is known by now, and no other can come."""
+        owner = self.catalog.partitions[command.partition].owner
+        return bool(owner) and self.catalog.leases.get(owner, 0) != command.lease
 
 
 def next_commands(

@@ -9,6 +9,12 @@ refused if a newer one comes before it in the log. So an owner that is cut off, 
 before another starts, as long as no clock runs faster or slower than real time by more than `clock_drift`. Fencing by
 Kafka does not depend on it.
 
+A process that has ended owns nothing, and its lease is not waited for. That is known of another node when the
+connection to it has ended and its host says that nobody listens on its Raft port: a kernel closes the sockets of a
+process that is killed once its last thread has stopped, and a node gives its lease up before it closes the port itself.
+It counts of that process only, no more once the node's next one has renewed the lease. A firewall that answers for a
+living node would make it wrong: commits would still be fenced, and for the rest of a lease both might answer reads.
+
 The plan makes one step for each partition at most, the most urgent first: a dead owner's partitions go at once to the
 standby that is furthest; moves under way end or are cancelled; draining and balancing prepare a standby, wait until it
 has caught up and its node has tried its models, and only then move. It keeps no memory: given the same catalog and
@@ -73,6 +79,8 @@ class NodeReport:
     """
     tries_models: bool = False
     """It has just started and opens nothing that it is given until it has tried its models."""
+    ended: bool = False
+    """The process that has its lease has ended, so it holds no longer."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,7 +98,8 @@ class PlanSettings:
     margin_ms: int = 100
     """Beyond what is safe: a renewal that is a little late must not cost a node its partitions."""
     leader_wait_ms: int = 300
-    """Nobody is taken for silent so soon after a leader began: while there was none, no lease could be renewed."""
+    """Nobody is taken for silent so soon after a leader began: while there was none, no lease could be renewed. So long
+    it also waits at most until all have said how far they are, before it gives away what an ended process owned."""
     standby_replace_ms: int = 60_000
     """A silent standby is replaced after this: a restart must not copy its partitions elsewhere."""
     caught_up_frames: int = 20
@@ -114,11 +123,20 @@ def takeover_wait_ms(lease_ms: int, settings: PlanSettings) -> float:
 
 
 def living(catalog: Catalog, reports: Reports, now_ms: int, settings: PlanSettings) -> frozenset[str]:
-    """The members that are not known to be silent for a lease; all of them, for a leader that has just begun."""
-    if now_ms - reports.since_ms < settings.leader_wait_ms:
-        return frozenset(catalog.nodes)
-    wait_ms = takeover_wait_ms(catalog.settings.lease_ms, settings)
-    return frozenset(name for name in catalog.nodes if now_ms - _heard_ms(reports, name) < wait_ms)
+    """The members whose process is not known to have ended or to be silent for a lease.
+
+    Of a leader that has just begun none is silent, and none has ended until all others have said how far they are.
+    """
+    there = frozenset(name for name in catalog.nodes if not _has_ended(reports, name))
+    if now_ms - reports.since_ms >= settings.leader_wait_ms:
+        wait_ms = takeover_wait_ms(catalog.settings.lease_ms, settings)
+        return frozenset(name for name in there if now_ms - _heard_ms(reports, name) < wait_ms)
+    told = {name for name, report in reports.nodes.items() if report.reported_ms is not None}
+    return there if there <= told else frozenset(catalog.nodes)
+
+
+def _has_ended(reports: Reports, name: str) -> bool:
+    return name in reports.nodes and reports.nodes[name].ended
 
 
 def _heard_ms(reports: Reports, name: str) -> int:
@@ -213,7 +231,7 @@ class _Planner:
             heir = self._heir(partition, held, owned)
             if heir is not None:
                 owned[heir] += 1
-                why = f"{held.owner} is silent" if held.owner else "first owner"
+                why = self._why_taken(held.owner)
                 self.commands[partition] = TakeOver(
                     revision=self.catalog.revision,
                     partition=partition,
@@ -222,6 +240,11 @@ class _Planner:
                     lease=self.catalog.leases.get(held.owner, 0),
                     why=why,
                 )
+
+    def _why_taken(self, owner: str) -> str:
+        if not owner:
+            return "first owner"
+        return f"{owner} has ended" if _has_ended(self.reports, owner) else f"{owner} is silent"
 
     def _heir(self, partition: int, held: Assignment, owned: Mapping[str, int]) -> str | None:
         """The furthest standby, of those that can go on at once; without one, whoever has most of the partition on

@@ -73,6 +73,8 @@ class Replica(SyncObj):  # type: ignore[misc]
         self.machine = machine
         self.awaited = False
         self.awaited_index = 0
+        self.presence_changes = 0
+        """Rises when a member's process is seen to end or to be there."""
         self.compactions = 0
         self.compactions_failed = 0
         self.dump_failed_s = float("-inf")
@@ -185,7 +187,7 @@ class Replica(SyncObj):  # type: ignore[misc]
 
     def match_index(self, node: Any) -> int:
         """At the leader: the last entry that this node is counted for."""
-        return int(self._SyncObj__raftMatchIndex[node])
+        return int(self._SyncObj__raftMatchIndex.get(node, 0))
 
     def lower_match(self, node: Any, index: int) -> None:
         """This node's log goes no further, though it may have before its disk was lost: pysyncobj would go on to count
@@ -207,14 +209,25 @@ class Replica(SyncObj):  # type: ignore[misc]
         left_s = due_s - pysyncobj.syncobj.monotonicTime()
         return max(_ROUND_S_MIN, min(left_s, _ROUND_S_MAX)) if left_s > 0 else _IDLE_S
 
+    def connected(self, node: Any) -> None:
+        self.machine.connected(name_of(node))
+        self.presence_changes += 1
+
     def disconnected(self, node: Any) -> None:
-        """Stand for election before heartbeats are missed if this was the leader and its process is gone: without a
-        leader no lease can be renewed, and all nodes would lose theirs with this one. Followers do so in the order of
-        their addresses, which splits no vote. A leader that is only cut off from here is given the usual time.
-        """
-        if self._isLeader() or node != self._getLeader() or not is_gone(node.ip, node.port):
+        """Look whether the process of that node has ended, which the kernel of its host knows at once."""
+        if not is_gone(node.ip, node.port):
             return
-        followers = sorted(other.id for other in {*self.otherNodes, self.selfNode} - {node})
+        self.machine.ended(name_of(node))
+        self.presence_changes += 1
+        if node == self._getLeader() and not self._isLeader():
+            self._succeed(node)
+
+    def _succeed(self, leader: Any) -> None:
+        """Stand for election before heartbeats are missed: without a leader no lease can be renewed, and all would lose
+        theirs with this one. Followers do so in the order of their addresses, which splits no vote. A leader that is
+        only cut off from here is given the usual time.
+        """
+        followers = sorted(other.id for other in {*self.otherNodes, self.selfNode} - {leader})
         turn_s = followers.index(self.selfNode.id) * self.settings.succession_ms / 1000
         deadline_s = pysyncobj.syncobj.monotonicTime() + turn_s
         self._SyncObj__raftElectionDeadline = min(self._SyncObj__raftElectionDeadline, deadline_s)
@@ -276,7 +289,8 @@ class Replica(SyncObj):  # type: ignore[misc]
     def read_state(self) -> object:
         """Changes whenever `read_status` does, and costs less: members change with entries of the log only."""
         applied, end = self.raftLastApplied, self.log()[-1][1]
-        return self.leader(), self._isLeader(), self.raftCurrentTerm, self.raftCommitIndex, applied, end
+        role = self.leader(), self._isLeader(), self.raftCurrentTerm
+        return *role, self.raftCommitIndex, applied, end, self.presence_changes
 
     def read_status(self) -> RaftStatus:
         leader = self.leader()
@@ -363,10 +377,14 @@ class _Transport(TCPTransport):  # type: ignore[misc]
         """One that starts hears at once who leads, and by its answer gets the log: it would wait for two heartbeats."""
         super()._onNodeConnected(node)
         self._replica.send_soon()
+        self._replica.connected(node)
 
     def _onNodeDisconnected(self, node: Any) -> None:  # noqa: N802
+        """pysyncobj tells of each attempt to connect again that fails, too."""
+        was_connected = self._replica.isNodeConnected(node)
         super()._onNodeDisconnected(node)
-        self._replica.disconnected(node)
+        if was_connected:
+            self._replica.disconnected(node)
 
     def _judge(self, message: dict[str, Any]) -> None:
         """A node whose own log is not trusted refuses its vote to any log but an empty one, and that if it has none."""

@@ -27,6 +27,14 @@ class StateMachine(Protocol):
         """Become the dumped state."""
         ...
 
+    def ended(self, member: str) -> None:
+        """The process of this member has ended, by what the network says; not replicated."""
+        ...
+
+    def connected(self, member: str) -> None:
+        """A process of this member is there; not replicated."""
+        ...
+
 
 def _host_of(address: str) -> str:
     return address.rpartition(":")[0].strip("[]")

@@ -15,7 +15,8 @@ import msgspec
 
 from node.kernel.errors import PeerRefused
 from node.kernel.limits import CLUSTER_REPORT_BYTES_MAX
-from replication.catalog_machine import Agreed
+from replication.catalog import Catalog
+from replication.catalog_machine import Agreed, Ending
 from replication.commands import Name
 from replication.lease import same_process
 from replication.ownership import NodeReport, PlanSettings, Progress, Reports, caught_up
@@ -110,11 +111,12 @@ class ReportBook:
         told_s, report = self._told.get(name, (-math.inf, None))
         heard_s = max(told_s, agreed.renewed_s.get(name, -math.inf))
         heard_ms = math.ceil(origin_ms + heard_s * 1000)
+        ended = has_ended(agreed.endings.get(name), name, agreed.catalog, told_s)
         if report is None or not _is_of(report, agreed):
-            return NodeReport(heard_ms, incarnation)
+            return NodeReport(heard_ms, incarnation, ended=ended)
         reported_s = min(heard_s, told_s + REPORT_QUIET_S)
         reported_ms = math.floor(origin_ms + reported_s * 1000)
-        return NodeReport(heard_ms, report.incarnation, report.partitions, reported_ms, report.tries_models)
+        return NodeReport(heard_ms, report.incarnation, report.partitions, reported_ms, report.tries_models, ended)
 
     def observed(self, names: Collection[str], agreed: Agreed) -> list[Mapping[str, bytes]]:
         """What each of these nodes has seen of staged versions."""
@@ -128,6 +130,15 @@ class ReportBook:
             for name, (_, report) in self._told.items()
             if name in names and _is_of(report, agreed)
         }
+
+
+def has_ended(ending: Ending | None, name: str, catalog: Catalog, told_s: float) -> bool:
+    """Whether the process that renewed the node's lease last has ended: not if another has since, nor if it said
+    something, at `told_s`, after that was seen. Renewals that it had under way may still come back."""
+    member = catalog.nodes.get(name)
+    if ending is None or member is None or member.incarnation != ending.incarnation:
+        return False
+    return told_s <= ending.at_s and same_process(ending.number, catalog.leases.get(name, 0))
 
 
 def _is_of(report: PeerReport, agreed: Agreed) -> bool:

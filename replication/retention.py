@@ -10,9 +10,9 @@ def cut_offset(verified: Mapping[str, int], needed: Iterable[int], holders_min: 
 
     `verified` is node -> changelog offset of the newest snapshot of the partition that it has and has verified, of
     replicas heard of lately only: a disk that was lost must not count, nor one that is no replica's any more and may
-    be wiped. `needed` are the offsets that live
-    replicas go on from (a store's own, or that of the snapshot it is being restored from); one that is behind all
-    snapshots already has to restore one anyway and is not to be given.
+    be wiped. `needed` are the offsets that live replicas' stores go on from; one that is behind all snapshots already
+    has to restore one anyway and is not to be given. Of a replica that is restoring a snapshot nothing is known: it has
+    the time that a cut waits, and takes a newer snapshot, of which it has most files by then, if that was too short.
 
     Every record at or after the result stays, and `holders_min` nodes have a snapshot at or after it, so
     any holders_min - 1 disks may be lost before the next snapshot.

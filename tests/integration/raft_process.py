@@ -24,6 +24,7 @@ class KeyValues:
     def __init__(self) -> None:
         self.state: tuple[int, dict[str, Any], frozenset[str]] = (0, {}, frozenset())
         self.duplicates = 0
+        self.gone: frozenset[str] = frozenset()
 
     def apply(self, command: bytes) -> str:
         """The number of the command."""
@@ -40,6 +41,12 @@ class KeyValues:
     def dump(self) -> bytes:
         number, values, seen = self.state
         return json.dumps([number, values, sorted(seen)]).encode()
+
+    def ended(self, member: str) -> None:
+        self.gone |= {member}
+
+    def connected(self, member: str) -> None:
+        self.gone -= {member}
 
     def restore(self, data: bytes) -> None:
         number, values, seen = json.loads(data)

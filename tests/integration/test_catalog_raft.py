@@ -338,6 +338,12 @@ class Nothing:
     def restore(self, data: bytes) -> None:
         pass
 
+    def ended(self, member: str) -> None:
+        pass
+
+    def connected(self, member: str) -> None:
+        pass
+
 
 def alone(folder: Path, **changes: Any) -> RaftSettings:
     return RaftSettings(**{"name": "a", "listen": free_address(), "peers": {}, "folder": folder} | changes)

@@ -16,6 +16,7 @@ from order_lines import Failed, OrderedProcess, free_address, until
 
 from node.kernel.clock import SystemClock
 from node.kernel.errors import ConfigError
+from node.kernel.limits import LEASE_MS_MAX
 from node.kernel.supervise import Supervisor
 from replication.cluster import Cluster, ClusterSettings
 from replication.commands import Settings
@@ -222,6 +223,21 @@ async def test_others_take_over_from_the_killed_the_paused_and_a_lost_disk(clust
     await cluster.check_served()
 
 
+async def test_the_lease_of_a_process_that_has_ended_is_not_waited_for(cluster: Members) -> None:
+    """Neither the leader's nor another's: it outlasts this test."""
+    members = await cluster.start(agreed={"lease_ms": LEASE_MS_MAX})
+    leader, (one, other) = await cluster.split(members)
+    await one.kill()
+    await cluster.owned_by([leader, other], [leader.name, other.name])
+    await one.start()
+    await cluster.owned_by(members, NAMES)
+
+    leader, (one, other) = await cluster.split(members)
+    await leader.kill()
+    await cluster.owned_by([one, other], [one.name, other.name])
+    await cluster.check_served()
+
+
 async def test_a_drained_node_leaves_stays_out_and_may_join_again(cluster: Members) -> None:
     members = await cluster.start()
     leader, (one, other) = await cluster.split(members)
@@ -299,7 +315,9 @@ async def test_a_report_that_comes_before_the_loop_knows_that_it_leads_counts(tm
     before = await started()
     await until("a lease", has_lease)
     renewed = before.catalog.leases["a"]
+    assert before.has_lease()
     await before.stop()
+    assert not before.has_lease(), "another may own once the port is closed"
 
     cluster = await started()
     while not cluster.leads:

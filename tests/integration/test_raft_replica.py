@@ -33,6 +33,12 @@ class Values:
     def restore(self, state: bytes) -> None:
         return
 
+    def ended(self, member: str) -> None:
+        return
+
+    def connected(self, member: str) -> None:
+        return
+
 
 class Follower:
     """A replica with an empty folder; what its transport gets is handed to it."""

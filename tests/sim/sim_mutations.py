@@ -16,12 +16,13 @@ from sim_checks import InvariantBroken
 from sim_node import SimNode
 from sim_session import Replica, Session
 from sim_table_mutations import TABLE_MISTAKES
-from sim_world import simulate
+from sim_world import World, simulate
 
 from replication import catalog as catalog_module
 from replication import catalog_models, ownership
 from replication import rollout as rollout_module
 from replication.catalog import Assignment, Catalog, Version
+from replication.catalog_machine import Ending
 from replication.commands import CompleteMove, GoLive, RenewLease, StartMove, TakeOver
 from replication.frame import FrameAssembler
 from replication.ownership import Reports
@@ -155,6 +156,23 @@ _renewed = SimNode._renewed
 
 def _lease_for_ever(_now_ms: float, last_quorum_ms: float | None, _lease_ms: int) -> bool:
     return last_quorum_ms is not None
+
+
+# processes that end
+
+
+def _ended_whoever_renewed_since(ending: Ending | None, *_of_what: object) -> bool:
+    return ending is not None
+
+
+def _ended_when_paused(world: World, what: str, *nodes: SimNode) -> None:
+    _fault(world, what, *nodes)
+    if what == "pause":
+        for node in nodes:
+            world._tell_near(node, lambda other, name=node.name: other.saw_end(name))
+
+
+_fault = World._fault
 
 
 # incarnations
@@ -316,6 +334,12 @@ MUTATIONS = (
         "lease from its return", "not from when it was proposed", ((SimNode, "_renewed", _lease_from_its_return),)
     ),
     Mutation("lease for ever", "an owner cut off goes on", ((sim_node, "may_own", _lease_for_ever),)),
+    Mutation(
+        "ended for ever",
+        "an ending counts of the next process too",
+        ((sim_node, "has_ended", _ended_whoever_renewed_since),),
+    ),
+    Mutation("ended when silent", "a stopped process counts as ended", ((World, "_fault", _ended_when_paused),)),
     Mutation("any disk", "what a lost disk had still counts", ((SimNode, "hear", _hear_of_any_disk),)),
     Mutation("cut too far", "behind the furthest snapshot", ((sim_node, "cut_offset", _cut_behind_the_furthest),)),
     Mutation("cut unverified", "behind what stores have", ((sim_node, "cut_offset", _cut_behind_the_needed),)),

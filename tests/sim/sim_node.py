@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
@@ -12,8 +13,11 @@ from sim_disk import Disk
 from sim_session import Replica
 
 from replication.catalog import Assignment, Catalog, apply, decode_catalog, encode_catalog, problem
+from replication.catalog_machine import Ending
 from replication.commands import Command, CompleteMove, JoinNode, RenewLease
+from replication.lease import NUMBERS_A_PROCESS
 from replication.ownership import NodeReport, Progress, Reports, may_own, plan
+from replication.report import has_ended
 from replication.retention import cut_offset, may_forget
 
 if TYPE_CHECKING:
@@ -69,6 +73,7 @@ class SimNode:
         self.due: dict[str, float] = {}
         self.tables = sim_tables.NodeTables(self)
         self.heard: dict[str, float] = {}
+        self.endings: dict[str, Ending] = {}
         self.became_leader(0)
 
     def wipe(self) -> None:
@@ -121,6 +126,21 @@ class SimNode:
             if number != before.get(name):
                 self._renewed(name, number)
 
+    # who is there
+
+    def saw_end(self, name: str) -> None:
+        """The other's process has ended and there is no new one yet."""
+        member, number = self.catalog.nodes.get(name), self.catalog.leases.get(name)
+        if member is not None and number is not None:
+            self.endings[name] = Ending(member.incarnation, number, self.local_ms / 1000)
+
+    def saw_start(self, name: str) -> None:
+        self.endings.pop(name, None)
+
+    def _has_ended(self, name: str) -> bool:
+        told_s = self.told[name].at_ms / 1000 if name in self.told else -math.inf
+        return has_ended(self.endings.get(name), name, self.catalog, told_s)
+
     # the lease, and what may be done under it
 
     def has_lease(self) -> bool:
@@ -152,7 +172,7 @@ class SimNode:
             self.tables.step()
         if self.is_due("report", REPORT_MS):
             self.reported += 1
-            number = (self.boots << 20) + self.reported
+            number = self.boots * NUMBERS_A_PROCESS + self.reported
             told = Told(self.disk.incarnation, number, self._report(), self._verified(), self.tries_models)
             self.world.report(self, told)
         if self.world.raft.leader == self.name:
@@ -174,7 +194,7 @@ class SimNode:
 
     def _renew(self) -> None:
         self.renewals += 1
-        number = (self.boots << 20) + self.renewals
+        number = self.boots * NUMBERS_A_PROCESS + self.renewals
         self.pending[number] = self.local_ms
         if len(self.pending) > 20:
             del self.pending[min(self.pending)]
@@ -275,14 +295,20 @@ class SimNode:
     def _reports(self) -> Reports:
         nodes = {
             name: NodeReport(
-                int(self.heard[name]), told.incarnation, told.partitions, int(told.at_ms), told.tries_models
+                int(self.heard[name]),
+                told.incarnation,
+                told.partitions,
+                int(told.at_ms),
+                told.tries_models,
+                self._has_ended(name),
             )
             for name, told in self.told.items()
             if name in self.heard
         }
         for name, heard_ms in self.heard.items():
             if name not in nodes and name in self.catalog.nodes:
-                nodes[name] = NodeReport(int(heard_ms), self.catalog.nodes[name].incarnation)
+                incarnation = self.catalog.nodes[name].incarnation
+                nodes[name] = NodeReport(int(heard_ms), incarnation, ended=self._has_ended(name))
         return Reports(int(self.since_ms) + 1, nodes)
 
     def _lead(self) -> None:

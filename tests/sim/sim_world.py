@@ -184,6 +184,12 @@ class World:
         if not self._lost():
             self._send(at_leader)
 
+    def _tell_near(self, node: SimNode, tell: Callable[[SimNode], None]) -> None:
+        """What the network lets others see of a process: those that it is cut off from don't, nor when that is over."""
+        for other in self.nodes.values():
+            if other is not node and self.group[other.name] == self.group[node.name]:
+                self._send(lambda other=other, boots=other.boots: self._to_node(other, boots, lambda: tell(other)))
+
     def ask_snapshot(self, replica: Replica) -> None:
         node, boots = replica.node, replica.node.boots
         start = self.logs[replica.partition].start
@@ -324,6 +330,7 @@ class World:
         node.alive = False
         node.start_at_ms = self.now_ms + self.random.choice((100, 900, 3000, 7000))
         self._fault("crash", node)
+        self._tell_near(node, lambda other: None if node.alive else other.saw_end(node.name))
         if self.random.random() < 0.3 and self._survives_without(node):
             node.wipe()
             self.loss_ms = self.now_ms
@@ -389,6 +396,7 @@ class World:
             if not node.alive and self.now_ms >= node.start_at_ms:
                 node.boot()
                 self.note("start", node.name)
+                self._tell_near(node, lambda other, name=node.name: other.saw_start(name))
         self._look_around()
         self._elect()
         while self.messages and self.messages[0][0] <= self.now_ms:

@@ -9,7 +9,7 @@ import pytest
 from node.kernel.clock import ManualClock
 from node.kernel.errors import CatalogCorrupt
 from replication.catalog import Catalog, Node, apply, encode_catalog
-from replication.catalog_machine import CatalogMachine
+from replication.catalog_machine import CatalogMachine, Ending
 from replication.commands import DrainNode, JoinNode, RenewLease, encode_command
 from replication.incarnation import begin_process
 from replication.lease import NUMBERS_A_PROCESS
@@ -55,3 +55,23 @@ def test_the_machine_answers_refusals_and_dates_renewals_when_it_applies_them() 
     assert machine.agreed.renewed_s == {"a": 4.0}
     with pytest.raises(CatalogCorrupt):
         machine.apply(b"\xc1")
+
+
+def test_the_machine_notes_which_process_has_ended_until_the_member_is_there_again() -> None:
+    clock = ManualClock()
+    machine = CatalogMachine(clock)
+    for command in (
+        JoinNode(revision=0, name="a", raft_address="a:1", http_address="a:2", incarnation=2),
+        JoinNode(revision=1, name="b", raft_address="b:1", http_address="b:2", incarnation=2),
+        RenewLease(revision=1, name="a", incarnation=2, number=4),
+    ):
+        machine.apply(encode_command(command))
+    clock.advance(1500)
+    for name in ("a", "b", "stranger"):
+        machine.ended(name)
+    assert machine.agreed.endings == {"a": Ending(2, 4, 1.5)}, "the others have no lease to end"
+    machine.apply(encode_command(RenewLease(revision=1, name="a", incarnation=2, number=5)))
+    assert machine.agreed.endings == {"a": Ending(2, 4, 1.5)}
+    machine.connected("a")
+    assert machine.agreed.endings == {}
+    assert machine.agreed.catalog.leases == {"a": 5}

@@ -10,10 +10,10 @@ from hypothesis import strategies as st
 from node.kernel.errors import PeerRefused
 from node.kernel.limits import CLUSTER_RENEWALS_MAX, CLUSTER_REPORT_BYTES_MAX, STANDBY_UNKNOWN_FRAMES
 from replication.catalog import Catalog, Node
-from replication.catalog_machine import Agreed
+from replication.catalog_machine import Agreed, Ending
 from replication.lease import NUMBERS_A_PROCESS, Lease, same_process
 from replication.ownership import PlanSettings, Progress
-from replication.report import REPORT_QUIET_S, PeerReport, ReportBook, decode_report, encode_report
+from replication.report import REPORT_QUIET_S, PeerReport, ReportBook, decode_report, encode_report, has_ended
 
 LEASE_MS = 1000
 
@@ -123,6 +123,29 @@ def test_renewals_say_that_a_quiet_node_is_there_until_it_is_another_process() -
     assert book.take(report(NUMBERS_A_PROCESS), agreed(lease=NUMBERS_A_PROCESS), 3.0)
     assert book.take(report(NUMBERS_A_PROCESS + 1, incarnation=2), agreed(incarnation=2), 3.0)
     assert book.changes == changes + 2
+
+
+@pytest.mark.parametrize(
+    ("ending", "renewed", "told_s", "ended"),
+    [
+        (None, 3, 1.0, False),
+        (Ending(1, 3, 5.0), 3, 1.0, True),
+        (Ending(1, 3, 5.0), 4, 5.0, True),  # a renewal that was under way came back since
+        (Ending(1, 3, 5.0), 3, 5.1, False),  # it said something since
+        (Ending(1, 3, 5.0), NUMBERS_A_PROCESS + 1, 1.0, False),  # another process has renewed since
+        (Ending(2, 3, 5.0), 3, 1.0, False),  # of a disk that was lost
+    ],
+)
+def test_an_ending_counts_of_the_process_that_has_the_lease(
+    ending: Ending | None, renewed: int, told_s: float, ended: bool
+) -> None:
+    catalog = agreed(lease=renewed).catalog
+    assert has_ended(ending, "a", catalog, told_s) == ended
+    assert not has_ended(ending, "b", catalog, told_s)
+    book = ReportBook(PlanSettings())
+    book.take(report(1), agreed(), told_s)
+    endings = {} if ending is None else {"a": ending}
+    assert book.reports(Agreed(catalog, {"a": 1.0}, endings), 0.0).nodes["a"].ended == ended
 
 
 def test_reports_are_bounded_and_read_strictly() -> None:

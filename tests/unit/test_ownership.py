@@ -285,6 +285,27 @@ def test_a_dead_owner_is_replaced_by_the_furthest_standby_at_once() -> None:
     assert take_overs(Reports(int(NOW_MS - wait_ms - 1), never)) == taken
 
 
+def test_what_an_ended_process_owned_goes_on_at_once() -> None:
+    """Of a leader that has just begun once all others have said how far they are, or it has waited for them."""
+    cluster = Cluster(make(dict.fromkeys("abc", ""), 6))
+    cluster.settle()
+    nodes = dict(cluster.reports().nodes)
+    nodes["a"] = replace(nodes["a"], ended=True)
+    owned = {p for p, held in enumerate(cluster.catalog.partitions) if held.owner == "a"}
+
+    def taken(since_ms: int, told: dict[str, NodeReport]) -> set[int]:
+        commands = plan(cluster.catalog, Reports(since_ms, told), NOW_MS, PLAN)
+        found = [command for command in commands if isinstance(command, TakeOver)]
+        assert {command.why for command in found} <= {"a has ended"}
+        return {command.partition for command in found}
+
+    assert owned
+    assert taken(NOW_MS, nodes) == owned
+    unsaid = nodes | {"b": NodeReport(NOW_MS, nodes["b"].incarnation)}
+    assert not taken(NOW_MS, unsaid)
+    assert taken(NOW_MS - PLAN.leader_wait_ms, unsaid) == owned
+
+
 def test_without_a_standby_any_live_node_takes_over() -> None:
     cluster = Cluster(make(dict.fromkeys("ab", ""), 2, standby_count=0))
     cluster.settle()
