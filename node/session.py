@@ -135,22 +135,25 @@ async def open_session(
     store = await parts.state.open()
     outbox, source, changelog = parts.outbox(), parts.source(), parts.changelog()
     close_store = _leave_open if parts.keep_store else parts.state.close
+    state: PartitionState | None = None
     try:
         await _together(outbox.open(), changelog.connect(), source.connect())
         store, recovered = await _folded(parts.state, store, changelog)
         log.info("partition recovered", partition=origin.partition, **recovered.statistics())
         state = await _state(store, parts, engine, origin.partition, clock)
         await source.open(store.progress())
+        committer = Committer(outbox, store, state.cache, steps)
+        cycle = Cycle(engine, origin, source, committer, state, steps, clock)
+        flushing = Flushing(store, parts.flushes, clock)
+        state.backlog.pump()
     except BaseException:
+        if state is not None:
+            state.backlog.close()
         await changelog.close()
         await source.close()
         await outbox.close()
         close_store()
         raise
-    committer = Committer(outbox, store, state.cache, steps)
-    cycle = Cycle(engine, origin, source, committer, state, steps, clock)
-    state.backlog.pump()
-    flushing = Flushing(store, parts.flushes, clock)
     return PartitionSession(cycle, committer, source, outbox, store, state, steps, flushing, close_store)
 
 
