@@ -7,11 +7,23 @@ complete by itself, so that a log line or a problem document needs nothing besid
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Final
+
+_SHOWN_MAX: Final = 60
 
 
 def printable(text: str) -> str:
     """The text with line breaks, control and other invisible characters escaped: one line that is safe to show."""
     return "".join(character if character.isprintable() else repr(character)[1:-1] for character in text)
+
+
+def shown(value: object) -> str:
+    """A value of somebody's data for one line of a message: cut off when long, its type when it can't be written."""
+    try:
+        text = printable(repr(value))
+    except RecursionError:  # JSON may be nested deeper than this interpreter writes
+        return f"a {type(value).__name__} nested too deep to show"
+    return text if len(text) <= _SHOWN_MAX else text[: _SHOWN_MAX - 3] + "..."
 
 
 class HeadraceError(Exception):

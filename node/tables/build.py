@@ -22,12 +22,12 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from node.kernel.errors import TableRefused
+from node.kernel.errors import TableRefused, shown
 from node.kernel.limits import MIB, TABLE_ROWS_MAX
 from node.kernel.tables import TableSchema
 from node.kernel.types import Bools, FieldType, Ints
 from node.tables.changes import DELETED, without_deleted
-from node.tables.conversion import Problems, shown
+from node.tables.conversion import Problems
 from node.tables.keys import Words, byte_words, hashed, key_width, number_words
 from node.tables.reading import Format, Wish, read_table
 from node.tables.version_file import VersionFile, VersionWriter

@@ -14,14 +14,13 @@ from typing import Any, Final
 
 import orjson
 
-from node.kernel.errors import HeadraceError, printable
+from node.kernel.errors import HeadraceError, shown
 from node.kernel.limits import EVENT_BYTES_MAX, NUMBER_MAGNITUDE_MAX, TABLE_KEY_BYTES_MAX, TEXT_BYTES_MAX
 from node.kernel.tables import TableColumn, TableSchema
 from node.kernel.types import FieldType
 
 DELETED: Final = "(deleted)"
 """The column of a line that says whether it deletes; no table has one of that name."""
-_SHOWN_MAX = 60
 
 
 class RecordRefused(HeadraceError):
@@ -48,15 +47,13 @@ class Changes:
         if value is not None:
             given = _object(value)
             if given.get(schema.key, row[schema.key]) != row[schema.key]:
-                raise RecordRefused(
-                    f"its {schema.key} is {_shown(given[schema.key])}, its key {_shown(row[schema.key])}"
-                )
+                raise RecordRefused(f"its {schema.key} is {shown(given[schema.key])}, its key {shown(row[schema.key])}")
             for name, check in self._checks.items():
                 column = given.get(name)
                 if column is not None:
                     problem = check(column)
                     if problem:
-                        raise RecordRefused(f"column {name} must be {problem}, not {_shown(column)}")
+                        raise RecordRefused(f"column {name} must be {problem}, not {shown(column)}")
                     row[name] = column
         return orjson.dumps(row, option=orjson.OPT_APPEND_NEWLINE)
 
@@ -69,10 +66,10 @@ class Changes:
                 return text
             number = float(text)
         except ValueError:
-            raise RecordRefused(f"its key must be a {self._schema.key_type}, not {_shown(key)}") from None
+            raise RecordRefused(f"its key must be a {self._schema.key_type}, not {shown(key)}") from None
         problem = _number_problem(number)
         if problem:
-            raise RecordRefused(f"its key must be {problem}, not {_shown(key)}")
+            raise RecordRefused(f"its key must be {problem}, not {shown(key)}")
         return number
 
 
@@ -88,7 +85,7 @@ def _object(value: bytes) -> dict[str, Any]:
     except ValueError as failure:
         raise RecordRefused(f"its value is no JSON: {failure}") from None
     if not isinstance(given, dict):
-        raise RecordRefused(f"its value must be an object, not {_shown(given)}")
+        raise RecordRefused(f"its value must be an object, not {shown(given)}")
     return given
 
 
@@ -111,8 +108,3 @@ _CHECKS: Final[Mapping[FieldType, Callable[[object], str]]] = {
     "text": _text_problem,
     "boolean": _boolean_problem,
 }
-
-
-def _shown(value: object) -> str:
-    text = printable(repr(value))
-    return text if len(text) <= _SHOWN_MAX else text[: _SHOWN_MAX - 3] + "..."

@@ -12,13 +12,12 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from node.kernel.errors import TableRefused
+from node.kernel.errors import TableRefused, shown
 from node.kernel.limits import NUMBER_MAGNITUDE_MAX, TABLE_KEY_BYTES_MAX, TABLE_PROBLEMS_MAX, TEXT_BYTES_MAX
 from node.kernel.types import FieldType
 
 NUMBER: Final = pa.float64()
 TEXT: Final = pa.large_string()
-_SHOWN_MAX: Final = 60
 _TRUE: Final = ("true", "True", "TRUE", "1")
 _FALSE: Final = ("false", "False", "FALSE", "0")
 
@@ -37,11 +36,6 @@ class Problems:
     def finish(self) -> None:
         if self._lines:
             raise TableRefused(self._lines)
-
-
-def shown(value: object) -> str:
-    text = repr(value)
-    return text if len(text) <= _SHOWN_MAX else text[: _SHOWN_MAX - 3] + "..."
 
 
 def kind_of(kind: pa.DataType) -> FieldType | None:

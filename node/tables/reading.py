@@ -19,7 +19,7 @@ import pyarrow as pa
 import pyarrow.csv
 import pyarrow.parquet
 
-from node.kernel.errors import TableRefused
+from node.kernel.errors import TableRefused, shown
 from node.kernel.limits import EVENT_BYTES_MAX, MIB, TABLE_COLUMNS_MAX, TABLE_SAMPLE_ROWS
 from node.kernel.tables import TableColumn, TableSchema
 from node.kernel.types import FieldType
@@ -32,7 +32,6 @@ from node.tables.conversion import (
     json_kind,
     kind_of,
     parsed,
-    shown,
     typed,
 )
 from node.tables.declaration import default_value

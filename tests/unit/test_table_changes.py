@@ -154,6 +154,16 @@ def test_a_record_that_is_no_row_is_refused_by_itself(key: bytes | None, value: 
         Changes(SCHEMA).line(key, value)
 
 
+@pytest.mark.parametrize("depth", [60, 300, 700, 900, 950, 1000, 1023])
+def test_a_record_nested_however_deep_is_refused_by_itself(depth: int) -> None:
+    deep = b"[" * depth + b"]" * depth
+    for column in (b"price", b"sku"):
+        with pytest.raises(RecordRefused, match=r"not (\[|a list nested)|is (\[|a list nested)"):
+            Changes(SCHEMA).line(b"a", b'{"%s":%s}' % (column, deep))
+    with pytest.raises(RecordRefused, match="its value must be an object, not"):
+        Changes(SCHEMA).line(b"a", deep)
+
+
 @pytest.mark.parametrize("key", [b"x", b"nan", b"inf", b"1e300", None])
 def test_a_key_that_is_no_number_is_refused(key: bytes | None) -> None:
     with pytest.raises(RecordRefused, match="its key must be a number"):

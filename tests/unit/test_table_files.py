@@ -108,6 +108,16 @@ def test_a_wrong_ndjson_is_refused(tmp_path: Path, content: str, expected: str) 
     assert problems(tmp_path, content, "ndjson") == [expected]
 
 
+@pytest.mark.parametrize("depth", [60, 300, 700, 900, 950, 1000, 1023])
+def test_ndjson_nested_however_deep_is_refused_with_its_row(tmp_path: Path, depth: int) -> None:
+    deep = "[" * depth + "]" * depth
+    content = f'{{"sku":"a","price":1}}\n{{"sku":"b","price":{deep}}}\n{deep}\n'
+    told = problems(tmp_path, content, "ndjson", types={"price": "number"})
+    assert told[0].startswith("row 3: must be an object, not ")
+    told = problems(tmp_path, content.replace(f"\n{deep}", ""), "ndjson", types={"price": "number"})
+    assert told[0].startswith("row 2: column price must be a number, not ")
+
+
 def test_declared_types_name_the_rows_of_ndjson(tmp_path: Path) -> None:
     content = '{"sku":"a","price":1}\n{"sku":"b","price":true}\n'
     told = problems(tmp_path, content, "ndjson", types={"price": "number"})
