@@ -56,7 +56,7 @@ def typed(values: pa.Array, wanted: FieldType, name: str, first_row: int, proble
     if pa.types.is_dictionary(values.type):
         values = values.dictionary_decode()
     if wanted == "text":
-        return _texts(values.cast(TEXT), name, first_row, problems)
+        return _texts(_utf8(values.cast(TEXT), name, first_row, problems), name, first_row, problems)
     return _numbers(values.cast(NUMBER, safe=False), name, first_row, problems)
 
 
@@ -112,6 +112,28 @@ def _numbers(values: pa.Array, name: str, first_row: int, problems: Problems, na
     words = f"a number of at most {NUMBER_MAGNITUDE_MAX:g}"
     _tell(values, pc.invert(pc.fill_null(good, True)), name, first_row, words, problems)
     return values
+
+
+def _utf8(values: pa.Array, name: str, first_row: int, problems: Problems) -> pa.Array:
+    """The texts. Parquet promises UTF-8 and its reader takes any bytes. Raises TableRefused at once: others can't be
+    looked at further."""
+    coded = values.cast(pa.large_binary())
+    try:
+        return coded.cast(TEXT)
+    except pa.ArrowInvalid:
+        for row, text in enumerate(coded.to_pylist(), first_row):
+            if text is not None and not _is_utf8(text):
+                problems.add(f"row {row}: column {name} must be a text in UTF-8, not {shown(text)}")
+    problems.finish()
+    raise AssertionError("a text of another coding was there")
+
+
+def _is_utf8(text: bytes) -> bool:
+    try:
+        text.decode()
+    except UnicodeDecodeError:
+        return False
+    return True
 
 
 def _texts(values: pa.Array, name: str, first_row: int, problems: Problems) -> pa.Array:

@@ -169,7 +169,7 @@ def _default(wish: Wish, name: str, kind: FieldType) -> float | str | None:
 def _parquet(path: Path, problems: Problems) -> _Raw:
     try:
         file = pyarrow.parquet.ParquetFile(path, memory_map=True)
-    except (pa.ArrowInvalid, OSError) as failure:
+    except (pa.ArrowInvalid, OSError, UnicodeDecodeError) as failure:
         raise TableRefused([f"this is no Parquet file, or it is cut off: {_first_line(failure)}"]) from None
     schema = file.schema_arrow
 

@@ -12,7 +12,7 @@ import msgspec
 import pyarrow as pa
 import pytest
 
-from node.kernel.errors import TableRefused
+from node.kernel.errors import TableRefused, shown
 from node.kernel.limits import TABLE_BUILD_NICENESS, WORKER_NICENESS
 from node.kernel.tables import TableColumn, TableSchema
 from tests.unit.table_support import built, file_of
@@ -133,6 +133,35 @@ def test_a_parquet_file_must_be_whole_and_of_the_tables_types(tmp_path: Path) ->
     dated = file_of("parquet", {"sku": ["a"], "day": pa.array([1], pa.date32())})
     assert "date32" in problems(tmp_path, dated, "parquet")[0]
     assert built(tmp_path, dated, "parquet", columns=("sku",)).schema.columns == {}
+
+
+def texts_of_bytes(values: list[bytes], kind: pa.DataType) -> pa.Array:
+    """A column that says it is text, whatever the bytes are: Parquet's writer and reader don't look."""
+    return pa.Array.from_buffers(kind, len(values), pa.array(values, pa.large_binary()).cast(_BYTES[kind]).buffers())
+
+
+_BYTES = {pa.string(): pa.binary(), pa.large_string(): pa.large_binary(), pa.string_view(): pa.binary_view()}
+
+
+@pytest.mark.parametrize("bad", [b"\xff", b"a\xc3", b"\xed\xa0\x80", b"\xc0\xaf", b"\xff" * 5000])
+@pytest.mark.parametrize("kind", list(_BYTES), ids=str)
+def test_texts_of_a_parquet_file_must_be_utf_8(tmp_path: Path, kind: pa.DataType, bad: bytes) -> None:
+    keys = [f"k{number}" for number in range(5000)]
+    expected = f"row 3001: column {{}} must be a text in UTF-8, not {shown(bad)}"
+    many, few = [key.encode() for key in keys], [b"one", b"two"] * 2500
+    for values in (many, few):
+        values[3000] = bad
+        content = file_of("parquet", {"sku": keys, "name": texts_of_bytes(values, kind)})
+        assert problems(tmp_path, content, "parquet") == [expected.format("name")]
+    assert problems(tmp_path, file_of("parquet", {"sku": texts_of_bytes(many, kind)}), "parquet") == [
+        expected.format("sku")
+    ]
+
+
+def test_the_columns_of_a_parquet_file_must_have_names_in_utf_8(tmp_path: Path) -> None:
+    content = file_of("parquet", {"sku": ["a"], "price": [1.0]}).replace(b"price", b"pric\xff")
+    (told,) = problems(tmp_path, content, "parquet")
+    assert told.startswith("this is no Parquet file, or it is cut off: 'utf-8' codec can't decode")
 
 
 def test_types_are_inferred(tmp_path: Path) -> None:
