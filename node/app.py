@@ -69,7 +69,7 @@ from node.tables.library import TableLibrary
 from node.tables.local import LocalTables
 from node.tables.service import Files, TableLedger, TableService
 from node.training.verdicts import Verdicts
-from node.view import LocalView
+from node.view import LocalView, PartitionsView
 from node.waiting import Bound
 from node.warming import sandbox_settings
 from replication.blobs import BlobStore
@@ -121,7 +121,9 @@ class Node:
         publish = None if self._clustering is None else self._clustering.models
         self._library = TableLibrary(table_files.path, self._supervisor)
         schema = replace(config.schema(), tables=self._library.schemas)
-        self._tenants = _tenant_service(config, schema, self._data, blobs, clock, self._supervisor, publish, warm)
+        self._tenants = _tenant_service(
+            config, schema, self._data, blobs, clock, self._supervisor, publish, warm, self._room_problem
+        )
         self._tables = self._table_service(table_files)
         self._engine = Engine(
             EventDecoder(config.events),
@@ -221,6 +223,15 @@ class Node:
     def _table_users(self, table: str) -> list[str]:
         plan = self._tenants.plan()
         return [str(version.name) for version in plan.models if table in plan.tables(version.name)]
+
+    def _room_problem(self, plan: FeaturePlan) -> str:
+        """Why a partition that is open here has no room for what the plan needs; '' when all have."""
+        partitions: PartitionsView = self._partitions
+        for number, partition in sorted(partitions.running.items()):
+            problem = "" if partition.session is None else partition.session.room_problem(plan)
+            if problem:
+                return f"in partition {number}, whose rows keep the windows of replaced models, {problem}"
+        return ""
 
     def _cluster(self, blobs: BlobStore, table_files: BlobStore) -> Clustering | None:
         config = self._config
@@ -478,6 +489,7 @@ def _tenant_service(
     supervisor: Supervisor,
     publish: ModelPublisher | None,
     warm: WarmProcess | None,
+    check_room: Callable[[FeaturePlan], str],
 ) -> TenantService:
     tenants = config.tenants
     caps = TenantCaps(
@@ -499,6 +511,7 @@ def _tenant_service(
             tenants.settle_ms,
             tenants.rescan_s * 1000,
             row_refusal,
+            check_room,
         ),
         sandbox=sandbox_settings(tenants),
         versions=data / "versions",

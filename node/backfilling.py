@@ -107,12 +107,30 @@ class Backfilling:
 
         Raises BoundExceeded, and nothing has changed then.
         """
+        wanted = self._wanted_of(plan)
+        layout, added = self._planned(plan, layout, wanted)
+        self._fills += added
+        self._changed |= bool(added)
+        self._wanted = wanted
+        self._wheres = frozenset(aggregate.where for aggregate in plan.aggregates)
+        self._unlooked = True
+        self._look(layout)
+        return layout
+
+    def previewed(self, plan: FeaturePlan, layout: Layout) -> Layout:
+        """What `grown` gives, while nothing changes. Raises BoundExceeded."""
+        return self._planned(plan, layout, self._wanted_of(plan))[0]
+
+    def _wanted_of(self, plan: FeaturePlan) -> dict[ModelName, dict[Aggregate, int]]:
         now_ms = self._clock.now_ms()
-        histories = plan.histories
-        wanted = {
+        return {
             name: {aggregate: backfill.wanted_ms(now_ms) for aggregate in aggregates}
-            for name, (backfill, aggregates) in histories.items()
+            for name, (backfill, aggregates) in plan.histories.items()
         }
+
+    def _planned(
+        self, plan: FeaturePlan, layout: Layout, wanted: Mapping[ModelName, Mapping[Aggregate, int]]
+    ) -> tuple[Layout, list[Fill]]:
         layout = layout.grown(sorted(plan.current), plan.stored_models)
         since: dict[Aggregate, int] = {}
         for asked in wanted.values():
@@ -124,13 +142,7 @@ class Backfilling:
             before = set(layout.pending)
             layout = layout.awaiting_history([a for a, at_ms in since.items() if at_ms == since_ms])
             added.append(Fill(tuple(sorted(layout.pending.keys() - before)), since_ms))
-        self._fills += added
-        self._changed |= bool(added)
-        self._wanted = wanted
-        self._wheres = frozenset(aggregate.where for aggregate in plan.aggregates)
-        self._unlooked = True
-        self._look(layout)
-        return layout
+        return layout, added
 
     def opened(self, layout: Layout) -> Layout:
         """The layout in which events go into what is filled by now. To be asked before events are folded: no later, or

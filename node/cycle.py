@@ -34,6 +34,7 @@ from node.kernel.types import Aggregate, Bools, EventColumns, Floats, Frame, Int
 from node.ordering import Ordering
 from node.outbox import Outgoing
 from node.outgoing import Origin, answered_records, counts, failed_letters, refused_letters
+from node.room import with_room
 from node.staging import divided
 from node.state.cache import RowCache
 from node.state.codec import images
@@ -75,10 +76,11 @@ class PartitionState:
     submitted: float = 0.0
     layout_committed: int = -1
     """Id of the newest layout that a frame of this session carried."""
+    newest: FeaturePlan | None = None
     plan: FeaturePlan | None = None
-    """The last one whose state fits the row."""
+    """As much of the newest one as rows have room for."""
     refused: str = ""
-    """Why the newest plan is not used, '' if it is."""
+    """Why models of the newest plan are left out, '' if none is."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -197,24 +199,23 @@ class Cycle:
     def _plan(self) -> FeaturePlan:
         """The plan for this cycle; one that asks for more state than rows hold grows the layout first.
 
-        One that asks for more than a row may hold is not used: the models before it go on. Raises BoundExceeded
-        if there is none before it.
+        Of one that asks for more than a row may hold, the models are left out that rows have no room for.
         """
         plan, state = self._engine.plans(), self._state
         if state.plan is None or state.backfilling.behind:
             self._grow(state.backfilling.opened(state.layout))
-        if plan is state.plan:
-            return plan
+        if state.plan is not None and plan is state.newest:
+            return state.plan
+        state.newest, refused = plan, ""
         try:
             grown = state.backfilling.grown(plan, state.layout)
-        except BoundExceeded as failure:
-            if state.plan is None:
-                raise
-            if state.refused != str(failure):
-                log.error("models not taken", partition=self._origin.partition, reason=str(failure))
-            state.refused = str(failure)
-            return state.plan
-        state.plan, state.refused = plan, ""
+        except BoundExceeded:
+            plan, unfit = with_room(plan, state.layout, state.backfilling.previewed, state.plan)
+            grown = state.backfilling.grown(plan, state.layout)
+            refused = "; ".join(f"model {name} is not taken: {reason}" for name, reason in unfit.items())
+        if refused and refused != state.refused:
+            log.error("models not taken", partition=self._origin.partition, reason=refused)
+        state.plan, state.refused = plan, refused
         self._grow(grown)
         return plan
 

@@ -18,10 +18,11 @@ from node.ingest.source import Source
 from node.intervals import Intervals
 from node.kernel.clock import Clock
 from node.kernel.errors import ChangelogCut, StateCorrupt
-from node.kernel.ports import StateStore
+from node.kernel.ports import FeaturePlan, StateStore
 from node.kernel.types import ModelName, Statistics
 from node.outbox import Outbox
 from node.outgoing import Origin
+from node.room import room_problem
 from node.state.cache import RowCache
 from node.state.flushing import Flushing, FlushTurns
 from node.state.folder import StateFolder
@@ -104,6 +105,10 @@ class PartitionSession:
     def proven(self) -> bool:
         """Whether cycles work: one was committed, or there was nothing to commit. Opening alone proves nothing."""
         return self._committer.commits > 0 or self._committer.idle
+
+    def room_problem(self, plan: FeaturePlan) -> str:
+        """Why the partition's rows have no room for what the plan needs; '' when they have."""
+        return room_problem(plan, self.state.layout, self.state.backfilling.previewed)
 
     async def finish(self) -> None:
         """Let the last commit end. Raises what it raised."""

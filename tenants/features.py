@@ -17,7 +17,7 @@ from typing import Final, TypeAlias, cast
 import numpy as np
 
 from node.kernel.errors import NotFound
-from node.kernel.ports import Reads
+from node.kernel.ports import FeaturePlan, Reads
 from node.kernel.tables import NO_TABLES, TableSet, no_values
 from node.kernel.types import (
     EVENT_TIME,
@@ -56,6 +56,7 @@ from tenants.expression import (
     parse_filter,
 )
 from tenants.manifest import Manifest
+from tenants.model_graph import ring_problem
 from tenants.shared_names import SharedName, SharedValue
 
 __all__ = ["CompiledFeatures", "compile_plan", "evaluate_profile"]
@@ -441,6 +442,8 @@ class CompiledFeatures:
     ) -> None:
         self._models = tuple(version for version, _ in models)
         self._manifests = {version.version: (version.name, manifest) for version, manifest in models}
+        self.pairs = tuple(models)
+        self._schema, self._definitions = schema, definitions
         self._files = definitions.files
         profile = set(evaluate_profile(schema).values())
         used = [(version, definitions.aggregates(manifest)) for version, manifest in models]
@@ -495,6 +498,18 @@ class CompiledFeatures:
     def inputs(self) -> Mapping[ModelName, tuple[StoredOutput, ...]]:
         """The outputs of other models here that each model uses, sorted; models that use none are not there."""
         return self._inputs
+
+    def only(self, names: Collection[ModelName], before: FeaturePlan | None = None) -> CompiledFeatures:
+        earlier = before if isinstance(before, CompiledFeatures) else None
+        instead = {} if earlier is None else {pair[0].name: pair for pair in earlier.pairs}
+        own = [pair for pair in self.pairs if pair[0].name in names]
+        going_on = [pair if pair[0].name in names else instead.get(pair[0].name) for pair in self.pairs]
+        pairs = [pair for pair in going_on if pair is not None]
+        if ring_problem([manifest for _, manifest in pairs], self._definitions):
+            pairs = own
+        if earlier is not None and pairs == [*earlier.pairs] and self._definitions == earlier._definitions:
+            return earlier
+        return CompiledFeatures(pairs, self._schema, self._definitions)
 
     def source(self, version: str) -> ModelSource | None:
         found = self._manifests.get(version)

@@ -23,10 +23,12 @@ _Models = Sequence[tuple[ModelVersion, Manifest]]
 
 @dataclass(frozen=True, slots=True)
 class Fitting:
-    """`check_state` says why customers' rows can't hold what a plan needs, '' when they can."""
+    """`check_state` says why customers' rows can't hold what a plan needs, '' when they can, and says the same on every
+    node. `check_room` says it of the rows that this node has, which hold the state of replaced models too."""
 
     schema: EventSchema
     check_state: Callable[[FeaturePlan], str]
+    check_room: Callable[[FeaturePlan], str] = lambda plan: ""
 
     def next(self, snapshot: Snapshot, event: Event) -> Step:
         """What the registry decides; a candidate whose state does not fit beside the live models' is refused."""
@@ -34,7 +36,9 @@ class Fitting:
             return self._agreed(snapshot, event)
         after, actions = transitions.apply(snapshot, event, self.schema)
         if isinstance(event, TrialPassed) and after is not snapshot:
-            reason = self._state(registry.prospect(after), after)
+            models = registry.prospect(after)
+            own = [one for one in models if one[0].name == event.name]
+            reason = self._state(models, after) or self.check_room(self._plan(own, after))
             if reason:
                 refused = TrialFailed(
                     event.name, event.version, f"with the live models, {reason}", event.at_ms, MANIFEST
@@ -67,4 +71,7 @@ class Fitting:
         return self._state(live, snapshot) or ring_problem([manifest for _, manifest in live], snapshot.definitions)
 
     def _state(self, models: _Models, snapshot: Snapshot) -> str:
-        return self.check_state(compile_plan(models, self.schema, snapshot.definitions))
+        return self.check_state(self._plan(models, snapshot))
+
+    def _plan(self, models: _Models, snapshot: Snapshot) -> FeaturePlan:
+        return compile_plan(models, self.schema, snapshot.definitions)

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 
-from node.kernel.ports import FeatureBatch, Reads
+from node.kernel.ports import FeatureBatch, FeaturePlan, Reads
 from node.kernel.types import (
     Aggregate,
     Backfill,
@@ -68,6 +68,15 @@ class StagedPlan:
     @property
     def current(self) -> frozenset[Aggregate]:
         return self.compiled.current
+
+    def only(self, names: Collection[ModelName], before: FeaturePlan | None = None) -> StagedPlan:
+        earlier = before if isinstance(before, StagedPlan) else None
+        compiled = self.compiled.only(names, None if earlier is None else earlier.compiled)
+        beside = [staged for staged in self._staged.values() if staged.key in names]
+        if earlier is not None and compiled is earlier.compiled and beside == [*earlier.staged.values()]:
+            return earlier
+        keys = {staged.key for staged in self._staged.values()}
+        return StagedPlan(compiled, [version for version in compiled.models if version.name not in keys], beside)
 
     def source(self, version: str) -> ModelSource | None:
         return self.compiled.source(version)

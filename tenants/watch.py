@@ -70,8 +70,8 @@ _IGNORED_LOGGED_MAX = 8
 class WatchSettings:
     """`registry` is the file that keeps the live versions over a restart.
 
-    `settle_ms`: how long a pair must be unchanged. `rescan_ms`: how soon what no event told is found. `check_state`:
-    why customers' rows can't hold what a plan needs, '' when they can.
+    `settle_ms`: how long a pair must be unchanged. `rescan_ms`: how soon what no event told is found. `check_state`
+    and `check_room` are as in `Fitting`.
     """
 
     root: Path
@@ -80,6 +80,7 @@ class WatchSettings:
     settle_ms: int = 300
     rescan_ms: int = 5000
     check_state: Callable[[FeaturePlan], str] = lambda plan: ""
+    check_room: Callable[[FeaturePlan], str] = lambda plan: ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -149,7 +150,7 @@ class ModelWatcher:
     ) -> None:
         self._settings = settings
         self._schema = schema
-        self._fitting = Fitting(schema, settings.check_state)
+        self._fitting = Fitting(schema, settings.check_state, settings.check_room)
         self._server = server
         self._blobs = blobs
         self._clock = clock

@@ -154,6 +154,11 @@ class FeaturePlan(Protocol):
         """The aggregates that something uses which asks for no history."""
         ...
 
+    def only(self, names: Collection[ModelName], before: FeaturePlan | None = None) -> FeaturePlan:
+        """The plan of some of its models, staged ones by their keys. In place of a live one that is left out, the
+        version that `before` has of it goes on; `before` itself where that makes the same plan."""
+        ...
+
     def source(self, version: str) -> ModelSource | None:
         """What the features of a version, live or staged, follow from; None for one that is not here."""
         ...

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from node.columns import number_column, text_column
-from node.kernel.errors import NotFound, StoreUnavailable
+from node.kernel.errors import BoundExceeded, NotFound, StoreUnavailable
 from node.kernel.ports import FeaturePlan, StateStore
 from node.kernel.tables import NO_TABLES, TableSet
 from node.kernel.types import (
@@ -60,17 +60,24 @@ class _Found:
 
 
 class _RowReads:
-    """`Reads` of one row as of one time. An aggregate that the layout lacks can't occur: it was grown to the plan."""
+    """`Reads` of one row as of one time. What is not filled from history yet is empty. Raises BoundExceeded for
+    an aggregate that rows have no room for."""
 
     def __init__(self, found: _Found, at_ms: int, versions: Mapping[ModelName, ModelVersion], tables: TableSet) -> None:
         self.tables = tables
         self._found = found
         self._times_ms = np.array([at_ms], np.int64)
         self._versions = versions
-        self._values = read(found.layout, found.row, self._times_ms)
+        asked = [*{*found.layout.aggregates, *found.layout.awaiting}]
+        self._values = read(found.layout, found.row, self._times_ms, asked)
 
     def aggregate(self, aggregate: Aggregate) -> Floats:
-        return self._values[aggregate]
+        if aggregate in self._values:
+            return self._values[aggregate]
+        raise BoundExceeded(
+            f"rows of partition {self._found.number} have no room for {aggregate}, or not yet: /v1/status tells for "
+            "which models; ask for fewer windowed aggregates"
+        )
 
     def stored(self, output: StoredOutput) -> Floats:
         ttl_ms = self._versions[output.name].ttl_ms
@@ -179,12 +186,16 @@ class CustomerReads:
         return _Found(partition.number, layout, row, changed_ms)
 
     def _grown_layout(self, partition: OpenPartition, plan: FeaturePlan) -> Layout:
-        """The partition's layout, grown as its next cycle will grow it: a plan may have come since the last one."""
+        """The partition's layout, grown as its next cycle will grow it: a plan may have come since the last one. As it
+        is, where there is no room for all of the plan."""
         held = self._grown.get(partition.number)
         if held is None or held[0] is not partition.layout or held[1] is not plan:
             filling = {one for one in partition.layout.awaiting if partition.layout.locate(one) is None}
             wanted = {*plan.aggregates, *self._profile.values(), LAST_SEEN} - filling
-            grown = partition.layout.grown(sorted(wanted), plan.stored_models)
+            try:
+                grown = partition.layout.grown(sorted(wanted), plan.stored_models)
+            except BoundExceeded:
+                grown = partition.layout
             held = self._grown[partition.number] = (partition.layout, plan, grown)
         return held[2]
 

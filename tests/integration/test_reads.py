@@ -18,7 +18,7 @@ from reference import DAY, HOUR, MINUTE, Event, Reference
 
 from node.config_sections import HttpSection
 from node.kernel.clock import ManualClock
-from node.kernel.errors import NotFound, StoreUnavailable
+from node.kernel.errors import BoundExceeded, NotFound, StoreUnavailable
 from node.kernel.ports import StateStore
 from node.kernel.types import Aggregate, Bools, EventColumns, EventSchema, Floats, Frame, ModelName, ModelVersion
 from node.serving.reads import CustomerReads, OpenPartition
@@ -241,6 +241,38 @@ async def test_rows_of_an_older_layout_are_read_under_the_new_plan(node: Node) -
     folder = node.partitions[0]
     assert folder is not None
     assert folder.layout.id == 1, "reading grows nothing"
+
+
+async def test_a_model_that_rows_have_no_room_for_keeps_nobody_from_reading_the_others(node: Node) -> None:
+    days = {"first": range(20, 200), "second": range(200, 380)}
+    wide = {
+        name: manifest("wide", "sums", BID + "\n".join(f"s{day} = \"sum(transaction.amount, '{day}d')\"" for day in of))
+        for name, of in days.items()
+    }
+    bid, rank = node.manifests.values()
+    node.set_models(bid, rank, wide["first"])
+    node.take(0, bought("ann", 2.0))
+    node.set_models(bid, rank, wide["second"])
+    assert (await node.customer("ann", START_MS)).profile["spend"] == 2.0
+    assert (await node.features("ann", BID_NAME, START_MS)).features["spend"] == 2.0
+    assert (await node.inferences("ann", START_MS)).inferences == []
+    with pytest.raises(
+        BoundExceeded, match=r"rows of partition 0 have no room for sum\(transaction.amount, 172\d+ms\)"
+    ):
+        await node.features("ann", ModelName("wide", "sums"), START_MS)
+
+
+async def test_windows_that_are_being_filled_from_history_are_empty(node: Node) -> None:
+    bid = node.manifests[BID_NAME]
+    node.set_models()
+    node.take(0, bought("ann", 2.0))
+    folder = node.partitions[0]
+    assert folder is not None
+    node.set_models(bid)
+    asked = set(node.plan.aggregates) - set(folder.layout.aggregates)
+    folder.layout = folder.layout.awaiting_history(asked)
+    features = (await node.features("ann", BID_NAME, START_MS)).features
+    assert (features["spend"], features["total"]) == (0.0, 2.0)
 
 
 AMOUNTS = st.sampled_from([0.0, 0.1, 0.2, -0.7, 3.3333, 1e15, math.nan])

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
 
-import pytest
+import structlog.testing
 
 from node.backfilling import Backfilling
 from node.backlog import Backlog
@@ -17,21 +18,27 @@ from node.ingest.history import TopicHistory
 from node.ingest.source import Source
 from node.intervals import Intervals
 from node.kernel.clock import SystemClock
-from node.kernel.errors import BoundExceeded
 from node.kernel.ports import FeaturePlan
 from node.kernel.supervise import Supervisor
+from node.kernel.types import ModelName, ModelVersion, StagedVersion
 from node.outbox import Outbox, OutputTopics
 from node.outgoing import Origin
+from node.room import room_problem
 from node.state.cache import RowCache
 from node.state.layout import Layout
 from node.state.memory import MemoryStore
 from node.steps import StepTimes
 from node.waiting import Bound
 from replication.frame import encode_frame
+from tenants.agreement import TrialReport
+from tenants.definitions import NOTHING_SHARED
 from tenants.features import compile_plan
-from tenants.manifest import parse_manifest
+from tenants.fitting import Fitting
+from tenants.manifest import Manifest, parse_manifest
 from tenants.pool import ModelPool
+from tenants.registry import PairSeen, Snapshot, TrialPassed, status
 from tenants.sandbox import SandboxSettings
+from tenants.staged_plan import plan_of
 from tenants.workers import WarmServer
 
 CONFIG = parse_config('[events]\ntypes = ["buy"]\n[events.fields]\namount = "number"\n', Path.cwd())
@@ -44,15 +51,36 @@ def plan(windows: int) -> FeaturePlan:
         for day in range(1, windows + 1)
         for name in ("sum", "min", "max")
     ]
+    return compile_plan([pair_of("a", features)], CONFIG.schema())
+
+
+def pair_of(tenant: str, features: Sequence[str], blob: str = "0") -> tuple[ModelVersion, Manifest]:
+    """Model m of the tenant."""
     text = "\n".join(['on = ["buy"]', "[features]", *features])
-    manifest = parse_manifest("a/m.toml", "a", "m", text.encode(), CONFIG.schema())
-    return compile_plan([(manifest.version("0" * 64), manifest)], CONFIG.schema())
+    manifest = parse_manifest(f"{tenant}/m.toml", tenant, "m", text.encode(), CONFIG.schema())
+    return manifest.version(blob * 64), manifest
+
+
+def sums(first: int, last: int) -> list[str]:
+    """The sum over each number of days."""
+    return [f"sum{day} = \"sum(buy.amount, '{day}d')\"" for day in range(first, last + 1)]
+
+
+V1, V2 = pair_of("a", sums(20, 199), "1"), pair_of("a", sums(200, 379), "2")
+"""Rows have room for one of them, not for both."""
+OTHER, OTHERS_NEXT = pair_of("b", sums(1, 1), "3"), pair_of("b", sums(2, 2), "4")
+
+
+def staged_plan(
+    *live: tuple[ModelVersion, Manifest], beside: Sequence[tuple[StagedVersion, Manifest]] = ()
+) -> FeaturePlan:
+    return plan_of(live, beside, CONFIG.schema(), NOTHING_SHARED)
 
 
 class Parts:
     """A cycle whose clients are never opened."""
 
-    def __init__(self) -> None:
+    def __init__(self, layout: Layout | None = None) -> None:
         clock, store = SystemClock(), MemoryStore()
         self.newest = plan(1)
         steps = StepTimes(clock)
@@ -61,7 +89,7 @@ class Parts:
             raise AssertionError(sha256)
 
         pool = ModelPool(WarmServer(SandboxSettings(), clock), fetch, clock, Supervisor(), parallel=1)
-        layout = Layout.empty()
+        layout = layout or Layout.empty()
         cache = RowCache(store, layout, 1 << 20)
         backlog = Backlog(pool, store, lambda *_: None, lambda _: Bound(1), clock)
         history = TopicHistory({}, ("events",), 0, EventDecoder(CONFIG.events), clock)
@@ -91,8 +119,99 @@ async def test_a_plan_whose_rows_would_be_too_long_leaves_the_one_before_in_forc
     assert parts.state.layout.slots > slots
 
 
-async def test_without_a_plan_before_it_the_partition_says_so() -> None:
+async def test_without_a_plan_before_it_a_model_without_room_is_left_out_and_the_partition_says_so() -> None:
     parts = Parts()
     parts.newest = plan(110)
-    with pytest.raises(BoundExceeded, match="ROW_SLOTS_MAX"):
-        parts.cycle._plan()
+    assert parts.cycle._plan().models == ()
+    assert "model a/m is not taken: a customer's row would need" in parts.state.refused
+    assert "ROW_SLOTS_MAX" in parts.state.refused
+
+
+async def test_an_update_that_rows_have_no_room_for_keeps_no_other_tenants_change_out() -> None:
+    parts = Parts()
+    parts.newest = staged_plan(V1, OTHER)
+    assert parts.cycle._plan() is parts.newest
+    slots = parts.state.layout.slots
+    for newest in (staged_plan(V2, OTHERS_NEXT), staged_plan(V2, OTHERS_NEXT)):
+        parts.newest = newest
+        assert parts.cycle._plan().models == (V1[0], OTHERS_NEXT[0]), "the version before goes on"
+        assert parts.state.refused.startswith("model a/m is not taken: ")
+        assert parts.cycle._plan() is parts.cycle._plan()
+    assert slots < parts.state.layout.slots < slots + 100, "of the other tenant's new window"
+    parts.newest = staged_plan(V2, OTHER)
+    assert parts.cycle._plan().models == (V1[0], OTHER[0])
+    parts.newest = staged_plan(OTHER)
+    assert parts.cycle._plan() is parts.newest
+    assert parts.state.refused == ""
+
+
+async def test_a_partition_opened_again_runs_the_models_that_its_rows_have_room_for() -> None:
+    before = Parts()
+    before.newest = staged_plan(V1, OTHER)
+    before.cycle._plan()
+    parts = Parts(before.state.layout)
+    parts.newest = staged_plan(V2, OTHERS_NEXT)
+    with structlog.testing.capture_logs() as told:
+        for _ in range(3):
+            assert parts.cycle._plan().models == (OTHERS_NEXT[0],)
+    assert "model a/m is not taken: " in parts.state.refused
+    assert [line["event"] for line in told] == ["models not taken"]
+
+
+async def test_what_runs_already_has_room_before_what_is_new_whatever_its_name() -> None:
+    parts = Parts()
+    parts.newest = staged_plan(V1, OTHER)
+    parts.cycle._plan()
+    first = pair_of("0", sums(200, 379))
+    parts.newest = staged_plan(first, V1, OTHER)
+    assert parts.cycle._plan().models == (V1[0], OTHER[0])
+
+
+async def test_a_staged_version_without_room_is_left_out_and_its_model_goes_on() -> None:
+    parts = Parts()
+    canary = StagedVersion(V2[0], "canary", 0.5)
+    parts.newest = staged_plan(V1, OTHER, beside=[(canary, V2[1])])
+    plan = parts.cycle._plan()
+    assert (plan.models, plan.staged) == ((V1[0], OTHER[0]), {})
+    assert f"model {canary.key} is not taken: " in parts.state.refused
+
+
+async def test_no_staged_version_runs_beside_a_model_that_has_no_room() -> None:
+    before = Parts()
+    before.newest = staged_plan(V1)
+    before.cycle._plan()
+    parts = Parts(before.state.layout)
+    parts.newest = staged_plan(V2, OTHER, beside=[(StagedVersion(V1[0], "shadow"), V1[1])])
+    plan = parts.cycle._plan()
+    assert (plan.models, plan.staged) == ((OTHER[0],), {})
+
+
+async def test_a_partition_tells_whether_it_has_room_for_a_candidate() -> None:
+    parts = Parts()
+    parts.newest = staged_plan(V1, OTHER)
+    parts.cycle._plan()
+    layout, grown = parts.state.layout, parts.state.backfilling.previewed
+    assert "ROW_SLOTS_MAX" in room_problem(staged_plan(V2), layout, grown)
+    assert room_problem(staged_plan(OTHERS_NEXT), layout, grown) == ""
+    assert room_problem(staged_plan(V1), layout, grown) == ""
+
+
+def test_a_candidate_that_an_open_partition_has_no_room_for_is_refused() -> None:
+    asked: list[FeaturePlan] = []
+
+    def no_room(plan: FeaturePlan) -> str:
+        asked.append(plan)
+        return "in partition 3, the rows are full" if ModelName("a", "m") in {one.name for one in plan.models} else ""
+
+    fitting, snapshot = Fitting(CONFIG.schema(), lambda plan: "", no_room), Snapshot()
+    report = TrialReport(300e-6, 1e-6, 1000, "LogisticRegression", ())
+    states = {}
+    for name, (_, manifest) in ((ModelName("b", "m"), OTHER), (ModelName("a", "m"), V2)):
+        snapshot, _ = fitting.next(snapshot, PairSeen(name, manifest.text, "5" * 64, 1))
+        newest = snapshot.models[name].newest
+        assert newest is not None
+        snapshot, _ = fitting.next(snapshot, TrialPassed(name, newest.version, report, 2))
+        states[name.tenant] = status(snapshot, name)["state"]
+    assert states == {"b": "live", "a": "refused"}
+    assert "in partition 3, the rows are full" in str(status(snapshot, ModelName("a", "m")))
+    assert [[version.name.tenant for version in plan.models] for plan in asked] == [["b"], ["a"]]
