@@ -18,7 +18,7 @@ import math
 from collections import deque
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 import structlog
@@ -96,7 +96,8 @@ class Backfilling:
         self._view: tuple[Layout, tuple[int, ...], Layout] | None = None
         self._wheres: frozenset[str] = frozenset()
         self._unlooked = self._opening = self._connected = False
-        self._closing: asyncio.Task[None] | None = None
+        self._ending: asyncio.Task[Any] | None = None
+        """A read that was given up, or the reader's end: nothing is read until that is over, as they share a client."""
         self._changed = False
         self._target: Mapping[str, int] = {}
         self.warming: frozenset[ModelName] = frozenset()
@@ -191,7 +192,7 @@ class Backfilling:
             self._of, self._tail = of, None
             if self._reading is not None:
                 self._reading.cancel()
-                self._reading = None
+                self._ending, self._reading = self._reading, None
         self.warming = frozenset(name for name in self._wanted if self._waits(name, layout))
 
     def _waits(self, name: ModelName, layout: Layout) -> bool:
@@ -311,9 +312,15 @@ class Backfilling:
 
     def pump(self, progress: Mapping[str, int]) -> None:
         """Read on, once it has rested; `progress` is that of the newest commit."""
+        if self._ending is not None:
+            if not self._ending.done():
+                return
+            ended, self._ending = self._ending, None
+            if not ended.cancelled():
+                ended.exception()  # nobody waits for what it gave
         if self._of < 0 and self._connected:
             self._connected = False
-            self._closing = asyncio.get_running_loop().create_task(self._reader.close())
+            self._ending = asyncio.get_running_loop().create_task(self._reader.close())
         if self._of < 0 or self._reading is not None or self._at_tail or not progress:
             return
         if self._clock.monotonic() < self._rested:
@@ -334,10 +341,9 @@ class Backfilling:
     async def close(self) -> None:
         if self._reading is not None:
             self._reading.cancel()
-            await asyncio.gather(self._reading, return_exceptions=True)
-            self._reading = None
-        if self._closing is not None:
-            await self._closing
+        left = [task for task in (self._reading, self._ending) if task is not None]
+        self._reading = self._ending = None
+        await asyncio.gather(*left, return_exceptions=True)
         await self._reader.close()
 
     def statistics(self, layout: Layout) -> dict[str, Statistics]:

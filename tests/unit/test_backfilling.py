@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -13,9 +14,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import node.backfilling
+import node.ingest.history
 from node.backfilling import Backfilling, History
 from node.columns import take
-from node.kernel.backfills import Fill
+from node.config import parse_config
+from node.ingest.decode import EventDecoder
+from node.ingest.history import TopicHistory
+from node.kernel.backfills import BackfillState, Fill
 from node.kernel.clock import ManualClock
 from node.kernel.ports import FeaturePlan
 from node.kernel.types import EventColumns, EventSchema, Frame, ModelName
@@ -337,6 +342,67 @@ def test_history_that_is_gone_is_told() -> None:
         await one.finish(plan(("new", ALL, ["spent"])))
         (told,) = one.fills.statistics(one.layout).values()
         assert told == {"warming": False, "events": 75, "percent": 100.0, "lost": 0, "floor_ms": 7}
+
+    asyncio.run(run())
+
+
+class Consumer:
+    """What `TopicHistory` asks of Kafka's client, of an empty topic, each answer a few turns of the loop away."""
+
+    def __init__(self) -> None:
+        self.started = self.stopped = 0
+
+    async def start(self) -> None:
+        self.started += 1
+
+    async def stop(self) -> None:
+        self.stopped += 1
+        await self._answer()
+
+    def assign(self, places: Sequence[object]) -> None:
+        pass
+
+    def seek(self, place: object, offset: int) -> None:
+        pass
+
+    async def _answer(self) -> None:
+        await asyncio.gather(*(asyncio.gather(asyncio.sleep(0), asyncio.sleep(0)) for _ in range(3)))
+
+    async def beginning_offsets(self, places: Sequence[object]) -> dict[object, int]:
+        await self._answer()
+        return dict.fromkeys(places, 0)
+
+    async def offsets_for_times(self, times: Mapping[object, int]) -> dict[object, None]:
+        await self._answer()
+        return dict.fromkeys(times)
+
+
+@pytest.mark.parametrize("turns", range(1, 12))
+def test_a_read_that_is_given_up_ends_before_the_next_one_begins(monkeypatch: pytest.MonkeyPatch, turns: int) -> None:
+    consumers: list[Consumer] = []
+
+    def connected(_: object) -> Consumer:
+        consumers.append(Consumer())
+        return consumers[-1]
+
+    monkeypatch.setattr(node.ingest.history, "committed_reader", connected)
+    decoder = EventDecoder(parse_config('[events]\ntypes = ["buy", "look"]\n', Path.cwd()).events)
+
+    async def run() -> None:
+        clock = ManualClock()
+        fills = Backfilling(TopicHistory({}, ("t",), 0, decoder, clock), BackfillState(), clock, 0)
+        layout, nothing = Layout.empty(), events_of([])
+        for columns in (["spent"], ["most"], ["last"], ["shops"]) * 3:
+            layout = fills.grown(plan(("new", ALL, columns)), fills.opened(layout))
+            for _ in range(3):
+                fills.take(nothing, {"t": 7})
+                fills.pump({"t": 7})
+                for _ in range(turns):
+                    await asyncio.sleep(0)
+                clock.advance(60_000)
+        await fills.close()
+        assert consumers
+        assert [one.stopped for one in consumers] == [one.started for one in consumers]
 
     asyncio.run(run())
 
