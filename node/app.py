@@ -59,6 +59,7 @@ from node.serving.view import (
 )
 from node.session import ChangelogReader, PartitionSession, Parts, open_session
 from node.stage_view import Checked, Judged, consistency_status, detail, infos, stage_status
+from node.staging import table_readers
 from node.state.flushing import FlushTurns
 from node.state.folder import StateFolder, StateFolders
 from node.state.layout import Layout
@@ -203,7 +204,7 @@ class Node:
             Files(files.put, files.path, files.names, files.delete),
             self._library,
             ledger,
-            self._table_users,
+            lambda table: table_readers(self._tenants.plan(), table),
             config.tables.upload_mb_max * MIB,
             config.tables.build_memory_mb,
             self._clock,
@@ -219,10 +220,6 @@ class Node:
         self._library.agreed(tables)
         if dropped:
             self._supervisor.start("table files collected", service.collect())
-
-    def _table_users(self, table: str) -> list[str]:
-        plan = self._tenants.plan()
-        return [str(version.name) for version in plan.models if table in plan.tables(version.name)]
 
     def _room_problem(self, plan: FeaturePlan) -> str:
         """Why a partition that is open here has no room for what the plan needs; '' when all have."""

@@ -35,7 +35,7 @@ from node.ordering import Ordering
 from node.outbox import Outgoing
 from node.outgoing import Origin, answered_records, counts, failed_letters, refused_letters
 from node.room import with_room
-from node.staging import divided
+from node.staging import blind_shadows, divided, running
 from node.state.cache import RowCache
 from node.state.codec import images
 from node.state.fold import FoldResult, fold
@@ -139,13 +139,15 @@ class Cycle:
             decoded = self._engine.decoder.records(polled.records, polled.topics)
         with steps.measure("load"):  # 3, 4. One row for each customer seen, in one matrix.
             plan = self._plan()
+            tables = _pinned(engine.tables(), plan)
             warming = fills.warming
             taken = fills.take(decoded.events, polled.progress)
             customers, positions, lasting = _customers(decoded.events, settled.answers, taken, ran.idle)
             rows = state.cache.load(customers)
         with steps.measure("fold"):  # 5. Fold the events into the matrix, each as of itself.
             held = frozenset(name for name in warming if plan.histories[name][0].hold)
-            selections = divided(plan, decoded.events, select(plan, decoded.events, self._origin.schema), held)
+            selected, blind = select(plan, decoded.events, self._origin.schema), blind_shadows(plan, tables)
+            selections = divided(plan, decoded.events, selected, held | blind)
             wanted = _union(selections, len(decoded.events))
             ending = state.intervals.closers(plan, state.layout, held)
             folding = RoundFold(ending, rows, decoded.events, wanted, partial(self._fold, plan))
@@ -155,7 +157,6 @@ class Cycle:
             fills.fold(taken, state.layout, rows, positions, plan, self._origin.schema.types)
         with steps.measure("features"):  # 6. Each distinct feature once, then each model's rows.
             triggering = where(decoded.events, wanted)
-            tables = _pinned(engine.tables(), plan)
             reads = _Reads(plan, state.layout, rows, triggering.rows, triggering.times_ms, folded.values, tables)
             masks = {name: mask[wanted] for name, mask in selections.items()}
             ordering = Ordering(plan, triggering, masks, reads, warming)
@@ -285,12 +286,14 @@ class _Reads:
 
 
 def _pinned(tables: TableSet, plan: FeaturePlan) -> TableSet:
-    """Raises TableUnavailable when a model needs a version that is not here: it must not be fed from another one."""
+    """Raises TableUnavailable when what answers triggers needs a version that is not here: it must not be fed from
+    another one."""
     if tables.absent:
-        for version in plan.models:
-            for name in plan.tables(version.name):
-                if name in tables.absent:
-                    raise TableUnavailable(f"model {version.name} waits for table {name}: {tables.absent[name]}")
+        blind = blind_shadows(plan, tables)
+        for model in running(plan):
+            for name in plan.tables(model):
+                if name in tables.absent and model not in blind:
+                    raise TableUnavailable(f"model {model} waits for table {name}: {tables.absent[name]}")
     return tables
 
 

@@ -8,6 +8,7 @@ from typing import TypeAlias
 from node.kernel.errors import BoundExceeded
 from node.kernel.ports import FeaturePlan
 from node.kernel.types import ModelName
+from node.staging import running
 from node.state.layout import Layout
 
 Grown: TypeAlias = Callable[[FeaturePlan, Layout], Layout]
@@ -34,7 +35,7 @@ def with_room(
     Models whose state rows hold already come first. In place of a live model without room goes on what `before` has of
     it, and no staged version of a model that does not run at all.
     """
-    names = [*(version.name for version in plan.models), *(staged.key for staged in plan.staged.values())]
+    names = running(plan)
     alone = {name: plan.only([name]) for name in names}
     unfit: dict[ModelName, str] = {}
     first = layout

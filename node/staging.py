@@ -9,12 +9,29 @@ from collections.abc import Collection, Mapping, Sequence
 from typing import TypeAlias
 
 from node.kernel.ports import FeaturePlan, Shadows
+from node.kernel.tables import TableSet
 from node.kernel.types import Bools, EventColumns, ModelName, ModelVersion, Triggers
 from node.ordering import Shown
 from node.sampling import sampled
 from node.waiting import Answering
 
 Selections: TypeAlias = Mapping[ModelName, Bools]
+
+
+def running(plan: FeaturePlan) -> list[ModelName]:
+    """The plan's live models, and what runs beside them by its keys."""
+    return [*(version.name for version in plan.models), *(staged.key for staged in plan.staged.values())]
+
+
+def table_readers(plan: FeaturePlan, table: str) -> list[str]:
+    """Those of `running` that read the table."""
+    return [str(name) for name in running(plan) if table in plan.tables(name)]
+
+
+def blind_shadows(plan: FeaturePlan, tables: TableSet) -> frozenset[ModelName]:
+    """Keys of shadows that read a table whose live version is not here: neither shown anything nor waited for."""
+    shadows = [staged.key for staged in plan.staged.values() if staged.kind == "shadow"] if tables.absent else ()
+    return frozenset(key for key in shadows if not tables.absent.keys().isdisjoint(plan.tables(key)))
 
 
 def of_canary(customers: Sequence[str], model: ModelName, share: float) -> Bools:

@@ -91,7 +91,7 @@ class _Report(msgspec.Struct, frozen=True):
 
 
 class TableService:
-    """`users` gives the live models that read a table: it is not dropped while there are any."""
+    """`users` gives the models, live or staged, that read a table: it is not dropped while there are any."""
 
     def __init__(
         self,

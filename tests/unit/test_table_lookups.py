@@ -13,12 +13,16 @@ from node.cycle import _pinned
 from node.kernel.chunks import decode_chunk, encode_chunk
 from node.kernel.errors import ManifestError, TableUnavailable
 from node.kernel.tables import NO_TABLES, TableColumn, TableSchema, TableSet
-from node.kernel.types import EventColumns, EventSchema, FeatureRows, ModelName, SequenceChunk
+from node.kernel.types import EventColumns, EventSchema, FeatureRows, ModelName, SequenceChunk, StagedVersion, StageKind
 from node.ordering import triggers_of
+from node.staging import blind_shadows, divided, table_readers
+from tenants.definitions import NOTHING_SHARED
 from tenants.expression import ExpressionError, Scope, TableValue, parse_expression
 from tenants.features import CompiledFeatures, compile_plan
 from tenants.lineage import event_features
 from tenants.manifest import parse_manifest
+from tenants.staged_plan import StagedPlan
+from tenants.staged_plan import plan_of as staged_plan_of
 from tests.unit.table_support import version_of
 
 PRODUCTS = TableSchema(
@@ -173,6 +177,39 @@ def test_a_cycle_waits_for_the_version_that_its_models_need() -> None:
     with pytest.raises(TableUnavailable, match=r"model a/m waits for table products: version 1 is being fetched"):
         _pinned(absent, plan_of(price="tables.products[event.sku].price"))
     assert _pinned(absent, plan_of(size="tables.shops[event.shop].size")) is absent
+
+
+def beside(kind: StageKind) -> tuple[StagedPlan, StagedVersion]:
+    """A live model that reads shops, with a version beside it that reads products."""
+    made = [manifest(x=f"tables.{text}") for text in ("shops[event.shop].size", "products[event.sku].price")]
+    live, other = [(one.version("ab" * 32), one) for one in made]
+    staged = StagedVersion(other[0], kind, 1.0)
+    return staged_plan_of([live], [(staged, other[1])], SCHEMA, NOTHING_SHARED), staged
+
+
+def test_a_cycle_waits_for_the_version_that_a_canary_needs() -> None:
+    plan, staged = beside("canary")
+    absent = TableSet({}, {"products": "version 1 is being fetched"})
+    with pytest.raises(TableUnavailable, match=f"model {staged.key} waits for table products: version 1 is being"):
+        _pinned(absent, plan)
+    assert blind_shadows(plan, absent) == frozenset()
+
+
+def test_a_shadow_without_its_table_is_shown_nothing_and_holds_up_nobody() -> None:
+    plan, staged = beside("shadow")
+    absent = TableSet({}, {"products": "version 1 is being fetched"})
+    assert _pinned(absent, plan) is absent
+    given, every = events(["a"], [1.0]), {NAME: np.ones(1, np.bool_)}
+    assert divided(plan, given, every, blind_shadows(plan, absent)).keys() == {NAME}
+    assert divided(plan, given, every, blind_shadows(plan, NO_TABLES)).keys() == {NAME, staged.key}
+
+
+@pytest.mark.parametrize("kind", ["canary", "shadow"])
+def test_what_runs_beside_a_live_model_keeps_its_tables_from_being_dropped(kind: StageKind) -> None:
+    plan, staged = beside(kind)
+    assert table_readers(plan, "products") == [str(staged.key)]
+    assert table_readers(plan, "shops") == [str(NAME)]
+    assert table_readers(plan, "others") == []
 
 
 def test_what_a_look_up_needs_of_the_event_is_known() -> None:
