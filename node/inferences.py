@@ -2,9 +2,11 @@
 
 `{"id", "tenant", "model", "version", "customer", "topic", "partition", "offset", "type", "time", "outputs"}`;
 `id` is the same whenever the same trigger is run again, so a reader of a broker without transactions can
-drop duplicates. A missing output is null. Of a model that uses others' outputs there is also `"inputs"`: each of them
--> `"fresh"`, of the same event, or `"stored"`, before it; of one that reads tables `"tables"`: name -> version it was
-fed from. `"warming": true` is there while windows that its model asks history for are not filled from it.
+drop duplicates. A missing output is null. `version` is the one whose trigger it was; if that was quarantined while the
+trigger waited, `"answered_by"` is there too: the version that ran in its place, whose the outputs are. Of a model
+that uses others' outputs there is also `"inputs"`: each of them -> `"fresh"`, of the same event, or `"stored"`, before
+it; of one that reads tables `"tables"`: name -> version it was fed from. `"warming": true` is there while windows that
+its model asks history for are not filled from it.
 
 Those of an interval run are of no event: `interval`, its end, stands in place of topic, offset and type, and the id is
 `<tenant>/<model>/interval/<end>/<customer>`. So are those of closed sessions: `session` is the time of the event that
@@ -51,7 +53,7 @@ def encode_inferences(
     )
     customers = _json_texts(triggers.customers)
     head = b'{"id":"' + name + b"/"
-    outputs_key = _tables(triggers) + _warming(triggers) + b',"outputs":{'
+    outputs_key = _told(version, triggers) + b',"outputs":{'
     records = [
         (
             key,
@@ -77,13 +79,12 @@ def encode_inferences(
     return records
 
 
-def _tables(triggers: Triggers) -> bytes:
-    """The versions as a further field; nothing for a model that reads no table."""
-    return b',"tables":' + orjson.dumps(dict(triggers.tables)) if triggers.tables else b""
-
-
-def _warming(triggers: Triggers) -> bytes:
-    return b',"warming":true' if triggers.warming else b""
+def _told(version: ModelVersion, triggers: Triggers) -> bytes:
+    """What all the triggers have in common and most have not, as further fields."""
+    tables = b',"tables":' + orjson.dumps(dict(triggers.tables)) if triggers.tables else b""
+    warming = b',"warming":true' if triggers.warming else b""
+    other = b',"answered_by":"%s"' % version.version.encode() if version.version != triggers.version else b""
+    return tables + warming + other
 
 
 def _eventless_records(
@@ -95,13 +96,13 @@ def _eventless_records(
         orjson.dumps(triggers.name.model),
         triggers.version.encode(),
     )
-    tables = _tables(triggers) + _warming(triggers)
+    told = _told(version, triggers)
     records = [
         (
             key,
             b"".join(
                 (b'{"id":"', name, b"/", kind, b"/", moment, b"/", customer, model, customer, b'","', kind, b'":',
-                 moment, b',"partition":%d' % partition, b',"time":', time, tables, b',"outputs":{', values, b"}}")
+                 moment, b',"partition":%d' % partition, b',"time":', time, told, b',"outputs":{', values, b"}}")
             ),
         )
         for key, customer, moment, time, values in zip(

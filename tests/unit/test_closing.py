@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections import Counter
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import UTC
 
 import numpy as np
@@ -349,6 +349,10 @@ def test_a_session_is_named_by_when_it_began_in_inferences_chunks_and_training_r
     named = f"shop/short/session/{began}/a"
     assert f'{{"id":"{named}",'.encode() in record
     assert f'"customer":"a","session":{began},"partition":7,"time":{newest},'.encode() in record
+    assert b"answered_by" not in record
+    ((_, record),) = encode_inferences(replace(version, version="cd" * 32), triggers, outputs, ("events",), 7, SCHEMA)
+    assert f'"version":"{triggers.version}"'.encode() in record
+    assert f'"answered_by":"{"cd" * 32}","outputs"'.encode() in record
     read = decode_chunk(encode_chunk(SequenceChunk(3, triggers))).triggers
     assert (read.kind, read.moments.tolist(), read.times_ms.tolist()) == ("session", [began], [newest])
     answer = Answer(version, triggers, outputs)

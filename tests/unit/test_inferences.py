@@ -32,7 +32,7 @@ def answers(draw: st.DrawFn) -> tuple[ModelVersion, Triggers, ModelOutputs, list
     version = ModelVersion(name, "ab" * 32, "", (), (), tuple(outputs), "predict", 0, 1, labels)
     triggers = Triggers(
         name,
-        version.version,
+        draw(st.sampled_from([version.version, "cd" * 32])),
         tuple(draw(st.lists(texts, min_size=count, max_size=count))),
         integers(len(topics) - 1),
         integers(2**62),
@@ -57,12 +57,13 @@ def test_every_record_is_the_json_of_its_trigger(
     for (key, value), row in zip(records, rows, strict=True):
         topic, offset = topics[triggers.topics[row]], int(triggers.offsets[row])
         assert key == triggers.customers[row].encode()
-        tables = {"tables": triggers.tables} if triggers.tables else {}
-        assert json.loads(value) == tables | {
+        told = {"tables": triggers.tables} if triggers.tables else {}
+        told |= {"answered_by": version.version} if triggers.version != version.version else {}
+        assert json.loads(value) == told | {
             "id": f"{triggers.name}/{topic}/3/{offset}",
             "tenant": triggers.name.tenant,
             "model": triggers.name.model,
-            "version": version.version,
+            "version": triggers.version,
             "customer": triggers.customers[row],
             "outputs": dict(zip(version.outputs, _told(version, outputs.values[row]), strict=True)),
             "topic": topic,
