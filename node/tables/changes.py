@@ -67,7 +67,7 @@ class Changes:
             number = float(text)
         except ValueError:
             raise RecordRefused(f"its key must be a {self._schema.key_type}, not {shown(key)}") from None
-        problem = _number_problem(number)
+        problem = number_problem(number)
         if problem:
             raise RecordRefused(f"its key must be {problem}, not {shown(key)}")
         return number
@@ -89,7 +89,8 @@ def _object(value: bytes) -> dict[str, Any]:
     return given
 
 
-def _number_problem(value: object) -> str:
+def number_problem(value: object) -> str:
+    """What the value must be and is not, '' if it is."""
     good = type(value) in (int, float) and math.isfinite(value) and abs(value) <= NUMBER_MAGNITUDE_MAX  # type: ignore[arg-type]
     return "" if good else f"a number of at most {NUMBER_MAGNITUDE_MAX:g}"
 
@@ -104,7 +105,7 @@ def _boolean_problem(value: object) -> str:
 
 
 _CHECKS: Final[Mapping[FieldType, Callable[[object], str]]] = {
-    "number": _number_problem,
+    "number": number_problem,
     "text": _text_problem,
     "boolean": _boolean_problem,
 }

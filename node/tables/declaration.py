@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Literal, cast
+from typing import Final, Literal, cast
 
 from node.kernel.errors import TableRefused, printable
 from node.kernel.limits import TABLE_COLUMNS_MAX
 from node.kernel.tables import TableColumn, TableSchema
 from node.kernel.types import FieldType
-from node.tables.changes import DELETED
+from node.tables.changes import DELETED, number_problem
+
+_BOOLEANS: Final = {"true": 1.0, "1": 1.0, "false": 0.0, "0": 0.0}
 
 
 def declared(
@@ -48,13 +50,26 @@ def default_value(name: str, text: str, kind: FieldType) -> float | str:
     """Raises TableRefused."""
     if kind == "text":
         return text
-    if kind == "boolean" and text in ("true", "false"):
-        return float(text == "true")
+    if kind == "boolean":
+        if text not in _BOOLEANS:
+            raise TableRefused([f"the default of column {name!r} must be true, false, 1 or 0, not {text!r}"])
+        return _BOOLEANS[text]
     try:
-        return float(text)
+        value = float(text)
     except ValueError:
-        raise TableRefused([f"the default of column {name!r} must be a {kind}, not {text!r}"]) from None
+        raise TableRefused([f"the default of column {name!r} must be a number, not {text!r}"]) from None
+    problem = number_problem(value)
+    if problem:
+        raise TableRefused([f"the default of column {name!r} must be {problem}, not {text!r}"])
+    return value
 
 
 def _texts(schema: TableSchema) -> dict[str, str]:
-    return {name: str(column.default) for name, column in schema.columns.items() if column.default is not None}
+    return {name: _text(column) for name, column in schema.columns.items() if column.default is not None}
+
+
+def _text(column: TableColumn) -> str:
+    """The column's default as one says it."""
+    if column.type == "boolean":
+        return "true" if column.default else "false"
+    return str(column.default)

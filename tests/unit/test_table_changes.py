@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 
 from node.kernel.errors import TableRefused
 from node.kernel.tables import TableColumn, TableSchema
+from node.kernel.types import FieldType
 from node.tables.build import Order, build
 from node.tables.changes import DELETED, Changes, RecordRefused
 from node.tables.declaration import declared
@@ -185,3 +186,42 @@ def test_a_schema_is_declared_whole_or_taken_over() -> None:
         before = None if reason else SCHEMA
         with pytest.raises(TableRefused, match=reason or "column name is missing"):
             declared(key, given_types, defaults, before)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("column", "text", "value"),
+    [
+        ("price", "9.5", 9.5),
+        ("price", "-1e15", -1e15),
+        ("name", "inf", "inf"),
+        ("fresh", "true", 1.0),
+        ("fresh", "1", 1.0),
+        ("fresh", "false", 0.0),
+        ("fresh", "0", 0.0),
+    ],
+)
+def test_a_default_is_kept_as_it_was_declared(column: str, text: str, value: float | str) -> None:
+    types: dict[str, FieldType] = {"sku": "text", "price": "number", "name": "text", "fresh": "boolean"}
+    schema = declared("sku", types, {column: text}, None)
+    assert TableSchema.decode(schema.encode()).columns[column].default == value
+    assert declared("", {}, {}, schema) == schema
+
+
+@pytest.mark.parametrize(
+    ("column", "text", "reason"),
+    [
+        ("price", "dear", "must be a number, not 'dear'"),
+        ("price", "inf", "must be a number of at most 1e+15, not 'inf'"),
+        ("price", "1e400", "must be a number of at most 1e+15, not '1e400'"),
+        ("price", "nan", "must be a number of at most 1e+15, not 'nan'"),
+        ("price", "-1e16", "must be a number of at most 1e+15, not '-1e16'"),
+        ("fresh", "7", "must be true, false, 1 or 0, not '7'"),
+        ("fresh", "0.5", "must be true, false, 1 or 0, not '0.5'"),
+        ("fresh", "yes", "must be true, false, 1 or 0, not 'yes'"),
+    ],
+)
+def test_a_default_that_a_column_could_not_hold_is_refused(column: str, text: str, reason: str) -> None:
+    types: dict[str, FieldType] = {"sku": "text", "price": "number", "name": "text", "fresh": "boolean"}
+    with pytest.raises(TableRefused) as refused:
+        declared("sku", types, {column: text}, None)
+    assert list(refused.value.problems) == [f"the default of column {column!r} {reason}"]
