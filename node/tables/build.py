@@ -22,7 +22,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from node.kernel.errors import TableRefused, shown
+from node.kernel.errors import HeadraceError, TableRefused, shown
 from node.kernel.limits import MIB, TABLE_ROWS_MAX
 from node.kernel.tables import TableSchema
 from node.kernel.types import Bools, FieldType, Ints
@@ -216,6 +216,8 @@ def main() -> int:
         report = Report(built=build(order, lambda rows: _say(Report(rows=rows))))
     except TableRefused as refusal:
         report = Report(problems=refusal.problems)
+    except HeadraceError as failure:  # such as the version before, of changes, that is not here yet
+        report = Report(problems=(str(failure),))
     except (MemoryError, pa.ArrowMemoryError):
         memory = f"the table needs more than the {order.memory_mb} MB of [tables] build_memory_mb to be built"
         report = Report(problems=(f"{memory}; raise it, or take fewer columns",))

@@ -17,7 +17,7 @@ from node.kernel.errors import StoreUnavailable
 from node.kernel.supervise import Supervisor
 from node.kernel.table_versions import Table
 from node.kernel.tables import NO_TABLES, TableReader, TableSchema, TableSet
-from node.tables.version_file import VersionFile
+from node.tables.version_file import MENDED, VersionFile
 
 log = structlog.get_logger(__name__)
 
@@ -79,7 +79,7 @@ class TableLibrary:
         if found is None:
             path = self._path(version)
             if not path.exists():
-                raise StoreUnavailable(f"version {version[:12]} is not here yet; it is fetched from the other nodes")
+                raise StoreUnavailable(f"version {version[:12]} is not here yet; {MENDED}")
             found = self._open[version] = VersionFile(path, version[:12])
         return found
 

@@ -30,6 +30,8 @@ from node.kernel.types import Column, Floats, Ints, Texts
 from node.tables.keys import Words, distinct_texts, hashed, number_words, text_words, texts_of
 
 MAGIC: Final = b"HRTABLE1"
+MENDED: Final = "another node of the cluster gives it, if one has it; else put the table anew"
+"""What to do about a version's file that is gone or damaged."""
 _LENGTH: Final = struct.Struct("<Q")
 _ALIGNMENT: Final = 64
 
@@ -81,7 +83,7 @@ class VersionFile:
                 self._map = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
             self._footer = _footer(self._map)
         except (OSError, ValueError, msgspec.MsgspecError) as failure:
-            raise StoreUnavailable(f"a table's file {path.name} can't be read: {failure}; it is fetched anew") from None
+            raise StoreUnavailable(f"a table's file {path.name} can't be read: {failure}; {MENDED}") from None
         self.schema = self._footer.schema
         self.row_count = self._footer.rows
         self.bytes = len(self._map)

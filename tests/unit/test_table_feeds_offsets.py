@@ -12,10 +12,12 @@ from node.kernel.supervise import Supervisor
 from node.kernel.table_versions import Feed, Table, TableVersion
 from node.kernel.tables import TableSchema
 from node.tables import service as service_module
+from node.tables.changes import Changes
 from node.tables.feeds import Fed, since
 from node.tables.library import TableLibrary
 from node.tables.local import LocalTables
 from node.tables.service import Files, TableService
+from node.tables.version_file import MENDED
 
 FEED = Feed("rows", TableSchema("sku", "text", {}).encode(), 1000)
 
@@ -31,7 +33,7 @@ def service_in(folder: Path) -> TableService:
     library = TableLibrary(lambda version: folder / version, Supervisor())
     ledger = LocalTables(folder / "tables.json", library)
     files = Files(lambda path: "", lambda sha256: folder / sha256, lambda: (), lambda sha256: None)
-    return TableService("n", folder, files, library, ledger, lambda name: [], 0, 0, ManualClock())
+    return TableService("n", folder, files, library, ledger, lambda name: [], 0, 1000, ManualClock())
 
 
 async def test_a_version_that_a_topic_made_can_come_back_once_the_table_follows_no_more(tmp_path: Path) -> None:
@@ -59,6 +61,17 @@ async def test_no_more_tables_follow_topics_than_there_may_be(tmp_path: Path, mo
         await service.follow("three", FEED)
     await service.follow("two", Feed("others", FEED.schema, 1000))
     assert sorted(service.ledger.tables()) == ["one", "two"]
+
+
+async def test_changes_to_a_version_whose_file_is_not_here_say_so(tmp_path: Path) -> None:
+    service = service_in(tmp_path)
+    await service.follow("one", FEED)
+    feed = service.ledger.tables()["one"].feed
+    base = TableVersion("a" * 64, FEED.schema, 1, 1, feed=feed.number, offsets=(1,))
+    async with service.upload("one") as folder:
+        (folder / "file").write_bytes(Changes(TableSchema.decode(FEED.schema)).line(b"a", b"{}"))
+        with pytest.raises(TableRefused, match=f"a table's file {'a' * 64} can't be read: .*; {MENDED}"):
+            await service.put_changes("one", folder / "file", feed, base, (2,))
 
 
 def fed_table(passed: bool) -> Table:

@@ -17,6 +17,7 @@ from node.kernel.table_versions import Feed, Table, TableVersion
 from node.kernel.tables import TableColumn, TableSchema
 from node.tables.library import TableLibrary
 from node.tables.local import LocalTables
+from node.tables.version_file import MENDED
 from replication.catalog import Catalog, apply, decode_catalog, encode_catalog, problem
 from replication.catalog_tables import table_blobs, table_rollout, waiting_held
 from replication.commands import (
@@ -145,7 +146,8 @@ async def test_cycles_see_one_version_or_are_told_that_it_is_not_here(tmp_path: 
     assert changes == [{"products": SCHEMA}]
     live = Table("products", {}).with_put(first, 1).with_live(sha(1), 2)
     library.agreed({"products": live})
-    assert "not here yet" in library.current().absent["products"]
+    absent = library.current().absent["products"]
+    assert absent == f"version {sha(1)[:12]} is not here yet; {MENDED}"
     built(tmp_path, "sku,price\na,1\n")
     (tmp_path / "built").rename(files / sha(1))
     library.agreed({"products": live})

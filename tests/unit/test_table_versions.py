@@ -125,5 +125,5 @@ def test_a_file_that_is_cut_off_is_not_opened(tmp_path: Path, size: int) -> None
     built(tmp_path, "sku,price\na,1\n")
     whole = (tmp_path / "built").read_bytes()
     (tmp_path / "built").write_bytes(whole[:size])
-    with pytest.raises(StoreUnavailable):
+    with pytest.raises(StoreUnavailable, match=r"file built can't be read: .*; another node of the cluster gives it"):
         VersionFile(tmp_path / "built", "v1")
