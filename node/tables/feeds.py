@@ -215,12 +215,17 @@ class TableFeeds:
         consumer.assign(places)
         for place, start in zip(places, begin, strict=True):
             consumer.seek(place, start)
-        with path.open("wb") as file:
-            for place, end in zip(places, ends, strict=True):
-                async for records in self._records(consumer, place, end):
-                    rows += _lines(records, end, changes, file, fed)
-                    if file.tell() > self._service.upload_bytes_max:
-                        raise TableRefused([f"what topic {feed.topic} has is over [tables] upload_mb_max; raise it"])
+        try:
+            with path.open("wb") as file:
+                for place, end in zip(places, ends, strict=True):
+                    async for records in self._records(consumer, place, end):
+                        rows += _lines(records, end, changes, file, fed)
+                        if file.tell() > self._service.upload_bytes_max:
+                            raise TableRefused(
+                                [f"what topic {feed.topic} has is over [tables] upload_mb_max; raise it"]
+                            )
+        finally:
+            consumer.unsubscribe()  # of a topic that is deleted it would ask thousands of times a second
         return rows
 
     async def _records(self, consumer: AIOKafkaConsumer, place: TopicPartition, end: int) -> AsyncIterator[list[Any]]:

@@ -2,14 +2,29 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
 import orjson
+import pytest
+from aiokafka import AIOKafkaConsumer, AIOKafkaProducer
 from cluster_support import running
 from node_support import Kafka, Node, drop, event, linear, status_file, wait_until
 from test_tables import PRICES, headrace, live, products
+from waiting import until
+
+from node.kernel.clock import SystemClock
+from node.kernel.reading import committed_reader
+from node.kernel.supervise import Supervisor
+from node.kernel.table_versions import Feed
+from node.kernel.tables import TableColumn, TableSchema
+from node.tables.feeds import TableFeeds
+from node.tables.library import TableLibrary
+from node.tables.local import LocalTables
+from node.tables.service import Files, TableService
+from replication.blobs import BlobStore
 
 Rows = Iterable[tuple[str, object]]
 """Keys and what comes for them: a step, None to delete, or the bytes of a value."""
@@ -138,3 +153,43 @@ def test_a_cluster_goes_on_from_where_the_node_that_fed_it_was(
                 assert one["time"] < last[0] or one["outputs"]["score"] == last[1]
                 named.setdefault((one["partition"], one["offset"]), set()).add(one["tables"]["products"])
         assert all(len(versions) == 1 for versions in named.values())
+
+
+@pytest.mark.parametrize("upload_bytes_max", [1 << 20, 10])
+async def test_no_topic_is_listened_to_between_its_versions(
+    kafka: str, topics: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, upload_bytes_max: int
+) -> None:
+    """Or the client would ask for one that is deleted thousands of times a second."""
+    consumers: list[AIOKafkaConsumer] = []
+
+    def connected(*arguments: Any, **settings: Any) -> AIOKafkaConsumer:
+        consumers.append(committed_reader(*arguments, **settings))
+        return consumers[-1]
+
+    monkeypatch.setattr("node.tables.feeds.committed_reader", connected)
+    topic, options, clock = await topics.create("rows"), {"bootstrap_servers": [kafka]}, SystemClock()
+    async with AIOKafkaProducer(**options) as producer:
+        await producer.send_and_wait(topic, b'{"price":1}', key=b"a")
+    files = BlobStore(tmp_path / "files")
+    library = TableLibrary(files.path, Supervisor())
+    ledger = LocalTables(tmp_path / "tables.json", library)
+    kept = Files(files.put, files.path, files.names, files.delete)
+    service = TableService("n", tmp_path, kept, library, ledger, lambda _: [], upload_bytes_max, 1000, clock)
+    schema = TableSchema("sku", "text", {"price": TableColumn("number")})
+    await service.follow("one", Feed(topic, schema.encode(), 1000))
+    feeds = TableFeeds(service, options, clock)
+    running_feeds = asyncio.create_task(feeds.run())
+
+    def done() -> bool:
+        table = ledger.tables()["one"]
+        fed = feeds.of(table)
+        return bool(table.live) or (fed is not None and "upload_mb_max" in fed.reason)
+
+    try:
+        await until(done, "a version, or why there is none")
+        assert bool(ledger.tables()["one"].live) == (upload_bytes_max > 10)
+        (consumer,) = consumers
+        assert consumer.assignment() == frozenset()
+    finally:
+        running_feeds.cancel()
+        await asyncio.gather(running_feeds, return_exceptions=True)
