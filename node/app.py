@@ -31,7 +31,7 @@ from node.kernel.limits import MIB, TABLE_FILE_BYTES_MAX
 from node.kernel.ports import FeaturePlan
 from node.kernel.supervise import Supervisor
 from node.kernel.table_versions import Table
-from node.kernel.types import QUOTAS, EventSchema, ModelName
+from node.kernel.types import QUOTAS, EventSchema, ModelName, ModelVersion
 from node.outbox import BrokerTraits, Outbox, OutputTopics
 from node.outgoing import Origin
 from node.partition import Partition, unguarded
@@ -96,6 +96,7 @@ _MODELS_SECONDS_MAX = 120.0
 """How long a starting node waits for the trials of models it finds, before it takes events without them."""
 
 
+NO_ROOM = "customers' rows keep the windows of replaced models and have no room for more"
 _GARBAGE_THRESHOLDS = (50_000, 20, 50)
 
 
@@ -133,6 +134,7 @@ class Node:
             CycleSettings(config.cycle.events_max, config.cycle.wait_ms, config.cycle.inference_deadline_ms / 1000),
             self._library.current,
             self._tenants.runner,
+            self._unfit,
         )
         self._partitions = self._all_partitions()
         view = LocalView(
@@ -227,8 +229,12 @@ class Node:
         for number, partition in sorted(partitions.running.items()):
             problem = "" if partition.session is None else partition.session.room_problem(plan)
             if problem:
-                return f"in partition {number}, whose rows keep the windows of replaced models, {problem}"
+                return f"{NO_ROOM}: in partition {number}, {problem}"
         return ""
+
+    def _unfit(self, version: ModelVersion, reason: str) -> None:
+        """It gives way to the version before it: a trial can't tell while no partition is open, or of other nodes'."""
+        self._tenants.watcher.failing(version.name, version.version, f"{NO_ROOM}: {reason}", at_fault=True)
 
     def _cluster(self, blobs: BlobStore, table_files: BlobStore) -> Clustering | None:
         config = self._config

@@ -30,7 +30,7 @@ from node.kernel.errors import BoundExceeded, TableUnavailable
 from node.kernel.limits import IDLE_POLL_MS
 from node.kernel.ports import FeaturePlan, ModelRunner, Shadows
 from node.kernel.tables import NO_TABLES, TableSet
-from node.kernel.types import Aggregate, Bools, EventColumns, Floats, Frame, Ints, ModelName, StoredOutput
+from node.kernel.types import Aggregate, Bools, EventColumns, Floats, Frame, Ints, ModelName, ModelVersion, StoredOutput
 from node.ordering import Ordering
 from node.outbox import Outgoing
 from node.outgoing import Origin, answered_records, counts, failed_letters, refused_letters
@@ -94,6 +94,8 @@ class Engine:
     tables: Callable[[], TableSet] = lambda: NO_TABLES
     """The versions that are live now; a cycle asks once."""
     shadows: Shadows | None = None
+    unfit: Callable[[ModelVersion, str], object] = lambda version, reason: None
+    """Hears of a version, live or staged, that the rows of a partition have no room for."""
 
 
 class Cycle:
@@ -183,8 +185,8 @@ class Cycle:
     def _run_aside(self) -> None:
         """Read on for interval models, from the store, which has what is committed, and of history."""
         fills = self._state.backfilling
-        if self._engine.plans().histories or fills.behind:
-            self._plan()
+        if self._engine.plans().histories or fills.behind or self._engine.plans() is not self._state.newest:
+            self._plan()  # also while no event comes: who has no room for a model says so before it is needed
         fills.pump(self._state.progress)
         if self._state.intervals.running or any(version.schedule for version in self._engine.plans().models):
             plan = self._plan()
@@ -213,12 +215,20 @@ class Cycle:
         except BoundExceeded:
             plan, unfit = with_room(plan, state.layout, state.backfilling.previewed, state.plan)
             grown = state.backfilling.grown(plan, state.layout)
-            refused = "; ".join(f"model {name} is not taken: {reason}" for name, reason in unfit.items())
-        if refused and refused != state.refused:
-            log.error("models not taken", partition=self._origin.partition, reason=refused)
+            refused = self._tell_unfit(unfit)
         state.plan, state.refused = plan, refused
         self._grow(grown)
         return plan
+
+    def _tell_unfit(self, unfit: Mapping[ModelName, str]) -> str:
+        """What the partition says of models without room; those who look after them hear it too."""
+        told = "; ".join(f"model {name} is not taken: {reason}" for name, reason in unfit.items())
+        if told != self._state.refused:
+            log.error("models not taken", partition=self._origin.partition, reason=told)
+        versions = running(self._engine.plans())
+        for name, reason in unfit.items():
+            self._engine.unfit(versions[name], f"in partition {self._origin.partition}, {reason}")
+        return told
 
     def _grow(self, grown: Layout) -> None:
         if grown is not self._state.layout:

@@ -18,9 +18,10 @@ from node.waiting import Answering
 Selections: TypeAlias = Mapping[ModelName, Bools]
 
 
-def running(plan: FeaturePlan) -> list[ModelName]:
-    """The plan's live models, and what runs beside them by its keys."""
-    return [*(version.name for version in plan.models), *(staged.key for staged in plan.staged.values())]
+def running(plan: FeaturePlan) -> dict[ModelName, ModelVersion]:
+    """The plan's live versions by model, and what runs beside them by its keys."""
+    live = {version.name: version for version in plan.models}
+    return live | {staged.key: staged.version for staged in plan.staged.values()}
 
 
 def table_readers(plan: FeaturePlan, table: str) -> list[str]:

@@ -99,7 +99,15 @@ class Parts:
         topics = OutputTopics("inferences", "changelog", "letters")
         outbox = Outbox({}, topics, "test", 0, "off", "none", encode_frame, clock)
         source = Source({}, ("events",), 0, 1 << 20, "earliest", "wait", clock)
-        engine = Engine(EventDecoder(CONFIG.events), lambda: self.newest, pool, CycleSettings(1, 1, 0.0))
+        self.unfit: list[tuple[ModelVersion, str]] = []
+        decoder, settings = EventDecoder(CONFIG.events), CycleSettings(1, 1, 0.0)
+        engine = Engine(
+            decoder,
+            lambda: self.newest,
+            pool,
+            settings,
+            unfit=lambda version, reason: self.unfit.append((version, reason)),
+        )
         origin = Origin("node", ("events",), 0, CONFIG.schema())
         self.cycle = Cycle(engine, origin, source, Committer(outbox, store, cache, steps), self.state, steps, clock)
 
@@ -156,6 +164,9 @@ async def test_a_partition_opened_again_runs_the_models_that_its_rows_have_room_
             assert parts.cycle._plan().models == (OTHERS_NEXT[0],)
     assert "model a/m is not taken: " in parts.state.refused
     assert [line["event"] for line in told] == ["models not taken"]
+    ((version, reason),) = parts.unfit
+    assert version == V2[0]
+    assert reason.startswith("in partition 0, a customer's row would need ")
 
 
 async def test_what_runs_already_has_room_before_what_is_new_whatever_its_name() -> None:
@@ -174,6 +185,7 @@ async def test_a_staged_version_without_room_is_left_out_and_its_model_goes_on()
     plan = parts.cycle._plan()
     assert (plan.models, plan.staged) == ((V1[0], OTHER[0]), {})
     assert f"model {canary.key} is not taken: " in parts.state.refused
+    assert [version for version, _ in parts.unfit] == [V2[0]]
 
 
 async def test_no_staged_version_runs_beside_a_model_that_has_no_room() -> None:
