@@ -491,7 +491,7 @@ class ModelPool:
         if known.fetch is not None:
             known.fetch.cancel()
         worker = tenant.worker
-        if worker is None or known.state != "loaded":
+        if worker is None or not worker.holds(known.key):
             return
         self._scheduler.block(tenant.name)
         await tenant.idle.wait()

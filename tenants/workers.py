@@ -264,6 +264,10 @@ class WorkerProcess:
         self._versions[version.version] = version
         return LoadReport(**msgspec.structs.asdict(answer))
 
+    def holds(self, version: str) -> bool:
+        """Whether it has loaded the version and not been told to forget it, whatever became of its calls."""
+        return version in self._versions
+
     async def unload(self, version: str) -> None:
         """Forget a version; an unknown one is no error. Raises WorkerLost."""
         self._versions.pop(version, None)

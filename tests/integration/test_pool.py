@@ -101,6 +101,12 @@ class Running:
         tenant = self.tenant(version.name.tenant)
         return next(known for known in tenant.versions if known.version == version.version)
 
+    def held(self, name: str = "ads") -> tuple[str, ...]:
+        """The versions in the memory of the tenant's worker."""
+        worker = self.tenant(name).worker
+        assert worker is not None
+        return worker.versions
+
     def pid(self, name: str = "ads") -> int:
         worker = self.tenant(name).worker
         assert worker is not None
@@ -316,6 +322,10 @@ async def test_a_version_that_raises_on_most_rows_is_failing(running: Running) -
     assert "most rows" in running.failing[0][2]
     assert "moon" in running.failing[0][2]
     assert running.version(version).rows_failed < 360 + 4 * FAILED_ROWS_MIN
+    assert running.held() == (version.version,)
+    running.pool.retire(version)
+    await until(lambda: running.held() == ())
+    assert running.tenant().restarts == 0, "what it held is free again, in the same worker"
 
 
 async def test_rows_with_gaps_are_not_to_the_version_s_blame(running: Running) -> None:
