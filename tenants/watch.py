@@ -299,9 +299,7 @@ class ModelWatcher:
         try:
             found = await asyncio.to_thread(folder.scan, self._settings.root)
         except OSError as error:
-            # A directory that is not mounted must not retire every model.
-            self._counters.last_error = f"{self._settings.root} can't be read: {error}; models stay as they are"
-            log.warning("watched directory not readable", error=str(error))
+            self._not_there(f"can't be read: {error}")
             return rescan_seconds
         self._counters.scans += 1
         self._at_start = self._at_start or found
@@ -326,6 +324,11 @@ class ModelWatcher:
             return rescan_seconds
         settled_in = min(waiting) + self._settings.settle_ms / 1000 - self._clock.monotonic()
         return min(max(settled_in, 0.005), rescan_seconds)
+
+    def _not_there(self, why: str) -> None:
+        """A directory that is not mounted must not retire every model."""
+        self._counters.last_error = f"{self._settings.root} {why}; models stay as they are"
+        log.warning("watched directory not there", problem=self._counters.last_error)
 
     async def _collect_garbage(self) -> None:
         """After each change; not before all was tried, as until then what is needed is not yet in the snapshot."""
@@ -439,11 +442,11 @@ class ModelWatcher:
     async def _take_deletions(self, found: Scan, now: float) -> None:
         """A model whose two files are both gone, and a tenant whose folder is, for the settle time, is forgotten."""
         watched, watched_tenants = self._snapshot.watched, self._snapshot.watched_tenants
+        if not found.tenants and (watched or watched_tenants):
+            # More likely a directory that is not mounted than the wish to stop every model.
+            self._not_there("is empty: mount it, or make an empty folder in it if its last tenant is to go")
+            return
         if self._snapshot.shared is not None:
-            if watched and not found.tenants:
-                # More likely a directory that is not mounted than the wish to stop every model of the cluster.
-                self._counters.last_error = f"{self._settings.root} is empty; models stay as they are"
-                return
             watched -= self._snapshot.shared.gone
         for name in [name for name in watched if name not in found.pairs and name not in found.halves]:
             if self._settled(name, "gone", now):

@@ -154,6 +154,7 @@ async def test_what_no_model_needs_any_more_is_removed(node: Node) -> None:
     await until(service.watcher.caught_up.is_set)
     assert node.kept() == {first, node.live()}
     assert len(node.blobs.names()) == 2
+    (node.root / "other").mkdir()
     shutil.rmtree(node.root / "ads")
     await until(lambda: node.blobs.names() == [])
     assert node.kept() == set()

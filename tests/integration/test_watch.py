@@ -297,10 +297,30 @@ async def test_deleting_the_pair_retires_the_model(node: Node) -> None:
     assert isinstance(node.actions[-1], Retire)
 
 
+async def test_a_root_that_is_empty_retires_nobody_as_its_volume_may_not_be_mounted(node: Node, tmp_path: Path) -> None:
+    watcher = await node.start()
+    node.drop(BID, model=model_file())
+    await until(lambda: node.status().get("state") == "live")
+    shutil.move(node.root / "ads", tmp_path / "away")
+    before = watcher.statistics().scans
+    await until(lambda: watcher.statistics().scans >= before + 4)
+    assert BID in node.live(), "longer ago than the settle time"
+    assert "is empty" in watcher.statistics().last_error
+
+    shutil.move(tmp_path / "away", node.root / "ads")
+    other = ModelName("mail", "bid")
+    node.drop(other, model=model_file())
+    await until(lambda: node.status(other).get("state") == "live")
+    assert watcher.statistics().trials == 2, "what is found again needs no trial"
+    shutil.rmtree(node.root / "ads")
+    await until(lambda: set(node.live()) == {other})
+
+
 async def test_a_folder_removed_and_made_again_is_still_watched(node: Node) -> None:
     watcher = await node.start()
     node.drop(BID, model=model_file())
     await until(lambda: node.status().get("state") == "live")  # the watcher writes nothing more into the folder
+    (node.root / "other").mkdir()
     shutil.rmtree(node.root / "ads")
     await until(lambda: any(isinstance(action, RemoveTenant) for action in node.actions))
     for name in ("bid", "later"):
@@ -370,6 +390,7 @@ async def test_the_pool_follows_the_watcher_through_a_swap_and_a_removal(node: N
         expected = LogisticRegression(C=regularisation).fit(X, X[:, 0] > 0).predict_proba(X)[:, 1]
         np.testing.assert_allclose(outputs.values[:, 0], expected, rtol=1e-9)
     await until(lambda: [known.version for known in pool.statistics().tenants[0].versions] == [version.version])
+    (node.root / "other").mkdir()
     shutil.rmtree(node.root / "ads")
-    await until(lambda: pool.statistics().tenants == ())
+    await until(lambda: [tenant.tenant for tenant in pool.statistics().tenants] == ["other"])
     await pool.stop()
