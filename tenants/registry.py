@@ -36,6 +36,10 @@ _COMING = ("candidate", "waiting", "shadow", "canary", "passed", "rolling out")
 NOT_HERE = "its model file is not here yet; it is fetched from the other nodes, and its triggers wait meanwhile"
 
 
+Files: TypeAlias = tuple[tuple[int, ...], ...]
+"""What tells the files of a pair from those that were there before, were they the same bytes."""
+
+
 @dataclass(frozen=True, slots=True)
 class Live:
     """`failing` is why the pool can't run it any more; '' while it can. `at_fault`: by its own fault."""
@@ -84,6 +88,7 @@ class Newest:
     manifest: Manifest | None = None
     report: TrialReport | None = None
     """Of the state "passed"."""
+    files: Files = ()
 
     def says(self, other: Newest) -> bool:
         """The same to its tenant as another."""
@@ -193,6 +198,11 @@ class Snapshot:
         """Those that hold for the tenant, known already or not."""
         return self.tenants.get(tenant) or self.granted(TenantSettings(tenant))
 
+    def trial_settings(self, tenant: str) -> TenantSettings:
+        """Those for a trial: what this node's tenant.toml asks for, also while the cluster has yet to hear of it."""
+        asked = self.shared.asked.get(tenant) if self.shared is not None else None
+        return self.settings(tenant) if asked is None else self.granted(asked.settings)
+
     def granted(self, settings: TenantSettings) -> TenantSettings:
         """Under the tenant's quota, if it has one."""
         quota = self.quotas.get(settings.tenant)
@@ -245,7 +255,8 @@ class Snapshot:
 class PairSeen:
     """A whole pair of files is there; `blob` is the sha256 of the model file, '' when `may_take` spared the copy.
 
-    `first`: it was there when the node started, so it may be old.
+    `first`: it was there when the node started, so it may be old. `files`: one that failed its trial is tried again
+    once these are others.
     """
 
     name: ModelName
@@ -253,6 +264,7 @@ class PairSeen:
     blob: str
     at_ms: int
     first: bool = False
+    files: Files = ()
 
 
 @dataclass(frozen=True, slots=True)

@@ -103,14 +103,19 @@ def _(event: PairSeen, snapshot: Snapshot, schema: EventSchema) -> Step:
         return (
             (snapshot, ()) if same else (snapshot.with_entry(replace(entry, newest=newest)), (WriteStatus(event.name),))
         )
-    if entry.newest is not None and entry.newest.version == version.version and entry.newest.state != "retired":
+    if entry.newest is not None and entry.newest.version == version.version and not _dropped_anew(entry.newest, event):
         return snapshot, ()
     if version.version in entry.quarantined:
         problem = quarantine_problem(event.name, entry.quarantined[version.version])
         found = Newest("quarantined", version.version, event.blob, event.at_ms, (problem,), manifest)
         return snapshot.with_entry(replace(entry, newest=found)), (WriteStatus(event.name),)
-    newest = Newest("candidate", version.version, event.blob, event.at_ms, manifest=manifest)
+    newest = Newest("candidate", version.version, event.blob, event.at_ms, manifest=manifest, files=event.files)
     return _tried(snapshot.with_entry(replace(entry, newest=newest)), event.name)
+
+
+def _dropped_anew(newest: Newest, event: PairSeen) -> bool:
+    """Whether the same pair is there once more, so that it is to be tried once more."""
+    return newest.state == "retired" or (newest.state == "refused" and newest.files != event.files)
 
 
 def _live_again(snapshot: Snapshot, entry: Entry, live: Live, event: PairSeen) -> Step:
@@ -256,13 +261,14 @@ def _retired(entry: Entry) -> list[Retire]:
 @_apply.register
 def _(event: TenantSeen, snapshot: Snapshot, schema: EventSchema) -> Step:
     if snapshot.shared is not None:
-        return standing.settings_seen(snapshot, snapshot.shared, event), ()
+        return _with_more_memory(snapshot, standing.settings_seen(snapshot, snapshot.shared, event))
     settings = snapshot.granted(event.settings)
     known = snapshot.tenants.get(settings.tenant)
     if known == settings or (known is None and len(snapshot.tenants) >= limits.TENANTS_MAX):
         return snapshot, ()
     tenants = {**snapshot.tenants, settings.tenant: settings}
-    return replace(snapshot, number=snapshot.number + 1, tenants=tenants), (ConfigureTenant(settings),)
+    after = replace(snapshot, number=snapshot.number + 1, tenants=tenants)
+    return _with_more_memory(snapshot, after, ConfigureTenant(settings))
 
 
 @_apply.register
@@ -311,19 +317,22 @@ def _(event: QuotaSet, snapshot: Snapshot, schema: EventSchema) -> Step:
     quotas = {tenant: quota for tenant, quota in snapshot.quotas.items() if tenant != event.tenant}
     if limits_set:
         quotas[event.tenant] = event.quota
-    snapshot = replace(snapshot, number=snapshot.number + 1, quotas=quotas)
+    before, snapshot = snapshot, replace(snapshot, number=snapshot.number + 1, quotas=quotas)
     known = snapshot.tenants.get(event.tenant)
     settings = None if known is None else known.under(event.caps).granted(limits_set)
     if settings is None or settings == known:
         return snapshot, ()
-    return replace(snapshot, tenants={**snapshot.tenants, event.tenant: settings}), (ConfigureTenant(settings),)
+    after = replace(snapshot, tenants={**snapshot.tenants, event.tenant: settings})
+    return _with_more_memory(before, after, ConfigureTenant(settings))
 
 
 @_apply.register
 def _(event: Agreed, snapshot: Snapshot, schema: EventSchema) -> Step:
     if snapshot.shared is None:
         return snapshot, ()
+    before = snapshot
     snapshot, actions = standing.agreed(snapshot, snapshot.shared, event, schema)
+    snapshot, actions = _with_more_memory(before, snapshot, *actions)
     snapshot, told = feature_files.agreed(snapshot, schema)
     snapshot, more = _without_wait(snapshot)
     return snapshot, (*actions, *told, *more)
@@ -337,6 +346,17 @@ def _(event: Published, snapshot: Snapshot, schema: EventSchema) -> Step:
 @_apply.register
 def _(event: NotPublished, snapshot: Snapshot, schema: EventSchema) -> Step:
     return standing.not_published(snapshot, event)
+
+
+def _with_more_memory(before: Snapshot, snapshot: Snapshot, *actions: Action) -> Step:
+    """Try again what failed its trial while its tenant might use less memory."""
+    for name, entry in sorted(snapshot.models.items()):
+        tried = entry.newest is not None and entry.newest.state == "refused" and entry.newest.version
+        memory_mb = snapshot.trial_settings(name.tenant).memory_mb
+        if tried and memory_mb > before.trial_settings(name.tenant).memory_mb:
+            snapshot, more = _tried(snapshot, name)
+            actions = (*actions, *more)
+    return snapshot, actions
 
 
 def _without_wait(snapshot: Snapshot) -> Step:

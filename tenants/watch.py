@@ -21,17 +21,10 @@ from watchfiles import awatch
 
 from node.kernel import limits
 from node.kernel.clock import Clock
-from node.kernel.errors import (
-    HeadraceError,
-    ManifestError,
-    ModelRefused,
-    SandboxUnavailable,
-    StoreUnavailable,
-    WorkerLost,
-)
+from node.kernel.errors import HeadraceError, ManifestError, NotFound, StoreUnavailable
 from node.kernel.ports import FeaturePlan
 from node.kernel.supervise import Supervisor
-from node.kernel.types import AgreedModels, EventSchema, ModelName, ModelVersion, Quota
+from node.kernel.types import AgreedModels, EventSchema, ModelName, Quota
 from tenants import folder, registry, registry_file, transitions
 from tenants.agreement import ModelPublisher
 from tenants.feature_reading import read_features
@@ -48,19 +41,16 @@ from tenants.registry import (
     Snapshot,
     StartTrial,
     TenantSeen,
-    TrialFailed,
-    TrialPassed,
     WriteStatus,
 )
 from tenants.shared_names import FEATURES_FILE
 from tenants.stage import Promote, RollBack
 from tenants.status_content import status_content
-from tenants.trial_slots import TrialSlots
-from tenants.workers import LoadReport, WarmServer
+from tenants.trials import Trials, TrialsFor
+from tenants.workers import WarmServer
 
 log = structlog.get_logger(__name__)
 
-TRIAL_ATTEMPTS_MAX = 2
 CAUGHT_UP_SECONDS_MAX = 3600.0
 """A tenant that never stops changing a file must not keep the others from being told what is deleted."""
 _IGNORED_LOGGED_MAX = 8
@@ -121,7 +111,6 @@ class _Seen:
 @dataclass(slots=True)
 class _Counters:
     scans: int = 0
-    trials: int = 0
     last_error: str = ""
     ignored: tuple[str, ...] = ()
     refusals: Counter[tuple[str, str]] = field(default_factory=Counter)
@@ -151,7 +140,6 @@ class ModelWatcher:
         self._settings = settings
         self._schema = schema
         self._fitting = Fitting(schema, settings.check_state, settings.check_room)
-        self._server = server
         self._blobs = blobs
         self._clock = clock
         self._supervisor = supervisor
@@ -174,8 +162,8 @@ class ModelWatcher:
         self._wake = asyncio.Event()
         self._rearm = asyncio.Event()
         self._places: tuple[tuple[str, int, int], ...] = ()
-        self._trial_slots = TrialSlots(limits.TRIALS_MAX, limits.TRIAL_TURN_MS / 1000, clock)
-        self._trials: dict[ModelName, asyncio.Task[None]] = {}
+        whom = TrialsFor(lambda: self._snapshot, self._apply, self._note_caught_up, self._trial_put_off)
+        self._trials = Trials(server, blobs.get, clock, supervisor, whom)
         self._saved = b""
         self._counters = _Counters()
         self._nothing_new = False
@@ -238,8 +226,8 @@ class ModelWatcher:
             tenants=len(self._snapshot.tenants),
             models=len(self._snapshot.models),
             live=len(self._snapshot.live),
-            trials_running=len(self._trials),
-            trials=self._counters.trials,
+            trials_running=self._trials.running,
+            trials=self._trials.begun,
             scans=self._counters.scans,
             ignored=self._counters.ignored,
             last_error=self._counters.last_error or (self._publishing.last_error if self._publishing else ""),
@@ -426,7 +414,7 @@ class ModelWatcher:
                     return registry.PairSeen(name, text, "", now_ms, old)
                 blob = self._blobs.put(model)
             with folder.opened(root, name.tenant, model_name, limits.MODEL_BYTES_MAX) as (_, after):
-                return registry.PairSeen(name, text, blob, now_ms, old) if after == second else None
+                return registry.PairSeen(name, text, blob, now_ms, old, signatures) if after == second else None
         except ManifestError as error:
             return registry.PairRefused(name, error.problems, now_ms)
         except StoreUnavailable as error:  # the operator's disk: no fault of the tenant's, so it is tried again
@@ -491,7 +479,7 @@ class ModelWatcher:
             self._reconsider()
         for action in actions:
             if isinstance(action, StartTrial):
-                self._start_trial(action)
+                self._trials.start(action)
             elif isinstance(action, CountRefusal):
                 self._counters.refusals[action.tenant, action.limit] += 1
             elif isinstance(action, ConfigureTenant):
@@ -607,70 +595,15 @@ class ModelWatcher:
 
     # Trials
 
-    def _start_trial(self, trial: StartTrial) -> None:
-        name = trial.version.name
-        older = self._trials.pop(name, None)
-        if older is not None:
-            older.cancel()
-        task = self._supervisor.start(f"trial of {name}", self._try(trial))
-        self._trials[name] = task
-        task.add_done_callback(lambda done: self._trial_ended(name, done))
-
-    def _trial_ended(self, name: ModelName, task: asyncio.Task[None]) -> None:
-        if self._trials.get(name) is task:
-            del self._trials[name]
-        self._note_caught_up()
+    def _trial_put_off(self, name: ModelName, error: HeadraceError) -> None:
+        self._counters.last_error = f"the trial of {name} is made again later: {error}"
+        if isinstance(error, NotFound):
+            self._seen.pop(name, None)  # so that its file is kept once more
 
     def _note_caught_up(self) -> None:
         late = self._clock.monotonic() - self._started >= CAUGHT_UP_SECONDS_MAX
-        if late or (self._nothing_new and not self._trials):
+        if late or (self._nothing_new and not self._trials.running):
             self.caught_up.set()
-
-    async def _try(self, trial: StartTrial) -> None:
-        version = trial.version
-
-        async def attempt() -> LoadReport | None:
-            if not self._snapshot.on_trial(version.name, version.version):
-                return None  # meanwhile it is gone, or the cluster has it from another node
-            self._counters.trials += 1
-            return await self._loaded(version, trial.text_features)
-
-        try:
-            report = await self._trial_slots.run(version.name.tenant, attempt)
-        except SandboxUnavailable:
-            raise  # the operator's to mend, not the tenant's
-        except HeadraceError as error:
-            failed = TrialFailed(version.name, version.version, str(error), self._clock.now_ms())
-            await self._apply(failed)
-            return
-        if report is None:
-            return
-        passed = TrialPassed(version.name, version.version, report.told(), self._clock.now_ms())
-        await self._apply(passed)
-
-    def _tenant_settings(self, tenant: str) -> TenantSettings:
-        asked = self._snapshot.shared.asked.get(tenant) if self._snapshot.shared is not None else None
-        return self._snapshot.settings(tenant) if asked is None else self._snapshot.granted(asked.settings)
-
-    async def _loaded(self, version: ModelVersion, text_features: tuple[str, ...]) -> LoadReport:
-        """The report of a throw-away worker that loads the version. Raises ModelRefused, NotFound."""
-        model = await asyncio.to_thread(self._blobs.get, version.blob)
-        settings = self._tenant_settings(version.name.tenant)
-        lost = ""
-        for _ in range(TRIAL_ATTEMPTS_MAX):
-            try:
-                worker = await self._server.spawn(version.name.tenant, settings.memory_mb * limits.MIB, settings.weight)
-            except WorkerLost as error:
-                lost = str(error)
-                continue
-            try:
-                return await worker.load(version, model, text_features)
-            except WorkerLost as error:
-                lost = str(error)
-            finally:
-                worker.kill()
-                await worker.close()
-        raise ModelRefused(f"the worker died each of {TRIAL_ATTEMPTS_MAX} times it loaded the model: {lost}")
 
 
 def _told(actions: Iterable[Action]) -> list[ModelName]:

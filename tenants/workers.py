@@ -451,6 +451,11 @@ class WarmServer:
         self._users: dict[str, int] = {}
         self._starting = asyncio.Lock()
 
+    @property
+    def running(self) -> bool:
+        """False from its end until the next `start`."""
+        return self._control is not None
+
     async def start(self) -> None:
         """Start the process and wait until it has imported everything. Raises WorkerLost when it can't."""
         async with self._starting:

@@ -115,6 +115,9 @@ TRIALS_MAX = 2
 """At once: one slow model file must not hold up everybody's."""
 TRIAL_TURN_MS = 10_000
 """After it, a trial gives way to others that wait, and begins anew later."""
+TRIAL_RETRY_MS_MIN = 500
+TRIAL_RETRY_MS_MAX = 60_000
+"""A trial that no worker could be had for, or no file, is made again after this."""
 FAILED_ROWS_MIN = 256
 """Most of so many rows in sequence failed, though nothing was missing in them: then the version is failing."""
 QUARANTINED_PER_MODEL_MAX = 8

@@ -8,6 +8,7 @@ import io
 import json
 import os
 import shutil
+import signal
 from collections.abc import AsyncIterator, Callable, Iterator
 from pathlib import Path
 
@@ -21,14 +22,19 @@ from waiting import until
 from node.app import row_refusal
 from node.kernel import limits
 from node.kernel.clock import SystemClock
+from node.kernel.errors import StoreUnavailable
 from node.kernel.supervise import Supervisor
 from node.kernel.types import EventSchema, FeatureRows, ModelName
 from replication.blobs import BlobStore
+from tenants.cpu_time import cpu_seconds
 from tenants.pool import ModelPool
 from tenants.registry import Action, ConfigureTenant, GoLive, RemoveTenant, Retire, Snapshot
 from tenants.sandbox import SandboxSettings
+from tenants.trials import TRIAL_ATTEMPTS_MAX
 from tenants.watch import Blobs, ModelWatcher, WatchSettings
 from tenants.workers import WarmServer
+
+from hostile_making import evaluated  # isort: skip
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
 
@@ -281,6 +287,83 @@ async def test_too_large_a_file_is_refused_unread(node: Node) -> None:
     await until(lambda: node.status().get("state") == "refused")
     assert str(limits.MODEL_BYTES_MAX) in str(node.status()["problems"])
     assert BID in node.live()
+
+
+async def test_a_pair_that_was_refused_is_tried_again_once_its_tenant_did_as_it_was_told(node: Node) -> None:
+    watcher = await node.start()
+    (node.root / "ads").mkdir()
+    settings = node.root / "ads" / "tenant.toml"
+    settings.write_text("memory_mb = 64\n")
+    large = LogisticRegression().fit(X, X[:, 0] > 0)
+    large.padding_ = RNG.random(36 * limits.MIB // 8)
+    node.drop(BID, model=dumped(large))
+    await until(lambda: "more memory" in str(node.status().get("problems")))
+    settings.write_text("memory_mb = 1024\n")
+    await until(lambda: BID in node.live())
+
+    node.drop(BID, model=model_file(columns=1))
+    await until(lambda: node.status().get("state") == "refused")
+    before = watcher.statistics()
+    await until(lambda: watcher.statistics().scans >= before.scans + 3)
+    assert watcher.statistics().trials == before.trials, "unchanged, it is not tried again"
+    os.utime(node.root / "ads" / "bid.joblib", ns=(0, 1))
+    await until(lambda: watcher.statistics().trials == before.trials + 1)
+    await until(lambda: node.status().get("state") == "refused")
+
+
+async def test_a_disk_that_is_not_read_fails_no_trial(node: Node) -> None:
+    get, reads = node.blobs.get, []
+
+    def unreadable_once(sha256: str) -> bytes:
+        reads.append(sha256)
+        match len(reads):
+            case 1:
+                raise StoreUnavailable("the disk could not be read")
+            case 2:
+                node.blobs.delete(sha256)
+        return get(sha256)
+
+    node.blobs.get = unreadable_once  # type: ignore[method-assign]
+    watcher = await node.start()
+    node.drop(BID, model=model_file())
+    await until(lambda: "the disk could not be read" in watcher.statistics().last_error)
+    assert node.status()["state"] == "candidate"
+    await until(lambda: BID in node.live())
+    assert len(reads) >= 3, "what was gone from the store was put there again"
+
+
+async def test_a_trial_that_ends_with_the_warm_server_is_made_again(tmp_path: Path) -> None:
+    settings = SandboxSettings(required=frozenset(), extra_globals=("builtins eval call",))
+    node = Node(tmp_path, WarmServer(settings, SystemClock()))
+    watcher = await node.start()
+    node.drop(BID, model=evaluated("while True: pass"))
+    seen: set[int] = set()
+    for _ in range(TRIAL_ATTEMPTS_MAX + 1):
+        (worker,) = await until(lambda: {pid for pid in children(node.server) if busy(pid)} - seen)
+        seen.add(worker)
+        os.kill(node.server._process.pid, signal.SIGKILL)  # type: ignore[union-attr]
+        await until(lambda worker=worker: not Path(f"/proc/{worker}").exists())  # type: ignore[misc]
+    await until(lambda: {pid for pid in children(node.server) if busy(pid)} - seen)
+    assert node.status()["state"] == "candidate"
+    node.drop(BID, model=model_file())
+    await until(lambda: BID in node.live())
+    assert watcher.statistics().trials >= 2
+    await node.stop()
+    await node.server.stop()
+
+
+def children(server: WarmServer) -> set[int]:
+    process = server._process
+    if process is None:
+        return set()
+    with contextlib.suppress(FileNotFoundError, ProcessLookupError):
+        return {int(pid) for pid in Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()}
+    return set()
+
+
+def busy(pid: int) -> bool:
+    """Whether it has computed for longer than it takes to lock a worker down."""
+    return cpu_seconds(pid) > 0.5
 
 
 async def test_deleting_the_pair_retires_the_model(node: Node) -> None:

@@ -100,6 +100,35 @@ def test_what_the_cluster_refuses_is_told_and_tried_again() -> None:
     assert one(NotPublished(put, "there is no quorum")) == ()
 
 
+def test_a_pair_that_failed_its_trial_is_tried_again_with_more_memory_or_once_dropped_anew() -> None:
+    _, nodes = started()
+    one = nodes[0]
+    version = version_of(BID, (manifest(), 1))
+
+    def fail() -> None:
+        assert one.state(BID) == "candidate"
+        one(TrialFailed(BID, version, "it needs more memory", 1))
+        assert one.state(BID) == "refused"
+
+    one.tenant_files["ads"] = "memory_mb = 128\n"
+    one.directory[BID] = manifest(), 1
+    one.look()
+    fail()
+    one.publish()
+    one.look()
+    assert one.state(BID) == "refused", "nobody did anything about it"
+    one.tenant_files["ads"] = "memory_mb = 256\n"
+    one.look()
+    fail()
+    one.publish()
+    assert one.tenants["ads"].memory_mb == 256
+    assert one.state(BID) == "refused", "it was tried with that before the cluster agreed to it"
+    one(PairSeen(BID, manifest(), blob(1), 1, files=((1,), (2,))))
+    fail()
+    one(PairSeen(BID, manifest(), blob(1), 1, files=((1,), (2,))))
+    assert one.state(BID) == "refused"
+
+
 def test_the_same_directory_on_all_nodes_is_one_wish() -> None:
     cluster, nodes = started()
     for node in nodes:

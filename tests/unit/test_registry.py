@@ -188,6 +188,46 @@ def test_a_bad_file_never_touches_the_running_version() -> None:
     assert run.state(BID) == "live", "putting the running pair back mends the status"
 
 
+def tried_again(run: Run, *actions: Action) -> bool:
+    assert (run.state(BID) == "candidate") == any(isinstance(action, StartTrial) for action in actions)
+    return run.state(BID) == "candidate"
+
+
+def test_a_pair_that_failed_its_trial_is_tried_again_once_it_is_dropped_anew() -> None:
+    run = Run()
+
+    def seen(modified: int) -> list[Action]:
+        return run(PairSeen(BID, manifest(), blob(1), 1, files=((1, 9), (2, modified))))
+
+    seen(5)
+    assert seen(6) == [], "it is on trial"
+    for modified in (6, 7):
+        run(TrialFailed(BID, run.on_trial(BID), "it needs more memory", 2))
+        assert tried_again(run, *seen(modified))
+    run(TrialFailed(BID, run.on_trial(BID), "it needs more memory", 2))
+    assert seen(7) == [], "nobody did anything about it"
+    seen(8)
+    run.passed(BID)
+    assert seen(9) == [], "what passed needs no other trial"
+
+
+def test_a_pair_that_failed_its_trial_is_tried_again_with_more_memory() -> None:
+    run = Run()
+    run(TenantSeen(TenantSettings("ads", memory_mb=256)))
+    run.seen(BID, manifest(), 1)
+    run(TrialFailed(BID, run.on_trial(BID), "it needs more memory", 2))
+    assert not tried_again(run, *run(TenantSeen(TenantSettings("ads", memory_mb=256, weight=2.0))))
+    assert not tried_again(run, *run(TenantSeen(TenantSettings("ads", memory_mb=128))))
+    actions = run(TenantSeen(TenantSettings("ads", memory_mb=512)))
+    assert [type(action) for action in actions] == [ConfigureTenant, StartTrial, WriteStatus]
+    run(TrialFailed(BID, run.on_trial(BID), "it needs more memory", 3))
+    run(TenantSeen(TenantSettings("ads", asked={"memory_mb": 1024.0})))
+    run(TrialFailed(BID, run.on_trial(BID), "it needs more memory", 3))
+    caps = {"memory_mb": 1024.0}
+    assert not tried_again(run, *run(QuotaSet("ads", Quota(memory_mb=300), caps)))
+    assert tried_again(run, *run(QuotaSet("ads", Quota(memory_mb=2048), caps)))
+
+
 def test_a_trial_that_is_overtaken_is_ignored() -> None:
     run = Run()
     run.seen(BID, manifest(), 1)
