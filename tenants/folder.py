@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 import stat
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -45,64 +45,113 @@ class Scan:
     features: Mapping[str, Signature | None] = field(default_factory=dict)
     """Tenant -> signature of its features.toml, None without one."""
     places: tuple[tuple[str, int, int], ...] = ()
+    unseen: frozenset[str] = frozenset()
+    """Tenants in whose folders not everything was looked at: what is missing of theirs may be there."""
     ignored: tuple[str, ...] = ()
     """One printable line for each name that can't be taken, at most IGNORED_MAX."""
 
 
-def scan(root: Path) -> Scan:
-    """Look at every tenant's folder. Raises OSError when the root itself can't be read."""
-    pairs: dict[ModelName, tuple[Signature, Signature]] = {}
-    halves: set[ModelName] = set()
-    tenants: dict[str, Signature | None] = {}
-    features: dict[str, Signature | None] = {}
-    found = os.stat(root)
-    places = [("", found.st_dev, found.st_ino)]
-    ignored: list[str] = []
-    for folder in sorted(os.scandir(root), key=lambda entry: entry.name):
-        if folder.name.startswith(".") or not folder.is_dir(follow_symlinks=False):
-            continue
-        if not is_name(folder.name):
-            ignored.append(f"{printable(folder.name)}/: a tenant's folder is named with {_LETTERS}; rename it")
-            continue
-        if len(tenants) >= limits.TENANTS_MAX:
-            ignored.append(f"{folder.name}/: there are {limits.TENANTS_MAX} tenants already")
-            continue
+def scan(root: Path, known: Collection[str] = ()) -> Scan:
+    """Look at every tenant's folder, those that are `known` first: there may be more than TENANTS_MAX.
+
+    Raises OSError when the root itself can't be read.
+    """
+    found = _Found()
+    found.place("", os.stat(root))
+    for folder in sorted(os.scandir(root), key=lambda entry: (entry.name not in known, entry.name)):
+        if not folder.name.startswith(".") and folder.is_dir(follow_symlinks=False):
+            found.look(folder)
+    return found.scan()
+
+
+@dataclass(slots=True)
+class _Found:
+    """A scan that is being made."""
+
+    pairs: dict[ModelName, tuple[Signature, Signature]] = field(default_factory=dict)
+    halves: set[ModelName] = field(default_factory=set)
+    tenants: dict[str, Signature | None] = field(default_factory=dict)
+    features: dict[str, Signature | None] = field(default_factory=dict)
+    places: list[tuple[str, int, int]] = field(default_factory=list)
+    unseen: set[str] = field(default_factory=set)
+    ignored: list[str] = field(default_factory=list)
+
+    def scan(self) -> Scan:
+        places, ignored = tuple(sorted(self.places)), tuple(self.ignored[:IGNORED_MAX])
+        halves, unseen = frozenset(self.halves), frozenset(self.unseen)
+        return Scan(self.pairs, halves, self.tenants, self.features, places, unseen, ignored)
+
+    def place(self, name: str, found: os.stat_result) -> None:
+        self.places.append((name, found.st_dev, found.st_ino))
+
+    def look(self, folder: os.DirEntry[str]) -> None:
+        """At a tenant's folder."""
+        tenant = folder.name
+        if not is_name(tenant):
+            self.ignored.append(f"{printable(tenant)}/: a tenant's folder is named with {_LETTERS}; rename it")
+            return
+        if len(self.tenants) >= limits.TENANTS_MAX:
+            self._not_all(tenant, f": there are {limits.TENANTS_MAX} tenants already")
+            return
         try:
             found = os.stat(folder.path)
-            files = _files(folder.path)
-        except OSError:
-            continue  # removed meanwhile
-        places.append((folder.name, found.st_dev, found.st_ino))
-        tenants[folder.name] = files.pop(TENANT_FILE, None)
-        features[folder.name] = files.pop(FEATURES_FILE, None)
+            files, problems = _files(folder.path)
+        except FileNotFoundError:
+            return  # removed meanwhile
+        except OSError as error:
+            self._not_all(tenant, unreadable("", error))
+            return
+        self.place(tenant, found)
+        for problem in problems:
+            self._not_all(tenant, problem)
+        self.tenants[tenant] = files.pop(TENANT_FILE, None)
+        self.features[tenant] = files.pop(FEATURES_FILE, None)
+        self._take(tenant, files)
+
+    def _not_all(self, tenant: str, problem: str) -> None:
+        self.unseen.add(tenant)
+        self.ignored.append(f"{tenant}/{problem}")
+
+    def _take(self, tenant: str, files: Mapping[str, Signature]) -> None:
         stems = {name.removesuffix(suffix) for name in files for suffix in (MANIFEST, MODEL) if name.endswith(suffix)}
         for stem in sorted(stems):
             if not is_name(stem):
                 # Such as bytes that are no UTF-8: what comes here as a name is written to files and topics as text.
-                ignored.append(f"{folder.name}/{printable(stem)}: a model is named with {_LETTERS}; rename its files")
+                self.ignored.append(f"{tenant}/{printable(stem)}: a model is named with {_LETTERS}; rename its files")
                 continue
             manifest, model = files.get(stem + MANIFEST), files.get(stem + MODEL)
             if manifest is not None and model is not None:
-                pairs[ModelName(folder.name, stem)] = manifest, model
+                self.pairs[ModelName(tenant, stem)] = manifest, model
             else:
-                halves.add(ModelName(folder.name, stem))
-    return Scan(pairs, frozenset(halves), tenants, features, tuple(places), tuple(ignored[:IGNORED_MAX]))
+                self.halves.add(ModelName(tenant, stem))
 
 
-def _files(folder: str) -> dict[str, Signature]:
-    """The manifests and model files by name, of at most TENANT_FOLDER_ENTRIES_MAX entries."""
+def _files(folder: str) -> tuple[dict[str, Signature], list[str]]:
+    """The manifests and model files by name, and a line for each reason why there may be more."""
     files: dict[str, Signature] = {}
+    problems: list[str] = []
     with os.scandir(folder) as entries:
-        for _, entry in zip(range(limits.TENANT_FOLDER_ENTRIES_MAX), entries, strict=False):
+        for count, entry in enumerate(entries):
+            if count >= limits.TENANT_FOLDER_ENTRIES_MAX:
+                problems.append(f": has more than {count} files, and not all are looked at; remove what is no model")
+                break
             if entry.name.startswith(".") or not entry.name.endswith((MANIFEST, MODEL)):
                 continue
             try:
                 found = entry.stat()  # of what a link points to: that is what changes
-            except OSError:
+            except FileNotFoundError:
+                continue
+            except OSError as error:
+                problems.append(unreadable(entry.name, error))
                 continue
             if stat.S_ISREG(found.st_mode):
                 files[entry.name] = _signature(found)
-    return files
+    return files, problems
+
+
+def unreadable(file: str, error: OSError) -> str:
+    """A line for whoever can mend it."""
+    return f"{printable(file)}: can't be read: {error.strerror}; make it readable for the node's user"
 
 
 def _signature(found: os.stat_result) -> Signature:

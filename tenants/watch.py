@@ -258,7 +258,7 @@ class ModelWatcher:
         """One turn: look, take what has settled, sleep until something happens or is due."""
         if self._publishing is not None:
             with contextlib.suppress(OSError):
-                self._at_start = await asyncio.to_thread(folder.scan, self._settings.root)
+                self._at_start = await self._scan()
             await self._heard.wait()
             await self._publishing.catalog_known()
             self._supervisor.start("model publisher", self._publishing.run())
@@ -268,6 +268,9 @@ class ModelWatcher:
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(due_seconds):
                     await self._wake.wait()
+
+    async def _scan(self) -> Scan:
+        return await asyncio.to_thread(folder.scan, self._settings.root, self._snapshot.watched_tenants)
 
     async def _watch_events(self) -> None:
         while True:
@@ -285,7 +288,7 @@ class ModelWatcher:
         """Scan and take what is whole; seconds until there is a reason to look again."""
         rescan_seconds = self._settings.rescan_ms / 1000
         try:
-            found = await asyncio.to_thread(folder.scan, self._settings.root)
+            found = await self._scan()
         except OSError as error:
             self._not_there(f"can't be read: {error}")
             return rescan_seconds
@@ -345,6 +348,8 @@ class ModelWatcher:
             key = f"{tenant}/{TENANT_FILE}"
             if self._publishing is None and tenant not in self._snapshot.tenants:
                 await self._apply(TenantSeen(TenantSettings(tenant)))
+            if signature is None and tenant in found.unseen & self._snapshot.watched_tenants:
+                continue
             if self._settled(key, signature, now):
                 seen = await asyncio.to_thread(self._read_tenant, tenant, signature)
                 if seen is None and tenant not in self._snapshot.tenants:
@@ -377,11 +382,13 @@ class ModelWatcher:
         """Each features.toml that changed, and those that are gone; before the pairs, which may use them."""
         shared = self._snapshot.shared
         known = self._snapshot.definitions.files if shared is None else shared.taken_features
-        if not found.tenants:
+        if not (found.tenants or found.unseen):
             return  # more likely a directory that is not mounted
         there = {tenant for tenant, signature in found.features.items() if signature is not None}
         for tenant in sorted(there | known.keys() | self._snapshot.refused_features.keys()):
             signature = found.features.get(tenant)
+            if signature is None and tenant in found.unseen:
+                continue
             if self._settled(key := f"{tenant}/{FEATURES_FILE}", signature, now):
                 first = self._at_start is not None and self._at_start.features.get(tenant) == signature
                 seen = await asyncio.to_thread(read_features, self._settings.root, tenant, signature, first)
@@ -430,13 +437,14 @@ class ModelWatcher:
     async def _take_deletions(self, found: Scan, now: float) -> None:
         """A model whose two files are both gone, and a tenant whose folder is, for the settle time, is forgotten."""
         watched, watched_tenants = self._snapshot.watched, self._snapshot.watched_tenants
-        if not found.tenants and (watched or watched_tenants):
+        if not (found.tenants or found.unseen) and (watched or watched_tenants):
             # More likely a directory that is not mounted than the wish to stop every model.
             self._not_there("is empty: mount it, or make an empty folder in it if its last tenant is to go")
             return
         if self._snapshot.shared is not None:
             watched -= self._snapshot.shared.gone
-        for name in [name for name in watched if name not in found.pairs and name not in found.halves]:
+        there = found.pairs.keys() | found.halves
+        for name in [name for name in watched - there if name.tenant not in found.unseen]:
             if self._settled(name, "gone", now):
                 await self._apply(registry.PairGone(name))
                 self._seen.pop(name, None)
@@ -446,7 +454,7 @@ class ModelWatcher:
                     continue  # others use its outputs: it goes once they don't
                 with contextlib.suppress(OSError):
                     await asyncio.to_thread(folder.remove_status, self._settings.root, name)
-        for tenant in [tenant for tenant in watched_tenants if tenant not in found.tenants]:
+        for tenant in watched_tenants - found.tenants.keys() - found.unseen:
             if self._settled(f"{tenant}/{TENANT_FILE}", "gone", now):
                 await self._apply(registry.TenantGone(tenant))
                 self._seen.pop(f"{tenant}/{TENANT_FILE}", None)

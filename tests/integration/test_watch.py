@@ -399,6 +399,35 @@ async def test_a_root_that_is_empty_retires_nobody_as_its_volume_may_not_be_moun
     await until(lambda: set(node.live()) == {other})
 
 
+async def test_more_folders_or_files_than_are_looked_at_delete_nothing(
+    node: Node, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def looked_again() -> None:
+        before = watcher.statistics().scans
+        await until(lambda: watcher.statistics().scans >= before + 3)
+
+    watcher = await node.start(rescan_ms=100)
+    names = {ModelName("mail", "bid"), ModelName("shop", "bid")}
+    for name in names:
+        node.drop(name, model=model_file())
+    (node.root / "mail" / "tenant.toml").write_text("weight = 2.5\n")
+    await until(lambda: set(node.live()) == names)
+    monkeypatch.setattr(limits, "TENANTS_MAX", 2)
+    node.drop(BID, model=model_file())
+    await looked_again()
+    assert set(node.live()) == names, "the newer name comes first, and not instead"
+    assert "there are 2 tenants already" in watcher.statistics().ignored[0]
+
+    monkeypatch.setattr(limits, "TENANT_FOLDER_ENTRIES_MAX", 0)
+    await looked_again()
+    assert set(node.live()) == names
+    assert watcher.snapshot.tenants["mail"].weight == 2.5, "nor are settings taken for deleted"
+    assert any("mail/: has more than 0 files" in line for line in watcher.statistics().ignored)
+    monkeypatch.undo()
+    shutil.rmtree(node.root / "mail")
+    await until(lambda: set(node.live()) == {BID, ModelName("shop", "bid")})
+
+
 async def test_a_folder_removed_and_made_again_is_still_watched(node: Node) -> None:
     watcher = await node.start()
     node.drop(BID, model=model_file())
