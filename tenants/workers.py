@@ -28,6 +28,7 @@ from node.kernel.limits import (
     OUTPUTS_PER_MODEL_MAX,
     TENANTS_MAX,
     TRIAL_MS_MAX,
+    WORKER_LAST_LOOK_MS,
     WORKER_START_MS_MAX,
 )
 from node.kernel.types import FeatureRows, ModelOutputs, ModelVersion
@@ -339,17 +340,20 @@ class WorkerProcess:
             self._busy_seconds += self._clock.monotonic() - started
             self._meter.answered(cpu_seconds(self.pid))
 
-    async def _answer(self, seconds: float, bytes_max: int) -> tuple[Answer, memoryview]:
-        return await self._received(self._frames.expect(bytes_max), seconds)
-
     async def _received(self, expected: _Expected, seconds: float) -> tuple[Answer, memoryview]:
         """Raises TimeoutError once the worker has been killed for it, WorkerLost."""
         try:
-            async with asyncio.timeout(seconds):
-                return messages.decode_answer(*await expected)
+            await asyncio.wait([expected], timeout=seconds)
+            if not expected.done():
+                # Where this loop stood still meanwhile, the answer came in time and has not been read.
+                await asyncio.wait([expected], timeout=WORKER_LAST_LOOK_MS / 1000)
+            if not expected.done():
+                raise TimeoutError
+            return messages.decode_answer(*expected.result())
         except MessageCorrupt as error:
             raise self._corrupt(str(error)) from error
         except (TimeoutError, asyncio.CancelledError):
+            expected.cancel()
             self.kill()  # an answer that nobody waits for must not be taken for the next one's
             raise
 

@@ -157,6 +157,8 @@ WORKER_MEMORY_EXTRA_BYTES = 64 * MIB
 """Of a worker's control group, beyond the tenant's memory: pages of the warm server that it changes count there."""
 WORKER_LOOK_MS = 5_000
 """How often workers are looked at: the memory of those that have done something, the CPU time of all."""
+WORKER_LAST_LOOK_MS = 10
+"""After a call's deadline, for an answer that came in time while the node did not look: then its worker is killed."""
 WORKER_UNASKED_MS_MAX = 500
 """CPU time between two looks of a worker that nothing was asked of all the while; beyond it, it is killed."""
 TENANT_LOG_BYTES_MAX = 128 * KIB

@@ -29,7 +29,7 @@ from sklearn.neural_network import MLPClassifier
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import FunctionTransformer, OneHotEncoder, StandardScaler
 from sklearn.tree import DecisionTreeClassifier
-from worker_support import MEMORY_BYTES, rows_of, stored, version_of, warm_server
+from worker_support import MEMORY_BYTES, called_while_the_loop_stands_still, rows_of, stored, version_of, warm_server
 
 from node.kernel.clock import SystemClock
 from node.kernel.errors import CallFailed, ModelRefused, SandboxUnavailable, WorkerLost
@@ -295,6 +295,14 @@ async def test_past_its_deadline_a_worker_is_killed(server: WarmServer) -> None:
     await worker.lost.wait()
     with pytest.raises(WorkerLost):
         await worker.call(version.version, rows_of(NAMES, ROWS), 10)
+
+
+async def test_an_answer_that_came_while_the_node_stood_still_is_taken(worker: WorkerProcess) -> None:
+    version = version_of(NAMES)
+    await worker.load(version, stored(fit(LogisticRegression())))
+    rows = rows_of(NAMES, ROWS)
+    assert (await called_while_the_loop_stands_still(worker, version.version, rows)).values.shape == (60, 1)
+    assert (await worker.call(version.version, rows, 10)).values.shape == (60, 1)
 
 
 async def test_cancelled_call_ends_the_worker(server: WarmServer) -> None:

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import asyncio
 import io
+import select
+import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from typing import Any
@@ -12,9 +15,9 @@ import numpy as np
 
 from node.kernel.clock import SystemClock
 from node.kernel.limits import MIB
-from node.kernel.types import FeatureRows, ModelName, ModelVersion
+from node.kernel.types import FeatureRows, ModelName, ModelOutputs, ModelVersion
 from tenants.sandbox import SandboxSettings
-from tenants.workers import WarmServer
+from tenants.workers import WarmServer, WorkerProcess
 
 MEMORY_BYTES = 512 * MIB
 COMPRESSIONS: tuple[Any, ...] = (0, ("zlib", 3), ("gzip", 3), ("bz2", 3), ("xz", 1), ("lzma", 1), ("lz4", 1))
@@ -54,3 +57,15 @@ async def warm_server(settings: SandboxSettings | None = None) -> AsyncIterator[
         yield server
     finally:
         await server.stop()
+
+
+async def called_while_the_loop_stands_still(worker: WorkerProcess, version: str, rows: FeatureRows) -> ModelOutputs:
+    """The outputs of a call whose answer came in time, to a loop that looks for it after the deadline."""
+    deadline_seconds = 0.05
+    call = asyncio.ensure_future(worker.call(version, rows, deadline_seconds))
+    await asyncio.sleep(0)  # the request is written
+    over = time.monotonic() + deadline_seconds
+    assert select.select([worker._transport.get_extra_info("socket")], [], [], 20)[0], "it has answered"
+    while time.monotonic() <= over:
+        pass
+    return await call
