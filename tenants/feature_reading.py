@@ -14,7 +14,10 @@ from tenants.shared_names import FEATURES_FILE
 def read_features(
     root: Path, tenant: str, signature: folder.Signature | None, first: bool
 ) -> FeaturesSeen | FeaturesUnreadable | None:
-    """What the file says; None when it went meanwhile. `signature` None: there is none. `first` as of a pair."""
+    """What the file says; None when it went meanwhile. `signature` None: there is none. `first` as of a pair.
+
+    Raises OSError when it can't be read.
+    """
     if signature is None:
         return FeaturesSeen(tenant, "")
     try:
@@ -24,5 +27,5 @@ def read_features(
         return FeaturesUnreadable(tenant, error.problems)
     except UnicodeDecodeError:
         return FeaturesUnreadable(tenant, (f"{FEATURES_FILE}: not UTF-8; save it as UTF-8",))
-    except OSError:
+    except FileNotFoundError:
         return None

@@ -12,7 +12,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -37,6 +37,8 @@ from tenants.registry import (
     ConfigureTenant,
     CountRefusal,
     Event,
+    FeaturesSeen,
+    FeaturesUnreadable,
     Shared,
     Snapshot,
     StartTrial,
@@ -351,14 +353,18 @@ class ModelWatcher:
             if signature is None and tenant in found.unseen & self._snapshot.watched_tenants:
                 continue
             if self._settled(key, signature, now):
-                seen = await asyncio.to_thread(self._read_tenant, tenant, signature)
+                try:
+                    seen = await asyncio.to_thread(self._read_tenant, tenant, signature)
+                except OSError as error:
+                    seen, problems = None, self._unreadable(key, TENANT_FILE, error)
+                    await asyncio.to_thread(self._tell_settings, tenant, "refused", problems)
                 if seen is None and tenant not in self._snapshot.tenants:
                     seen = TenantSeen(TenantSettings(tenant))  # its models need not wait until the file is mended
                 if seen is not None:
                     await self._apply(seen)
 
     def _read_tenant(self, tenant: str, signature: Signature | None) -> TenantSeen | None:
-        """The settings; None when they are wrong, and those from before stay."""
+        """The settings; None when they are wrong, and those from before stay. Raises OSError."""
         first = self._at_start is not None and self._at_start.tenants.get(tenant) == signature
         if signature is None:
             return TenantSeen(TenantSettings(tenant), "", first)
@@ -371,12 +377,20 @@ class ModelWatcher:
             problems = self._snapshot.granted(settings).capped
         except ManifestError as error:
             problems = error.problems
-        except OSError:
+        except FileNotFoundError:
             return None
+        self._tell_settings(tenant, "live" if seen else "refused", problems)
+        return seen
+
+    def _tell_settings(self, tenant: str, state: str, problems: Sequence[str]) -> None:
         for problem in problems:
             log.warning("tenant settings", tenant=tenant, problem=problem)
-        self._answer(ModelName(tenant, "tenant"), {"state": "live" if seen else "refused", "problems": problems})
-        return seen
+        self._answer(ModelName(tenant, "tenant"), {"state": state, "problems": problems})
+
+    def _unreadable(self, key: ModelName | str, file: str, error: OSError) -> tuple[str, ...]:
+        """What to tell. The next look tries again, as a file that can be read again looks as before."""
+        self._seen.pop(key, None)
+        return (folder.unreadable(file, error),)
 
     async def _take_features(self, found: Scan, now: float) -> None:
         """Each features.toml that changed, and those that are gone; before the pairs, which may use them."""
@@ -391,21 +405,32 @@ class ModelWatcher:
                 continue
             if self._settled(key := f"{tenant}/{FEATURES_FILE}", signature, now):
                 first = self._at_start is not None and self._at_start.features.get(tenant) == signature
-                seen = await asyncio.to_thread(read_features, self._settings.root, tenant, signature, first)
+                seen: FeaturesSeen | FeaturesUnreadable | None
+                try:
+                    seen = await asyncio.to_thread(read_features, self._settings.root, tenant, signature, first)
+                except OSError as error:
+                    seen = FeaturesUnreadable(tenant, self._unreadable(key, FEATURES_FILE, error))
                 if seen is None:
                     self._seen.pop(key, None)  # the next look takes it
                 else:
                     await self._apply(seen)
 
     async def _take_pair(self, name: ModelName, signatures: tuple[Signature, Signature]) -> None:
-        event = await asyncio.to_thread(self._read_pair, name, signatures)
+        try:
+            event = await asyncio.to_thread(self._read_pair, name, signatures)
+        except OSError as error:
+            problems = self._unreadable(name, Path(error.filename or name.model).name, error)
+            event = registry.PairRefused(name, problems, self._clock.now_ms())
         if event is None:
             self._seen.pop(name, None)  # the next look takes it
         else:
             await self._apply(event)
 
     def _read_pair(self, name: ModelName, signatures: tuple[Signature, Signature]) -> Event | None:
-        """Read the manifest and, if that may be taken, copy the model file among the blobs; None to look again."""
+        """Read the manifest and, if that may be taken, copy the model file among the blobs; None to look again.
+
+        Raises OSError.
+        """
         root, now_ms = self._settings.root, self._clock.now_ms()
         old = self._at_start is not None and self._at_start.pairs.get(name) == signatures
         manifest_name, model_name = name.model + MANIFEST, name.model + MODEL
@@ -431,8 +456,6 @@ class ModelWatcher:
             return registry.PairRefused(name, (f"{model_name}: {error}",), now_ms)
         except FileNotFoundError:
             return None
-        except OSError as error:
-            return registry.PairRefused(name, (f"{name.model}: can't be read: {error.strerror}",), now_ms)
 
     async def _take_deletions(self, found: Scan, now: float) -> None:
         """A model whose two files are both gone, and a tenant whose folder is, for the settle time, is forgotten."""

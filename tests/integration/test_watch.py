@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import fcntl
 import io
 import json
 import os
@@ -461,6 +462,43 @@ async def test_tenant_settings_apply_at_run_time_and_mistakes_are_answered(node:
     assert node.watcher.snapshot.tenants["ads"].weight == 2.5, "the settings from before stay"
     settings.unlink()
     await until(lambda: node.watcher.snapshot.tenants["ads"].weight == 1.0)
+
+
+@contextlib.contextmanager
+def unreadable(path: Path) -> Iterator[None]:
+    """Nobody can open the file, root neither: this process has a lease on it."""
+    before = signal.signal(signal.SIGIO, signal.SIG_IGN)
+    descriptor = os.open(path, os.O_RDWR)
+    fcntl.fcntl(descriptor, fcntl.F_SETLEASE, fcntl.F_WRLCK)
+    try:
+        yield
+    finally:
+        os.close(descriptor)
+        signal.signal(signal.SIGIO, before)
+
+
+async def test_a_file_that_can_be_read_after_all_is_taken_though_it_did_not_change(node: Node) -> None:
+    await node.start(rescan_ms=100)
+    folder = node.root / "ads"
+    node.drop(BID, model=model_file(), manifest=None)
+    with unreadable(folder / "bid.joblib"):
+        node.drop(BID)
+        await until(lambda: node.status().get("state") == "refused")
+        assert node.status()["problems"] == [
+            "bid.joblib: can't be read: Resource temporarily unavailable; make it readable for the node's user"
+        ]
+    await until(lambda: BID in node.live())
+
+    shared = '[features.x]\nversion = 1\nexpression = "event.amount"\ndescription = "x"\n'
+    for name, text in (("tenant", "weight = 2.5\n"), ("features", shared)):
+        hidden, told = folder / f".{name}", ModelName("ads", name)
+        hidden.write_text(text)
+        with unreadable(hidden):
+            hidden.rename(folder / f"{name}.toml")
+            await until(lambda told=told: node.status(told).get("state") == "refused")  # type: ignore[misc]
+            assert f"{name}.toml: can't be read" in str(node.status(told)["problems"])
+        await until(lambda told=told: node.status(told)["state"] == "live")  # type: ignore[misc]
+    assert node.watcher.snapshot.tenants["ads"].weight == 2.5
 
 
 async def test_a_restarted_node_is_live_at_once_without_a_trial(node: Node) -> None:
