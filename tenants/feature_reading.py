@@ -21,8 +21,8 @@ def read_features(
     if signature is None:
         return FeaturesSeen(tenant, "")
     try:
-        with folder.opened(root, tenant, FEATURES_FILE, MANIFEST_BYTES_MAX) as (path, _):
-            return FeaturesSeen(tenant, path.read_bytes().decode(), first)
+        with folder.opened(root, tenant, FEATURES_FILE, MANIFEST_BYTES_MAX) as held:
+            return FeaturesSeen(tenant, held.read().decode(), first)
     except ManifestError as error:
         return FeaturesUnreadable(tenant, error.problems)
     except UnicodeDecodeError:

@@ -158,9 +158,35 @@ def _signature(found: os.stat_result) -> Signature:
     return found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns
 
 
+@dataclass(frozen=True, slots=True)
+class Held:
+    """A file of a tenant, held open: `path` leads to that very file, whatever has its name now."""
+
+    name: str
+    descriptor: int
+    signature: Signature
+    bytes_max: int
+
+    @property
+    def path(self) -> Path:
+        return Path(f"/proc/self/fd/{self.descriptor}")
+
+    def read(self) -> bytes:
+        """All of it, from its start. Raises ManifestError when it has grown over its bound meanwhile, OSError."""
+        os.lseek(self.descriptor, 0, os.SEEK_SET)
+        with os.fdopen(self.descriptor, "rb", closefd=False) as source:
+            content = source.read(self.bytes_max + 1)
+        self.check_size(len(content))
+        return content
+
+    def check_size(self, size: int) -> None:
+        if size > self.bytes_max:
+            raise ManifestError([f"{self.name}: has more than {self.bytes_max} bytes; make it smaller"])
+
+
 @contextmanager
-def opened(root: Path, tenant: str, name: str, bytes_max: int) -> Iterator[tuple[Path, Signature]]:
-    """A file of a tenant, held open: a path that leads to that very file, and its signature.
+def opened(root: Path, tenant: str, name: str, bytes_max: int) -> Iterator[Held]:
+    """A file of a tenant, for as long as it is held.
 
     Raises ManifestError with a line for the tenant when it isn't a plain file inside the tenant's folder or has
     more than `bytes_max` bytes, OSError when it has gone.
@@ -169,13 +195,12 @@ def opened(root: Path, tenant: str, name: str, bytes_max: int) -> Iterator[tuple
     descriptor = os.open(folder / name, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC | os.O_NOCTTY)
     try:
         found = os.fstat(descriptor)
-        held = Path(f"/proc/self/fd/{descriptor}")
+        held = Held(name, descriptor, _signature(found), bytes_max)
         # Asked of the open file, so that a link put in its place meanwhile changes nothing.
-        if not stat.S_ISREG(found.st_mode) or not Path(os.readlink(held)).is_relative_to(folder.resolve()):
+        if not stat.S_ISREG(found.st_mode) or not Path(os.readlink(held.path)).is_relative_to(folder.resolve()):
             raise ManifestError([f"{name}: not a plain file in the tenant's folder; put the file itself there"])
-        if found.st_size > bytes_max:
-            raise ManifestError([f"{name}: has {found.st_size} bytes, at most {bytes_max} are taken; make it smaller"])
-        yield held, _signature(found)
+        held.check_size(found.st_size)
+        yield held
     finally:
         os.close(descriptor)
 

@@ -370,8 +370,8 @@ class ModelWatcher:
             return TenantSeen(TenantSettings(tenant), "", first)
         seen = None
         try:
-            with folder.opened(self._settings.root, tenant, TENANT_FILE, limits.MANIFEST_BYTES_MAX) as (path, _):
-                content = path.read_bytes()
+            with folder.opened(self._settings.root, tenant, TENANT_FILE, limits.MANIFEST_BYTES_MAX) as held:
+                content = held.read()
             settings = parse_tenant(TENANT_FILE, tenant, content, self._settings.caps)
             seen = TenantSeen(settings, content.decode(), first)
             problems = self._snapshot.granted(settings).capped
@@ -436,17 +436,18 @@ class ModelWatcher:
         manifest_name, model_name = name.model + MANIFEST, name.model + MODEL
         try:
             with (
-                folder.opened(root, name.tenant, manifest_name, limits.MANIFEST_BYTES_MAX) as (manifest, first),
-                folder.opened(root, name.tenant, model_name, limits.MODEL_BYTES_MAX) as (model, second),
+                folder.opened(root, name.tenant, manifest_name, limits.MANIFEST_BYTES_MAX) as manifest,
+                folder.opened(root, name.tenant, model_name, limits.MODEL_BYTES_MAX) as model,
             ):
-                if (first, second) != signatures:
+                if (manifest.signature, model.signature) != signatures:
                     return None
-                text = manifest.read_bytes()
+                text = manifest.read()
                 if not transitions.may_take(self._snapshot, name, text, self._schema):
                     return registry.PairSeen(name, text, "", now_ms, old)
-                blob = self._blobs.put(model)
-            with folder.opened(root, name.tenant, model_name, limits.MODEL_BYTES_MAX) as (_, after):
-                return registry.PairSeen(name, text, blob, now_ms, old, signatures) if after == second else None
+                blob = self._blobs.put(model.path)
+            with folder.opened(root, name.tenant, model_name, limits.MODEL_BYTES_MAX) as after:
+                same = after.signature == model.signature
+            return registry.PairSeen(name, text, blob, now_ms, old, signatures) if same else None
         except ManifestError as error:
             return registry.PairRefused(name, error.problems, now_ms)
         except StoreUnavailable as error:  # the operator's disk: no fault of the tenant's, so it is tried again

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from node.kernel import limits
+from node.kernel.errors import ManifestError
 from node.kernel.types import ModelName
 from tenants import folder
 
@@ -77,3 +78,16 @@ def test_a_file_that_can_not_be_looked_at_is_not_gone(tmp_path: Path) -> None:
     assert (set(found.pairs), found.unseen) == ({name}, {"ads"})
     assert "ads/loop.toml: can't be read" in found.ignored[0]
     assert len(found.ignored) == 1, "what a link points to may be gone"
+
+
+def test_a_file_that_grows_while_it_is_read_is_read_no_further_than_its_bound(tmp_path: Path) -> None:
+    pair(tmp_path, "ads")
+    with folder.opened(tmp_path, "ads", "m.toml", 16) as held:
+        assert held.read() == b"x"
+        os.truncate(tmp_path / "ads" / "m.toml", 16)
+        assert len(held.read()) == 16
+        os.truncate(tmp_path / "ads" / "m.toml", 1 << 40)  # all of it would not fit into memory
+        with pytest.raises(ManifestError, match=r"m\.toml: has more than 16 bytes; make it smaller"):
+            held.read()
+    with pytest.raises(ManifestError, match="more than 16 bytes"), folder.opened(tmp_path, "ads", "m.toml", 16):
+        pass
