@@ -3,7 +3,8 @@
 A joblib file is a program for the pickle machine. This reader knows the machine's harmless part: plain data,
 NumPy arrays in joblib's own wrapping, and objects of classes that `allowlist.txt` names exactly. A global is
 looked up in that list and never imported by name. What the list marks `call` may be called while reading; all
-else may only be instantiated without its `__init__`, or referred to.
+else may only be instantiated without its `__init__`, or referred to: nor is it called where it takes the place of
+a method that the machine itself calls.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import importlib
 import io
 import math
 import pickle
+import sys
 import types
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
@@ -233,13 +235,41 @@ class RestrictedUnpickler(_Unpickler):  # type: ignore[misc]
                 f"the file instantiates {_describe(cls)}, which is not a class; store it with joblib.dump"
             )
 
+    def load_append(self) -> None:
+        _require(self.stack[-2], list, "appends to")
+        super().load_append()
+
+    def load_appends(self) -> None:
+        _require(self.metastack[-1][-1], list, "appends to")
+        super().load_appends()
+
+    def load_additems(self) -> None:
+        _require(self.metastack[-1][-1], set, "adds to")
+        super().load_additems()
+
+    def load_setitem(self) -> None:
+        _require(self.stack[-3], dict, "sets items of")
+        super().load_setitem()
+
+    def load_setitems(self) -> None:
+        _require(self.metastack[-1][-1], dict, "sets items of")
+        super().load_setitems()
+
     def load_build(self) -> None:
-        target = self.stack[-2]
+        state = self.stack.pop()
+        target = self.stack[-1]
         if isinstance(target, _NOT_BUILT):
             raise ModelRefused(f"the file changes {_describe(target)} itself; store it with joblib.dump")
-        super().load_build()
-        if type(self.stack[-1]) is NumpyArrayWrapper:
-            self.stack[-1] = self._read_array(vars(self.stack[-1]))
+        _require_state(target, state, _STATES)
+        _refuse_special_names(target, state)
+        # Of the class alone: what the file has given an object as an attribute is not to be called.
+        set_state = getattr(type(target), "__setstate__", None)
+        if set_state is None:
+            _restore(target, state)
+        else:
+            set_state(target, state)
+        if type(target) is NumpyArrayWrapper:
+            self.stack[-1] = self._read_array(vars(target))
 
     def _read_array(self, wrapper: Mapping[str, Any]) -> Any:
         """The array whose bytes follow in the stream, as joblib.numpy_pickle.NumpyArrayWrapper writes them."""
@@ -277,12 +307,58 @@ class RestrictedUnpickler(_Unpickler):  # type: ignore[misc]
         return array
 
 
+_STATES = (dict, tuple, list, str, bytes, int, float, bool, types.NoneType)
+"""What an object may be restored from: methods of anything else might be the file's own."""
+_ATTRIBUTES = (dict, types.NoneType)
+"""The same of an object whose class does not do it itself."""
+
+
+def _require(target: object, kind: type, what: str) -> None:
+    """The methods that are called are those of the container itself; dicts of listed classes keep them."""
+    if not (issubclass(type(target), dict) if kind is dict else type(target) is kind):
+        raise ModelRefused(
+            f"the file {what} {_describe(target)}, which is no {kind.__name__}; store it with joblib.dump"
+        )
+
+
+def _require_state(target: object, state: object, kinds: tuple[type, ...]) -> None:
+    if type(state) not in kinds:
+        raise ModelRefused(
+            f"the file restores {_describe(target)} from {_describe(state)}, which nothing is restored from; "
+            "store it with joblib.dump"
+        )
+
+
+def _refuse_special_names(target: object, state: object) -> None:
+    """Such as `__class__`, or `__array__`, which is called wherever it is found."""
+    for part in state if isinstance(state, tuple) else (state,):
+        for name in part if isinstance(part, dict) else ():
+            if isinstance(name, str) and name.startswith("__") and name.endswith("__"):
+                raise ModelRefused(f"the file sets {name} of {_describe(target)}; store it with joblib.dump")
+
+
+def _restore(target: Any, state: Any) -> None:
+    """What pickle does where the class has no `__setstate__`: attributes, and those in slots."""
+    attributes, slots = state if isinstance(state, tuple) and len(state) == 2 else (state, None)
+    _require_state(target, attributes, _ATTRIBUTES)
+    _require_state(target, slots, _ATTRIBUTES)
+    if attributes:
+        vars(target).update({sys.intern(name) if type(name) is str else name: attributes[name] for name in attributes})
+    for name, value in (slots or {}).items():
+        setattr(target, name, value)
+
+
 _NOT_BUILT = (type, types.FunctionType, types.BuiltinFunctionType, types.MethodType, types.ModuleType, np.ufunc)
 for _opcode, _method in (
     (pickle.REDUCE, RestrictedUnpickler.load_reduce),
     (pickle.NEWOBJ, RestrictedUnpickler.load_newobj),
     (pickle.NEWOBJ_EX, RestrictedUnpickler.load_newobj_ex),
     (pickle.BUILD, RestrictedUnpickler.load_build),
+    (pickle.APPEND, RestrictedUnpickler.load_append),
+    (pickle.APPENDS, RestrictedUnpickler.load_appends),
+    (pickle.ADDITEMS, RestrictedUnpickler.load_additems),
+    (pickle.SETITEM, RestrictedUnpickler.load_setitem),
+    (pickle.SETITEMS, RestrictedUnpickler.load_setitems),
     *(
         (opcode, RestrictedUnpickler.refuse_opcode)
         for opcode in (

@@ -132,6 +132,23 @@ def _system() -> Any:
     return os.system
 
 
+def instance(module: str, name: str) -> bytes:
+    return short(module) + short(name) + b"\x93)\x81"
+
+
+LINK = instance("sklearn._loss.link", "LogitLink")
+"""Of a class without a `__setstate__`."""
+
+
+def borrowing(attribute: str) -> bytes:
+    """An object with `bytes`, which may not be called, as an attribute of its own."""
+    return LINK + b"}" + short(attribute) + short("builtins") + short("bytes") + b"\x93sb"
+
+
+def file_of(opcodes: bytes) -> bytes:
+    return b"\x80\x04" + opcodes + b"."
+
+
 Attack = tuple[str, Callable[[Path], bytes], str]
 ATTACKS: list[Attack] = [
     ("os.system by reduce", by_reduce(_system()), "posix.system"),
@@ -219,6 +236,29 @@ ATTACKS: list[Attack] = [
         "codec by name",
         lambda m: b"\x80\x02c_codecs\nencode\nX\x01\x00\x00\x00aX\x05\x00\x00\x00rot13\x86R.",
         "encodes text as 'rot13'",
+    ),
+    ("append of an object's own", lambda m: file_of(borrowing("append") + b"K\x05a"), "appends to"),
+    ("extend of an object's own", lambda m: file_of(borrowing("extend") + b"(K\x05e"), "appends to"),
+    ("append of an object's own, many", lambda m: file_of(borrowing("append") + b"(K\x05K\x06e"), "appends to"),
+    ("add of an object's own", lambda m: file_of(borrowing("add") + b"(K\x05\x90"), "adds to"),
+    ("an item of what is no dict", lambda m: file_of(LINK + b"K\x01K\x05s"), "sets items of"),
+    ("items of what is no dict", lambda m: file_of(LINK + b"(K\x01K\x05u"), "sets items of"),
+    ("__setstate__ of an object's own", lambda m: file_of(borrowing("__setstate__") + b"K\x05b"), "sets __setstate__"),
+    (
+        "__class__ by the state of slots",
+        lambda m: file_of(LINK + b"N}" + short("__class__") + short("builtins") + short("bytes") + b"\x93s\x86b"),
+        "sets __class__",
+    ),
+    ("items of a state", lambda m: file_of(LINK + borrowing("items") + b"b"), "from sklearn._loss.link.LogitLink"),
+    (
+        "items of a slot's state",
+        lambda m: file_of(LINK + b"N" + borrowing("items") + b"\x86b"),
+        "from sklearn._loss.link.LogitLink",
+    ),
+    (
+        "pop of a state",
+        lambda m: file_of(instance("sklearn.linear_model._logistic", "LogisticRegression") + borrowing("pop") + b"b"),
+        "from sklearn._loss.link.LogitLink",
     ),
     ("array that is not there", lambda m: with_wrapper(_wrapper(np.dtype("f8"), (10**12,)), b""), "more than fits"),
     ("negative shape", lambda m: with_wrapper(_wrapper(np.dtype("f8"), (-1,)), b""), "usable type or shape"),
