@@ -423,8 +423,14 @@ class ModelWatcher:
             event = registry.PairRefused(name, problems, self._clock.now_ms())
         if event is None:
             self._seen.pop(name, None)  # the next look takes it
-        else:
-            await self._apply(event)
+            return
+        await self._apply(event)
+        if isinstance(event, registry.PairSeen) and not event.blob and self._may_take(name, event.manifest):
+            self._seen.pop(name, None)  # what was against it went while it was read
+            self._wake.set()
+
+    def _may_take(self, name: ModelName, manifest: bytes) -> bool:
+        return transitions.may_take(self._snapshot, name, manifest, self._schema)
 
     def _read_pair(self, name: ModelName, signatures: tuple[Signature, Signature]) -> Event | None:
         """Read the manifest and, if that may be taken, copy the model file among the blobs; None to look again.
@@ -442,7 +448,7 @@ class ModelWatcher:
                 if (manifest.signature, model.signature) != signatures:
                     return None
                 text = manifest.read()
-                if not transitions.may_take(self._snapshot, name, text, self._schema):
+                if not self._may_take(name, text):
                     return registry.PairSeen(name, text, "", now_ms, old)
                 blob = self._blobs.put(model.path)
             with folder.opened(root, name.tenant, model_name, limits.MODEL_BYTES_MAX) as after:

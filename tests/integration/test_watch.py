@@ -12,6 +12,7 @@ import shutil
 import signal
 from collections.abc import AsyncIterator, Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import joblib
 import numpy as np
@@ -25,8 +26,9 @@ from node.kernel import limits
 from node.kernel.clock import SystemClock
 from node.kernel.errors import StoreUnavailable
 from node.kernel.supervise import Supervisor
-from node.kernel.types import EventSchema, FeatureRows, ModelName
+from node.kernel.types import EventSchema, FeatureRows, ModelName, Quota
 from replication.blobs import BlobStore
+from tenants import transitions
 from tenants.cpu_time import cpu_seconds
 from tenants.pool import ModelPool
 from tenants.registry import Action, ConfigureTenant, GoLive, RemoveTenant, Retire, Snapshot
@@ -277,6 +279,25 @@ async def test_the_model_file_of_a_refused_manifest_is_not_copied(node: Node) ->
     await until(lambda: node.status().get("state") == "refused")
     assert "amont" in str(node.status()["problems"])
     assert node.blobs.names() == []
+
+
+async def test_a_pair_that_may_be_taken_once_it_was_read_is_looked_at_again(
+    node: Node, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    watcher = await node.start(rescan_ms=60_000)
+    await watcher.set_quota("ads", Quota(models_max=0))
+    loop, may_take, answers = asyncio.get_running_loop(), transitions.may_take, []
+
+    def granted_meanwhile(*asked: Any) -> bool:
+        answers.append(may_take(*asked))
+        if len(answers) == 1:
+            asyncio.run_coroutine_threadsafe(watcher.set_quota("ads", Quota(models_max=1)), loop).result()
+        return answers[-1]
+
+    monkeypatch.setattr(transitions, "may_take", granted_meanwhile)
+    node.drop(BID, model=model_file())
+    await until(lambda: BID in node.live(), seconds_max=20)
+    assert answers[0] is False
 
 
 async def test_too_large_a_file_is_refused_unread(node: Node) -> None:
