@@ -6,8 +6,10 @@ An order names a method of the process's object; what that raises becomes `Faile
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 import logging
+import secrets
 import signal
 import socket
 import sys
@@ -22,13 +24,21 @@ from node.kernel.errors import HeadraceError
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 WAIT_S = 20.0
+PORTS = range(10_000, 32_768)
 _LINE_BYTES_MAX = 1 << 22
+_ports_given: set[int] = set()
 
 
 def free_address() -> str:
-    with socket.socket() as taken:
-        taken.bind(("127.0.0.1", 0))
-        return f"127.0.0.1:{taken.getsockname()[1]}"
+    """One that nobody listens on, and that was not given before. Below the ports that the kernel gives to clients: one
+    of them could have it while the process whose address it is does not run."""
+    while True:
+        port = secrets.choice(PORTS)
+        with socket.socket() as taken, contextlib.suppress(OSError):
+            taken.bind(("127.0.0.1", port))
+            if port not in _ports_given:
+                _ports_given.add(port)
+                return f"127.0.0.1:{port}"
 
 
 async def until(what: str, condition: Callable[[], Awaitable[Any]], wait_s: float = WAIT_S) -> Any:
