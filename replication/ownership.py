@@ -9,9 +9,9 @@ refused if a newer one comes before it in the log. So an owner that is cut off, 
 before another starts, as long as no clock runs faster or slower than real time by more than `clock_drift`. Fencing by
 Kafka does not depend on it.
 
-A process that has ended owns nothing, and its lease is not waited for. That is known of another node when the
-connection to it has ended and its host says that nobody listens on its Raft port: a kernel closes the sockets of a
-process that is killed once its last thread has stopped, and a node gives its lease up before it closes the port itself.
+A process that has ended owns nothing, and its lease is not waited for. That is known of another node when its side has
+ended the connection and its host says that nobody listens on its Raft port: a kernel closes the sockets of a process
+that is killed once its last thread has stopped, and a node gives its lease up before it closes the port itself.
 It counts of that process only, no more once the node's next one has renewed the lease. A firewall that answers for a
 living node would make it wrong: commits would still be fenced, and for the rest of a lease both might answer reads.
 

@@ -380,10 +380,11 @@ class _Transport(TCPTransport):  # type: ignore[misc]
         self._replica.connected(node)
 
     def _onNodeDisconnected(self, node: Any) -> None:  # noqa: N802
-        """pysyncobj tells of each attempt to connect again that fails, too."""
-        was_connected = self._replica.isNodeConnected(node)
+        """pysyncobj also tells of each attempt to connect again that fails, and gives a connection up that was silent
+        for too long, of which nothing follows."""
+        in_use = self._replica.isNodeConnected(node) and not _is_silent(self._connections.get(node))
         super()._onNodeDisconnected(node)
-        if was_connected:
+        if in_use:
             self._replica.disconnected(node)
 
     def _judge(self, message: dict[str, Any]) -> None:
@@ -453,6 +454,13 @@ class _Transport(TCPTransport):  # type: ignore[misc]
                 self.strangers_refused += 1
                 connection.disconnect()
                 self._unknownConnections.discard(connection)
+
+
+def _is_silent(connection: Any) -> bool:
+    if connection is None:
+        return True
+    silent_s = pysyncobj.syncobj.monotonicTime() - connection._TcpConnection__lastReadTime
+    return bool(silent_s > connection._TcpConnection__timeout)
 
 
 def _unread(connection: Any) -> int:

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 from order_lines import free_address
+from pysyncobj.tcp_connection import TcpConnection
 
 from node.kernel.clock import SystemClock
 from replication.raft_journal import Dump, RaftFolder, write_dump
@@ -24,6 +25,9 @@ NO_OP = b"\x01"
 class Values:
     """What is replicated; only that it can be restored matters here."""
 
+    def __init__(self) -> None:
+        self.gone: set[str] = set()
+
     def apply(self, command: bytes) -> str:
         return ""
 
@@ -34,10 +38,10 @@ class Values:
         return
 
     def ended(self, member: str) -> None:
-        return
+        self.gone.add(member)
 
     def connected(self, member: str) -> None:
-        return
+        self.gone.discard(member)
 
 
 class Follower:
@@ -47,7 +51,8 @@ class Follower:
         peers = {name: free_address() for name in "abc"}
         self.settings = RaftSettings("a", peers["a"], peers, folder)
         self.folder = RaftFolder(folder, "a", peers["a"], sync=False)
-        self.replica = Replica(self.settings, self.folder, Values(), SystemClock())
+        self.values = Values()
+        self.replica = Replica(self.settings, self.folder, self.values, SystemClock())
         self.replica.doTick(0.0)
         self.replica.recorded = None
         self.transport: Any = self.replica._SyncObj__transport
@@ -68,6 +73,23 @@ def follower(tmp_path: Path) -> Iterator[Follower]:
     made = Follower(tmp_path / "raft")
     yield made
     made.close()
+
+
+@pytest.mark.parametrize(("silent", "gone"), [(False, {"b"}), (True, set())])
+def test_a_connection_that_was_given_up_for_its_silence_says_nothing_of_the_process(
+    follower: Follower, silent: bool, gone: set[str]
+) -> None:
+    transport, node = follower.transport, follower.leader
+    connection: Any = TcpConnection(None, timeout=follower.settings.connection_lost_ms / 1000)
+    transport._connections[node] = connection
+    transport._onNodeConnected(node)
+    if silent:
+        connection._TcpConnection__lastReadTime -= follower.settings.connection_lost_ms
+    transport._onNodeDisconnected(node)
+    assert follower.values.gone == gone
+    transport._onNodeDisconnected(node)
+    transport._onNodeConnected(node)
+    assert follower.values.gone == set()
 
 
 def test_a_dump_of_the_leaders_own_term_is_not_all_that_was_committed(follower: Follower, tmp_path: Path) -> None:
