@@ -314,7 +314,7 @@ _ATTRIBUTES = (dict, types.NoneType)
 
 
 def _require(target: object, kind: type, what: str) -> None:
-    """The methods that are called are those of the container itself; dicts of listed classes keep them."""
+    """So that the method called is the container's own; listed classes that are dicts count as such."""
     if not (issubclass(type(target), dict) if kind is dict else type(target) is kind):
         raise ModelRefused(
             f"the file {what} {_describe(target)}, which is no {kind.__name__}; store it with joblib.dump"

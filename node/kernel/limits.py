@@ -299,7 +299,8 @@ CLUSTER_STRANGERS_MAX = 32
 CLUSTER_STRANGER_MS_MAX = 3_000
 CLUSTER_STRANGER_BYTES_MAX = 4 * KIB
 CLUSTER_PROBE_MS_MAX = 50
-"""Raft stands still meanwhile on the node that asks whether its leader still listens."""
+"""Of connecting, and then of waiting for an end: Raft stands still meanwhile on the node that asks whether another's
+process is still there."""
 CLUSTER_TICKS_FAILED_MAX = 100
 """In a row; then the node stops loudly."""
 
