@@ -130,7 +130,7 @@ class Partition:
             except RECOVERABLE as failure:
                 if self.condition.phase == "running":
                     wait_ms = BROKER_RETRY_MS_MIN
-                self._fail(failure)
+                await self._fail(failure)
                 await self._pause((self._fenced_retry_ms if isinstance(failure, Fenced) else wait_ms) / 1000)
                 wait_ms = min(wait_ms * 2, BROKER_RETRY_MS_MAX)
         self.condition.phase = "stopped"
@@ -154,12 +154,12 @@ class Partition:
             self.session = None
             await asyncio.shield(session.close())
 
-    def _fail(self, failure: Exception) -> None:
+    async def _fail(self, failure: Exception) -> None:
         self.condition.failed(failure, self.number)
         if isinstance(failure, StateCorrupt):
-            self._state.set_aside()
+            await self._state.set_aside()
         elif not isinstance(failure, _STORE_IS_SOUND):
-            self._state.close()
+            await self._state.close()
 
     async def _pause(self, seconds: float) -> None:
         if seconds > 0:

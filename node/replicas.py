@@ -246,7 +246,7 @@ class Replica:
                     await self._stand_by(duty)
         finally:
             await self._drop_tail()
-            self._state.close()
+            await self._state.close()
             self.condition.phase = "stopped"
 
     async def _drop_tail(self) -> None:
@@ -399,9 +399,9 @@ class Replica:
     async def _mend(self, failure: Exception) -> None:
         """What a failure asks for before the next attempt; whatever it was, the store is opened again."""
         if isinstance(failure, StateCorrupt):
-            self._state.set_aside()
+            await self._state.set_aside()
             return
-        self._state.close()
+        await self._state.close()
         if isinstance(failure, ChangelogCut):
             try:
                 restored = await self._state.restore()
@@ -430,7 +430,7 @@ class Replica:
         while the changelog is cut behind what too few others have."""
         if self._state.store is not None:
             self._kept_offset = self._state.store.changelog_offset()
-        self._state.close()
+        await self._state.close()
         clock, ownership = self._around.clock, self._around.ownership
         since = clock.monotonic()
         self.condition.phase, self.condition.reason = "stopped", ""

@@ -84,7 +84,7 @@ class PartitionSession:
         state: PartitionState,
         steps: StepTimes,
         flushing: Flushing,
-        close_store: Callable[[], None],
+        close_store: Callable[[], Awaitable[None]],
     ) -> None:
         self.source = source
         self.outbox = outbox
@@ -123,7 +123,7 @@ class PartitionSession:
         await self.source.close()
         await self.outbox.close()
         await self._flushing.close()
-        self._close_store()
+        await self._close_store()
 
 
 async def open_session(
@@ -157,12 +157,12 @@ async def open_session(
         await changelog.close()
         await source.close()
         await outbox.close()
-        close_store()
+        await close_store()
         raise
     return PartitionSession(cycle, committer, source, outbox, store, state, steps, flushing, close_store)
 
 
-def _leave_open() -> None:
+async def _leave_open() -> None:
     """The store belongs to the replica, which is a standby next."""
 
 

@@ -97,7 +97,8 @@ class StateStore(Protocol):
         """
         ...
 
-    def close(self) -> None: ...
+    def close(self) -> None:
+        """May take long, and may run in another thread, once nobody uses the store any more."""
 
     def statistics(self) -> Mapping[str, object]: ...
 

@@ -42,7 +42,7 @@ class StateFolder:
             store = self._open_store(self._path) if self._path.exists() else None
             if self._restore is not None and (store is None or store.changelog_offset() == 0):
                 if store is not None:
-                    store.close()
+                    await _closed(store)
                 await self._restore(self._partition, self._path)
                 store = None
             self.store = store or self._open_store(self._path)
@@ -53,17 +53,18 @@ class StateFolder:
         closed. False when there is none."""
         if self._restore is None:
             return False
-        self.close()
+        await self.close()
         return await self._restore(self._partition, self._path)
 
-    def close(self) -> None:
+    async def close(self) -> None:
+        """It is closed to whoever asks at once; the folder may be opened again when this returns."""
         if self.store is not None:
             store, self.store = self.store, None
-            store.close()
+            await _closed(store)
 
-    def set_aside(self) -> None:
+    async def set_aside(self) -> None:
         """Keep the newest damaged store for inspection; the partition is rebuilt without it."""
-        self.close()
+        await self.close()
         damaged = self._path.with_name(f"{self._path.name}.damaged")
         shutil.rmtree(damaged, ignore_errors=True)
         with contextlib.suppress(FileNotFoundError):
@@ -71,10 +72,15 @@ class StateFolder:
         log.error("damaged store set aside, the partition is rebuilt from its changelog", folder=str(damaged))
 
     async def delete(self) -> None:
-        self.close()
+        await self.close()
         if self._path.exists():
             await asyncio.to_thread(shutil.rmtree, self._path, ignore_errors=True)
             log.info("unused state deleted", partition=self._partition, folder=str(self._path))
+
+
+async def _closed(store: StateStore) -> None:
+    """Beside the loop, and to the end: a store writes what it has in memory first, and waits for a copy being made."""
+    await asyncio.shield(asyncio.get_running_loop().run_in_executor(None, store.close))
 
 
 class StateFolders:

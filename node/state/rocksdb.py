@@ -295,8 +295,11 @@ class RocksStore:
         stored offset is too old rather than too new, and folding the same frames again gives the same rows.
         """
         with self._failures("flushed"), self._writing:
-            for family in FAMILIES:
-                self._families[family].flush()
+            self._flush()
+
+    def _flush(self) -> None:
+        for family in FAMILIES:
+            self._families[family].flush()
 
     def flush_rows(self) -> None:
         """See `StateStore`; `meta` is left to `flush`, as its offset must not reach the disk before the rows do."""
@@ -342,8 +345,13 @@ class RocksStore:
             yield "backfill", b"", encode_backfill(state)
 
     def close(self) -> None:
-        """The lock on the folder outlives the database while a handle to a family lives, so those go first."""
+        """May run in another thread. What is in memory is flushed first: RocksDB does it by itself, with the GIL held.
+
+        The lock on the folder outlives the database while a handle to a family lives, so those go before it.
+        """
         with self._open, self._writing:
+            with contextlib.suppress(Exception):
+                self._flush()
             self._families, self._handles = {}, {}
             with contextlib.suppress(Exception):
                 self._database.close()
