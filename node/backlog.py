@@ -19,7 +19,12 @@ from functools import partial
 from node.answer_times import AnswerTimes
 from node.kernel.clock import Clock
 from node.kernel.errors import BoundExceeded
-from node.kernel.limits import CHUNKS_IN_FLIGHT_PER_MODEL_MAX, SETTLED_ROWS_MAX, WAITING_SWEPT_ROWS_MIN
+from node.kernel.limits import (
+    CHUNKS_IN_FLIGHT_PER_MODEL_MAX,
+    SETTLED_ROWS_MAX,
+    WAITING_PASSED_CHUNKS_MAX,
+    WAITING_SWEPT_ROWS_MIN,
+)
 from node.kernel.ports import ModelRunner, StateStore
 from node.kernel.types import Floats, ModelName, ModelOutputs, ModelVersion, SequenceChunk, Triggers
 from node.waiting import Answering, Bound, Entry, Line, row_bytes
@@ -81,7 +86,6 @@ class Backlog:
             line = self._line(chunk.triggers)
             held = len(line.entries) < CHUNKS_IN_FLIGHT_PER_MODEL_MAX
             entry = Entry.of(chunk, self._clock.now_ms(), held)
-            entry.stored = True
             self._add(line, entry, chunk.triggers)
             line.next_number = chunk.number + 1
 
@@ -148,7 +152,8 @@ class Backlog:
         line.next_number += 1
         entry = Entry.of(chunk, chunk.queued_ms)
         if answering is not None:
-            self._watch(entry, version, answering)
+            entry.answering, entry.runs_on = answering, version
+            answering.add_done_callback(lambda _: self.changed.set())
         self._add(line, entry, triggers)
         self._drop_given_up(line, settled)
         return chunk
@@ -175,11 +180,12 @@ class Backlog:
         """Give up what is over the bound: it was lowered, or a restart has forgotten what was given up before."""
         bound = self._bound(lines[0].model)
         while bound.filled(sum(line.rows for line in lines), sum(line.bytes for line in lines)) > 1:
-            longest = max(lines, key=lambda line: bound.filled(line.rows, line.bytes))
-            oldest = longest.oldest()
-            if oldest is None:
+            longest = sorted(lines, key=lambda line: bound.filled(line.rows, line.bytes), reverse=True)
+            found = next(((line, oldest) for line in longest if (oldest := line.oldest()) is not None), None)
+            if found is None:
                 return
-            longest.give_up(oldest, "overload")
+            line, oldest = found
+            line.give_up(oldest, "overload")
 
     def _drop_given_up(self, line: Line, settled: Settled) -> None:
         """Take off the head what nothing of waits any more."""
@@ -210,7 +216,7 @@ class Backlog:
                 rows += line.entries[0].rows
                 self._drop_head(line, settled)
                 self._drop_given_up(line, settled)
-            if line.given_up > line.rows + WAITING_SWEPT_ROWS_MIN:
+            if line.given_up > line.rows + WAITING_SWEPT_ROWS_MIN or line.passed > WAITING_PASSED_CHUNKS_MAX:
                 self._sweep(line, settled)
         return settled
 
@@ -218,14 +224,8 @@ class Backlog:
         if not line.entries:
             return
         age_ms_max = self._bound(line.model).age_ms_max
-        if not age_ms_max:
-            return
-        since_ms = self._clock.now_ms() - age_ms_max
-        for entry in line.entries:
-            if entry.queued_ms >= since_ms:
-                break
-            if entry.live and not entry.answered:
-                line.give_up(entry, "age")
+        if age_ms_max:
+            line.expire(self._clock.now_ms() - age_ms_max)
 
     def _settle_head(self, entry: Entry, settled: Settled) -> bool:
         if entry.triggers is None:
@@ -240,7 +240,7 @@ class Backlog:
         return True
 
     def _sweep(self, line: Line, settled: Settled) -> None:
-        """Write the line anew. More was given up in it than waits: on the whole a trigger is written twice at most."""
+        """Take out of the line what was given up behind its head."""
         shed: Counter[str] = Counter()
         settled.appended += line.swept(lambda entry: self._triggers(line.name, entry), shed)
         settled.cursors[line.name] = line.entries[0].number if line.entries else line.next_number
@@ -251,25 +251,20 @@ class Backlog:
         """The store holds these chunks now: their triggers need not stay in memory."""
         for chunk in chunks:
             line = self._line(chunk.triggers)
-            for entry in reversed(line.entries):
-                if entry.number == chunk.number:
-                    entry.stored = True
-                if entry.number <= chunk.number:
-                    break
+            entry = line.find(chunk.number)
+            if entry is None or entry.triggers is not chunk.triggers:  # a sweep has given its number away
+                continue
+            near = entry.number - line.entries[0].number < CHUNKS_IN_FLIGHT_PER_MODEL_MAX
+            if entry.answering is None and not near:
+                entry.triggers = None
 
     def pump(self) -> None:
-        """Submit chunks near the head that nobody works on."""
+        """Submit the first chunks that nobody works on."""
         for line in self._lines.values():
-            handed_out = 0
-            for entry in line.entries:
-                if handed_out == CHUNKS_IN_FLIGHT_PER_MODEL_MAX:
+            while len(line.working) < CHUNKS_IN_FLIGHT_PER_MODEL_MAX:
+                entry = line.first_idle()
+                if entry is None or not self._submit(line, entry):
                     break
-                if not entry.live:
-                    continue
-                if entry.answering is None and not self._submit(line, entry):
-                    break
-                handed_out += 1
-            self._forget_tail(line)
 
     def _triggers(self, name: str, entry: Entry) -> Triggers:
         if entry.triggers is None:
@@ -288,21 +283,9 @@ class Backlog:
         except BoundExceeded:
             return False
         entry.triggers = triggers
-        line.handed_out(entry)
-        self._watch(entry, version, answer)
+        line.hand_out(version, answer)
+        answer.add_done_callback(lambda _: self.changed.set())
         return True
-
-    def _watch(self, entry: Entry, version: ModelVersion, answering: Answering) -> None:
-        entry.answering, entry.runs_on = answering, version
-        answering.add_done_callback(lambda _: self.changed.set())
-
-    def _forget_tail(self, line: Line) -> None:
-        for at in range(CHUNKS_IN_FLIGHT_PER_MODEL_MAX, len(line.entries)):
-            entry = line.entries[-at + CHUNKS_IN_FLIGHT_PER_MODEL_MAX - 1]
-            if entry.triggers is None:
-                return
-            if entry.answering is None and entry.stored:
-                entry.triggers = None
 
     def close(self) -> None:
         for line in self._lines.values():

@@ -3,6 +3,9 @@
 Rows that were given up stay in their chunk until it is at the head of its line, or until the line is swept: a frame
 can only move a line's head and put chunks. They are counted as shed in the frame that takes them out, so that each
 trigger is answered or counted once, whatever is killed; which rows a restarted node gives up follows from the chunks.
+
+A line of a rarely triggered model is of many chunks of one row each, and behind a call that never ends there may be as
+many that were given up: nothing here may walk over the line for each chunk or cycle.
 """
 
 from __future__ import annotations
@@ -11,10 +14,12 @@ import asyncio
 from collections import Counter, deque
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
+from itertools import islice
 from typing import TypeAlias
 
 import numpy as np
 
+from node.kernel.limits import WAITING_PASSED_CHUNKS_MAX, WAITING_SWEPT_CHUNKS
 from node.kernel.types import Ints, ModelName, ModelOutputs, ModelVersion, OverloadPolicy, SequenceChunk, Triggers
 
 Answering: TypeAlias = asyncio.Future[ModelOutputs]
@@ -54,7 +59,6 @@ class Entry:
     answering: Answering | None = None
     runs_on: ModelVersion | None = None
     """What answers: another version than the triggers name, where that one was fallen back from."""
-    stored: bool = False
     superseded: set[int] = field(default_factory=set)
     given_up: str = ""
     """Why all of it was given up."""
@@ -103,6 +107,10 @@ class Line:
     name: str
     model: ModelName
     entries: deque[Entry] = field(default_factory=deque)
+    idle: deque[Entry] = field(default_factory=deque)
+    """Those that nobody works on yet, in order; some that were given up may be among them."""
+    working: list[Entry] = field(default_factory=list)
+    """Those that were handed out and not given up, in order: a few."""
     next_number: int = 0
     rows: int = 0
     """That wait, as do `bytes`."""
@@ -115,6 +123,10 @@ class Line:
     def add(self, entry: Entry, customers: tuple[str, ...] | None) -> None:
         """At the end; with `customers`, older rows of theirs that were not handed out are superseded."""
         self.entries.append(entry)
+        if entry.answering is None:
+            self.idle.append(entry)
+        else:
+            self.working.append(entry)
         self.rows += entry.rows
         self.bytes += entry.rows * entry.row_bytes
         entry.customers = customers
@@ -142,10 +154,18 @@ class Line:
         self.given_up += live
         entry.given_up = reason
         if entry.answering is not None:
+            self.working.remove(entry)
             entry.answering.cancel()
-        self.handed_out(entry)
+        self._settle(entry)
 
-    def handed_out(self, entry: Entry) -> None:
+    def hand_out(self, version: ModelVersion, answering: Answering) -> None:
+        """The first that nobody works on is answered by `version` from here on."""
+        entry = self.idle.popleft()
+        entry.answering, entry.runs_on = answering, version
+        self.working.append(entry)
+        self._settle(entry)
+
+    def _settle(self, entry: Entry) -> None:
         """Nothing of it is superseded from here on."""
         for row, customer in enumerate(entry.customers or ()):
             found = self.newest.get(customer)
@@ -160,44 +180,94 @@ class Line:
         self.rows -= live
         self.bytes -= live * entry.row_bytes
         self.given_up -= entry.rows - live
-        self.handed_out(entry)
+        self._settle(entry)
+        if self.idle and self.idle[0] is entry:
+            self.idle.popleft()
+        elif live and entry.answering is not None:
+            self.working.remove(entry)
         if entry.answering is not None and not entry.answering.done():
             entry.answering.cancel()
         return entry
 
+    def first_idle(self) -> Entry | None:
+        """The oldest of what waits that nobody works on."""
+        while self.idle and not self.idle[0].live:
+            self.idle.popleft()
+        return self.idle[0] if self.idle else None
+
     def oldest(self) -> Entry | None:
         """What goes first when the oldest has to: nothing that is being worked on while something else is left, and
         never the head of what is, or a model that is slower than its events would never end a call."""
-        working: Entry | None = None
-        for place, entry in enumerate(self.entries):
-            if entry.answering is None and entry.live:
-                return entry
-            if place and working is None and entry.live and not entry.answered:
-                working = entry
-        return working
+        idle = self.first_idle()
+        if idle is not None:
+            return idle
+        return next((one for one in self.working if one is not self.entries[0] and not one.answered), None)
+
+    def expire(self, since_ms: int) -> None:
+        """Give up what was queued before then and is not answered."""
+        for entry in [one for one in self.working if one.queued_ms < since_ms and not one.answered]:
+            self.give_up(entry, "age")
+        while (idle := self.first_idle()) is not None and idle.queued_ms < since_ms:
+            self.give_up(idle, "age")
+
+    def find(self, number: int) -> Entry | None:
+        """The entry of that chunk, if it is here still; numbers have no gaps."""
+        place = number - self.entries[0].number if self.entries else -1
+        return self.entries[place] if 0 <= place < len(self.entries) else None
+
+    @property
+    def passed(self) -> int:
+        """Chunks given up that lie between the head and the first that nobody works on."""
+        idle = self.first_idle()
+        end = self.next_number if idle is None else idle.number
+        return end - self.entries[0].number - len(self.working) if self.entries else 0
 
     def swept(self, load: Callable[[Entry], Triggers], shed: Counter[str]) -> list[SequenceChunk]:
-        """Number all that waits anew, without what was given up; its chunks, and what was shed by reason.
+        """Put what waits near the head anew, without what was given up there; its chunks, and what was shed by reason.
 
-        What is being answered goes on being answered. Afterwards the line begins with the first of these chunks.
+        They get the numbers just before what follows, so that nothing of that is put again. What is being answered
+        goes on being answered. Afterwards the line begins with the first of these chunks.
         """
-        entries, self.entries = self.entries, deque()
-        self.newest.clear()
-        self.rows = self.bytes = self.given_up = 0
-        chunks = []
-        for entry in entries:
+        front = list(islice(self.entries, self._swept_count()))
+        kept = [(entry, load(entry)) for entry in front if entry.live]
+        for entry in front:
             shed.update(dict(entry.shed()))
-            if not entry.live:
-                continue
-            whole = load(entry)
-            triggers = whole if len(whole) == entry.live else entry.live_triggers(whole)
-            chunk = SequenceChunk(self.next_number, triggers, entry.queued_ms)
-            self.next_number += 1
-            fresh = Entry.of(chunk, entry.queued_ms)
-            fresh.answering, fresh.runs_on = entry.answering, entry.runs_on
-            self.add(fresh, None if entry.customers is None else triggers.customers)
-            chunks.append(chunk)
-        return chunks
+            self.given_up -= entry.rows - entry.live
+            self.entries.popleft()
+        end = self.entries[0].number if self.entries else self.next_number
+        while self.idle and self.idle[0].number < end:
+            self.idle.popleft()
+        renewed = [self._renewed(*one, number) for number, one in enumerate(kept, end - len(kept))]
+        fresh = [entry for entry, _ in renewed]
+        self.entries.extendleft(reversed(fresh))
+        self.idle.extendleft(one for one in reversed(fresh) if one.answering is None)
+        self.working = [*(one for one in fresh if one.answering), *(one for one in self.working if one.number >= end)]
+        return [chunk for _, chunk in renewed]
+
+    def _swept_count(self) -> int:
+        """Of the first entries: those up to the first that nobody works on, or else as many as hold more rows that
+        were given up than that wait, so that on the whole a row is put twice at most, and need few chunks."""
+        if self.passed > WAITING_PASSED_CHUNKS_MAX:
+            return self.passed + len(self.working)
+        rows = given_up = chunks = found = 0
+        for count, entry in enumerate(self.entries, 1):
+            rows, given_up, chunks = rows + entry.live, given_up + entry.rows - entry.live, chunks + bool(entry.live)
+            found = count if given_up > rows else found
+            if found and chunks >= WAITING_SWEPT_CHUNKS:
+                break
+        return found
+
+    def _renewed(self, entry: Entry, whole: Triggers, number: int) -> tuple[Entry, SequenceChunk]:
+        """What waits of the entry as another one in its place, and its chunk."""
+        triggers = whole if len(whole) == entry.live else entry.live_triggers(whole)
+        chunk = SequenceChunk(number, triggers, entry.queued_ms)
+        fresh = Entry.of(chunk, entry.queued_ms)
+        fresh.answering, fresh.runs_on = entry.answering, entry.runs_on
+        self.bytes += fresh.rows * (fresh.row_bytes - entry.row_bytes)
+        if entry.customers is not None:
+            fresh.customers = triggers.customers
+            self.newest.update((customer, (fresh, row)) for row, customer in enumerate(triggers.customers))
+        return fresh, chunk
 
 
 def row_bytes(triggers: Triggers) -> int:

@@ -61,7 +61,11 @@ WAITING_ROWS_MAX = 1_048_576
 WAITING_MB_MAX = 4096
 WAITING_AGE_MS_MAX = 30 * 24 * 3600 * 1000
 WAITING_SWEPT_ROWS_MIN = 4096
-"""A line of the sequence log is written anew once it holds so many more rows that were given up than that wait."""
+"""What was given up is taken out of a line of the sequence log once it is so many more rows than wait there."""
+WAITING_PASSED_CHUNKS_MAX = 4096
+"""And once it is so many chunks between those that are worked on and the first that is not."""
+WAITING_SWEPT_CHUNKS = 512
+"""That are put anew for it at a time, where that is enough."""
 SETTLED_ROWS_MAX = 32_768
 """Late answers that one cycle commits beside its own; a chunk more at most."""
 INTERVAL_MS_MIN = 1_000

@@ -7,7 +7,7 @@ a caught-up standby. Kafka Streams is measured at its default time-outs (its mem
 several ways to tune it the fastest median counts. `tuned_with_broker` gives a member up after a second, as Headrace's
 default lease does. `headrace_silent` is shown beside the aims and not counted in them: the owner is stopped instead, so
 that nothing tells the others that it has ended and they wait for its lease, as when its host is gone; Kafka Streams
-waits for its time-outs either way. Ten kills each take 30 minutes, ten of them for those of Kafka Streams by default.
+waits for its time-outs either way. Ten kills each take 24 minutes, ten of them for those of Kafka Streams by default.
 
 Planned moves, at the end of each round of Headrace: a node is drained under the same load, and the longest time in
 which one of its partitions gave no output is the pause; without a move it is about a commit interval.
