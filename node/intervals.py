@@ -17,6 +17,7 @@ from collections import Counter, deque
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 
+import numpy as np
 import structlog
 
 from node.backlog import Answer
@@ -25,6 +26,7 @@ from node.interval_rows import ChunkRows, chunk_rows
 from node.kernel.clock import Clock
 from node.kernel.errors import BoundExceeded
 from node.kernel.limits import (
+    EVENT_TIME_SKEW_MS_MAX,
     INTERVAL_CHUNK_ROWS_MAX,
     INTERVAL_LOOK_MS,
     INTERVAL_REST_BESIDE_EVENTS_FACTOR,
@@ -35,7 +37,7 @@ from node.kernel.limits import (
 )
 from node.kernel.ports import FeaturePlan, ModelRunner, StateStore
 from node.kernel.tables import NO_TABLES, TableSet
-from node.kernel.types import BACKGROUND, EventColumns, IntervalRun, ModelName, ModelVersion, Statistics
+from node.kernel.types import BACKGROUND, EventColumns, IntervalRun, Ints, ModelName, ModelVersion, Statistics
 from node.kernel.zones import time_zone
 from node.schedule import decide, newest_interval, went_on
 from node.state.layout import Layout
@@ -75,7 +77,7 @@ class Intervals:
         self._clock = clock
         self._partition = partition
         self._runs = dict(store.runs())
-        self._event_time_ms = store.event_time_ms()
+        self._event_time_ms = int(_as_come(np.array([store.event_time_ms()]), clock.now_ms())[0])
         self._chunks: dict[str, _Chunk] = {}
         """By the text of the model's name."""
         self._turns: deque[str] = deque()
@@ -123,12 +125,14 @@ class Intervals:
         self._due |= due
 
     def committing(self, events: EventColumns, counters: Counter[str]) -> tuple[Mapping[str, IntervalRun | None], int]:
-        """What the frame that is made now says of runs, and the newest event's time; `counters` are added to."""
+        """What the frame that is made now says of runs, and the time by its events; `counters` are added to."""
         if len(events):
             self._beside_events = True
-            self._event_time_ms = max(self._event_time_ms, int(events.times_ms.max()))
+            as_come = _as_come(events.times_ms, self._clock.now_ms())
+            self._event_time_ms = max(self._event_time_ms, int(as_come.max()))
+            self._counted["ahead"] += int((as_come != events.times_ms).sum())
         changed, self._changed, self._due = self._changed, {}, False
-        counters.update(self._counted)
+        counters.update(+self._counted)
         self._counted.clear()
         return changed, self._event_time_ms
 
@@ -186,8 +190,10 @@ class Intervals:
     def _advance(self, name: str, version: ModelVersion) -> None:
         schedule, run = version.schedule, self._runs.get(name)
         assert schedule is not None
-        # Of events that the store has: a run must see all that came before those which closed its interval.
-        now_ms = self._store.event_time_ms() if schedule.by_event else self._clock.now_ms()
+        # Of events that the store has: a run must see all that came before those which closed its interval. When it was
+        # opened, its time may have been ahead of the clock.
+        event_time_ms = min(self._event_time_ms, self._store.event_time_ms())
+        now_ms = event_time_ms if schedule.by_event else self._clock.now_ms()
         if not now_ms and not schedule.gap_ms:
             return  # the first events tell which interval is the first; of sessions there is none before them
         decision = decide(version, run, newest_interval(schedule, now_ms, time_zone(schedule.zone)))
@@ -252,3 +258,9 @@ class Intervals:
             name: {"due_ms": run.due_ms, "running": not run.finished, "late": run.late, "rows": run.rows}
             for name, run in self._runs.items()
         }
+
+
+def _as_come(times_ms: Ints, now_ms: int) -> Ints:
+    """Event times, but `now_ms`, the clock's, for those that are further ahead of it than clocks differ: they are still
+    the event's own, but say nothing of how far the others have come."""
+    return np.where(times_ms > now_ms + EVENT_TIME_SKEW_MS_MAX, now_ms, times_ms)

@@ -23,6 +23,9 @@ NUMBER_MAGNITUDE_MAX = 1e15
 EVENT_TIME_AGE_MS_MAX = 20 * 366 * 24 * 3600 * 1000
 EVENT_TIME_AHEAD_MS_MAX = 24 * 3600 * 1000
 """An event time further from the Kafka timestamp is absurd: a dead letter."""
+EVENT_TIME_SKEW_MS_MAX = 60_000
+"""An event further ahead of the node's clock counts as come now where the time of a partition's events is asked for, or
+one event would close all windows and sessions up to its time."""
 
 POLL_EVENTS_MAX = 65_536
 POLL_BYTES_MAX = 64 * MIB

@@ -60,7 +60,7 @@ class StateStore(Protocol):
         ...
 
     def event_time_ms(self) -> int:
-        """Of the newest event folded; 0 for an empty store."""
+        """As the newest frame says; 0 for an empty store."""
         ...
 
     def chunks(self, limit: int, after: tuple[str, int] | None = None) -> list[SequenceChunk]:

@@ -371,8 +371,9 @@ class Frame:
     twice gives the same store. `layout` is the encoded definition, present whenever it may be new to a
     reader of this changelog. `cursors` gives, for each model named, the number of its oldest chunk to keep.
     `counters` are running totals of the partition (late, shed, dead letters…), so they survive a restart. `runs` gives
-    the interval runs that went on, by the text of the model's name; None: forgotten. `event_time_ms` is the newest
-    event's. `backfill`, where it changed, is how far windows are filled from history.
+    the interval runs that went on, by the text of the model's name; None: forgotten. `event_time_ms` is the time by
+    the partition's events: the newest's, but no later than its owner's clock allowed when it came. `backfill`, where it
+    changed, is how far windows are filled from history.
     """
 
     progress: Mapping[str, int]

@@ -70,6 +70,8 @@ def _partition_metrics(partitions: list[PartitionStatus]) -> Iterator[Metric]:
     yield _counter("ignored", "Events of types that are not configured.", label, ignored)
     late = by_partition(lambda one: one.counters.get("late", 0))
     yield _counter("late", "Events too late for a window they belong to.", label, late)
+    ahead = by_partition(lambda one: one.counters.get("ahead", 0))
+    yield _counter("ahead", "Events over a minute ahead of the node's clock.", label, ahead)
     yield _counter("cache_hits", "Rows found in the cache.", label, by_partition(lambda one: one.cache.hits))
     yield _counter("cache_misses", "Rows read from the store.", label, by_partition(lambda one: one.cache.misses))
     yield _gauge("cache_rows", "Rows in the cache.", label, by_partition(lambda one: one.cache.rows))

@@ -169,6 +169,7 @@ async def test_metrics_follow_from_the_status(
     counters = {
         "events": 10,
         "late": 2,
+        "ahead": 6,
         "dead_letters not_json": 3,
         "inferences ads/bid": 4,
         "shed overload ads/bid": 5,
@@ -188,6 +189,7 @@ async def test_metrics_follow_from_the_status(
     found = await samples(client, server)
     assert found["headrace_events_total", ("1",)] == 10
     assert found["headrace_late_total", ("0",)] == 2
+    assert found["headrace_ahead_total", ("0",)] == 6
     assert found["headrace_dead_letters_total", ("not_json",)] == 6
     assert found["headrace_inferences_total", ("bid", "ads")] == 8
     assert found["headrace_sheds_total", ("bid", "overload", "ads")] == 10

@@ -136,7 +136,7 @@ class Partition:
     def __init__(self, feature_plan: FeaturePlan) -> None:
         self.plan = feature_plan
         self.models = feature_plan.models
-        self.clock = ManualClock(START_MS)
+        self.clock = ManualClock(START_MS + 10**9)
         self.store = MemoryStore()
         self.layout = Layout.empty().grown(feature_plan.aggregates, feature_plan.stored_models)
         self.programs: dict[tuple[str, str], Program] = {}
@@ -316,6 +316,27 @@ def test_a_model_gets_no_session_that_had_ended_before_it_came() -> None:
     partition.look()
     long = "shop/long"
     assert partition.triggered == {(long, "a", 45): 1, (long, "b", 35): 1, (long, "c", 40): 1}
+
+
+@pytest.mark.parametrize("comes_later", [False, True])
+def test_an_event_ahead_of_the_clock_ends_no_session_and_none_that_follows_is_lost(comes_later: bool) -> None:
+    partition = Partition(plan("long"))
+    partition.clock = ManualClock(START_MS + 4 * MINUTE_MS)
+    partition.restart()
+    held, nothing = partition.plan, compile_plan([], SCHEMA)
+    partition.plan = nothing if comes_later else held
+    partition.cycle([("a", 0, 1), ("b", 2, 1)])
+    partition.cycle([("astray", 1440, 1)])
+    partition.plan = held
+    partition.cycle([("a", 4, 1)])
+    partition.look()
+    assert not partition.triggered
+    for minute in (30, 60):
+        partition.clock.advance(minute * MINUTE_MS + START_MS - partition.clock.now_ms())
+        partition.cycle([("a", minute, 1)])
+        partition.look()
+    long = "shop/long"
+    assert partition.triggered == {(long, "a", 0): 1, (long, "b", 2): 1, (long, "a", 30): 1}
 
 
 def test_grace_keeps_a_session_open_for_events_that_come_late() -> None:

@@ -16,6 +16,7 @@ from node.cycle import _store_answers
 from node.intervals import Intervals
 from node.kernel.clock import ManualClock
 from node.kernel.errors import BoundExceeded
+from node.kernel.limits import EVENT_TIME_SKEW_MS_MAX
 from node.kernel.ports import FeaturePlan
 from node.kernel.types import (
     BACKGROUND,
@@ -248,6 +249,73 @@ async def test_by_events_a_window_closes_when_they_are_past_its_end_by_the_grace
     assert rows.numbers.tolist() == [[1.0, 1.0], [1.0, 1.0], [2.0, 0.0]]
     await partition.settle()
     assert partition.of_interval(end) == ["a", "b", "c"]
+
+
+MINUTE_MS = 60_000
+DAY_MS = 24 * HOUR_MS
+YEAR_2160_MS = 6_000_000_000_000
+
+
+@pytest.mark.parametrize("ahead_ms", [EVENT_TIME_SKEW_MS_MAX + 1, DAY_MS, YEAR_2160_MS - START_MS])
+async def test_an_event_ahead_of_the_clock_neither_closes_a_window_early_nor_stops_those_that_follow(
+    ahead_ms: int,
+) -> None:
+    partition = Partition('every = "1h"\nby = "event"\nall = true')
+    await partition.cycle(["a"])
+    await partition.settle()
+    half = HOUR_MS // 2
+    partition.clock.advance(half)
+    await partition.cycle(["a", "astray"], time_ms=partition.clock.now_ms() + ahead_ms)
+    await partition.cycle(["a"])
+    await partition.settle()
+    assert partition.committed == []
+    partition.clock.advance(half)
+    first = START_MS // HOUR_MS * HOUR_MS + HOUR_MS
+    for hour in range(5):
+        await partition.cycle(["a"])
+        partition.restart()
+        await partition.settle()
+        partition.clock.advance(HOUR_MS)
+        assert partition.of_interval(first + hour * HOUR_MS) == ["a", "astray"]
+    assert len(partition.committed) == 10
+    assert partition.counters["ahead"] == 2
+
+
+async def test_a_source_whose_time_is_ahead_of_the_clock_has_its_windows_closed_by_the_clock() -> None:
+    partition = Partition('every = "1h"\nby = "event"')
+    first = START_MS // HOUR_MS * HOUR_MS
+    for hour in range(6):
+        await partition.cycle([f"c{hour}"], time_ms=partition.clock.now_ms() + 90 * MINUTE_MS)
+        await partition.settle()
+        partition.clock.advance(HOUR_MS)
+    # A run begins with the event that closes its interval, so it finds that customer too.
+    assert partition.committed == [(first + max(hour, 1) * HOUR_MS, f"c{hour}") for hour in range(6)]
+
+
+async def test_an_event_little_ahead_of_the_clock_closes_a_window_at_once_whatever_came_with_it() -> None:
+    partition = Partition('every = "1h"\nby = "event"')
+    end = START_MS // HOUR_MS * HOUR_MS + HOUR_MS
+    await partition.cycle(["a"])
+    await partition.settle()
+    partition.clock.advance(end - EVENT_TIME_SKEW_MS_MAX - partition.clock.now_ms())
+    events = buys(["a", "b"], end)
+    events.times_ms[1] += DAY_MS
+    assert partition.intervals.committing(events, partition.counters)[1] == end
+    assert partition.counters["ahead"] == 1
+
+
+async def test_a_store_whose_time_is_ahead_of_the_clock_goes_by_the_clock_and_what_comes() -> None:
+    partition = Partition('every = "1h"\nby = "event"')
+    await partition.cycle(["a"])
+    frame = Frame({}, partition.layout.id, [], np.zeros((0, partition.layout.slots)), event_time_ms=YEAR_2160_MS)
+    partition.store.apply(as_sent(frame), 2)
+    partition.offset = 2
+    partition.restart()
+    await partition.settle()
+    partition.clock.advance(HOUR_MS)
+    await partition.cycle(["b"])
+    await partition.settle()
+    assert partition.of_interval(START_MS // HOUR_MS * HOUR_MS + HOUR_MS) == ["a", "b"]
 
 
 async def test_a_deleted_model_stops_and_one_that_comes_back_goes_on_where_it_was() -> None:
