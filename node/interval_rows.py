@@ -59,7 +59,8 @@ def chunk_rows(
     tables: TableSet = NO_TABLES,
 ) -> ChunkRows:
     """The next at most `rows_max` customers of the run among those `scanned` after its cursor, (customer, row) in key
-    order; `whole_scan`: there are no more. Features are as of the interval's end.
+    order; `whole_scan`: there are no more. Windows end with the interval; what has none holds all that the rows do, so
+    also events that came after it.
 
     Raises StateCorrupt for rows that are not of the layout or of one it grew from.
     """

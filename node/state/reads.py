@@ -25,7 +25,8 @@ def read(
     `rows` is float64 [slots, customers], `times_ms` [customers] the time to read each row at. A window ends with the
     tile of that time, so events that are newer than the tile do not count; `ending_before`: with the tile of the moment
     before, which is another one where the time begins a tile. A session counts if an event of that time would belong to
-    it, and is empty otherwise. `since` counts from the last event at all.
+    it, with all of its events, and is empty otherwise. What has no window holds all events of the row, also those after
+    that time; `since` counts from the last of them, and is 0 if that is after it.
     """
     index = plane_index(layout)
     last_ms = times_ms - 1 if ending_before else times_ms
