@@ -33,7 +33,7 @@ from node.kernel.tables import NO_TABLES, TableSet
 from node.kernel.types import Aggregate, Bools, EventColumns, Floats, Frame, Ints, ModelName, ModelVersion, StoredOutput
 from node.ordering import Ordering
 from node.outbox import Outgoing
-from node.outgoing import Origin, answered_records, counts, failed_letters, refused_letters
+from node.outgoing import Origin, add_up_former, answered_records, counts, failed_letters, refused_letters
 from node.room import with_room
 from node.staging import blind_shadows, divided, running
 from node.state.cache import RowCache
@@ -210,6 +210,7 @@ class Cycle:
         if state.plan is not None and plan is state.newest:
             return state.plan
         state.newest, refused = plan, ""
+        add_up_former(state.counters, running(plan))
         try:
             grown = state.backfilling.grown(plan, state.layout)
         except BoundExceeded:

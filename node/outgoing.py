@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,7 +12,8 @@ from node.batches import Headers
 from node.inferences import encode_inferences
 from node.ingest.dead_letter import Reason, dead_letter_record, model_failure_value
 from node.ingest.decode import Decoded
-from node.kernel.types import DeadLetter, EventSchema
+from node.kernel.limits import COUNTERS_FORMER_MAX
+from node.kernel.types import OTHER, DeadLetter, EventSchema, ModelName
 
 LetterRecord = tuple[bytes | None, bytes | None, Headers]
 
@@ -95,3 +96,25 @@ def counts(decoded: Decoded, answers: Sequence[Answer], shed: Counter[str], late
     for what, rows in shed.items():
         counted[f"shed {what}"] += rows
     return +counted
+
+
+def add_up_former(counters: Counter[str], models: Collection[ModelName]) -> None:
+    """Where there are many `counters` of models that are not among `models`, add them up: each tenant's under OTHER,
+    and if that is still too many, those of tenants without a model together. No total falls. Every frame holds all
+    counters, and a tenant may call its models by a new name every day."""
+    here, tenants = {str(name) for name in models}, {OTHER, *(name.tenant for name in models)}
+    _add_up(counters, lambda tenant, model: model != OTHER and f"{tenant}/{model}" not in here)
+    _add_up(counters, lambda tenant, model: tenant not in tenants, OTHER)
+
+
+def _add_up(counters: Counter[str], former: Callable[[str, str], bool], under: str = "") -> None:
+    """Of the counters of models, those of `former(tenant, model)`; `under` a tenant's name, or else each its own's."""
+    found = []
+    for counter in counters:
+        what, _, name = counter.rpartition(" ")
+        tenant, of_model, model = name.partition("/")
+        if of_model and former(tenant, model):
+            found.append((counter, f"{what} {under or tenant}/{OTHER}"))
+    if len(found) > COUNTERS_FORMER_MAX:
+        for counter, other in found:
+            counters[other] += counters.pop(counter)

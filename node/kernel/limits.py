@@ -85,6 +85,8 @@ INTERVAL_REST_BESIDE_EVENTS_FACTOR = 120
 the rest is for them. A chunk costs twice as much again when it is answered and committed."""
 INTERVAL_ROWS_SETTLED_MAX = 128
 """Rows of answered chunks that one cycle commits; a chunk at least."""
+COUNTERS_FORMER_MAX = 1000
+"""Counters of models that are not there any more, by name, in each frame of a partition; beyond, they are added up."""
 INTERVAL_RUNS_KEPT_MAX = 4096
 """Interval models whose last run a partition remembers; beyond, those that are not there any more are forgotten."""
 

@@ -77,6 +77,10 @@ class ModelName:
         return f"{self.tenant}/{self.model}"
 
 
+OTHER = "_other"
+"""What is beyond a bound is added up under this name; no tenant and no model can have it."""
+
+
 @dataclass(frozen=True, slots=True, order=True)
 class StoredOutput:
     """One output of one model, as it is kept in the customer's row: `models.<tenant>.<model>.<output>`."""

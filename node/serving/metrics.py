@@ -14,10 +14,10 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metri
 from prometheus_client.registry import Collector
 
 from node.kernel.limits import METRIC_SERIES_MAX
+from node.kernel.types import OTHER
 from node.serving.view import HttpStatus, NodeStatus, PartitionStatus, StageStatus, TenantStatus
 
 METRICS_TYPE = "text/plain; version=0.0.4; charset=utf-8"
-_OTHER = "_other"
 
 Series = Mapping[tuple[str, ...], float]
 """Label values -> value."""
@@ -245,4 +245,4 @@ def bounded(series: Series, combine: Callable[[Iterable[float]], float] = sum) -
     names = sorted(series)
     kept = {name: series[name] for name in names[: METRIC_SERIES_MAX - 1]}
     beyond = combine([series[name] for name in names[METRIC_SERIES_MAX - 1 :]])
-    return kept | {(_OTHER,) * len(names[0]): beyond}
+    return kept | {(OTHER,) * len(names[0]): beyond}

@@ -18,6 +18,7 @@ from node.ingest.history import TopicHistory
 from node.ingest.source import Source
 from node.intervals import Intervals
 from node.kernel.clock import SystemClock
+from node.kernel.limits import COUNTERS_FORMER_MAX
 from node.kernel.ports import FeaturePlan
 from node.kernel.supervise import Supervisor
 from node.kernel.types import ModelName, ModelVersion, StagedVersion
@@ -125,6 +126,15 @@ async def test_a_plan_whose_rows_would_be_too_long_leaves_the_one_before_in_forc
     assert parts.cycle._plan() is parts.newest
     assert parts.state.refused == ""
     assert parts.state.layout.slots > slots
+
+
+async def test_a_new_plan_adds_up_the_counters_of_models_that_are_in_none_any_more() -> None:
+    parts = Parts()
+    counters = parts.state.counters
+    counters.update({f"inferences a/old{number}": 2 for number in range(COUNTERS_FORMER_MAX + 1)})
+    counters["inferences a/m"] = 1
+    parts.cycle._plan()
+    assert counters == {"inferences a/m": 1, "inferences a/_other": 2 * (COUNTERS_FORMER_MAX + 1)}
 
 
 async def test_without_a_plan_before_it_a_model_without_room_is_left_out_and_the_partition_says_so() -> None:
