@@ -36,7 +36,7 @@ from node.kernel.limits import (
 )
 from node.kernel.ports import FeaturePlan
 from node.kernel.types import Aggregate, EventColumns, Floats, ModelName, Statistics
-from node.state.fold import fold
+from node.state.fold import filters_of, fold
 from node.state.layout import Layout
 
 log = structlog.get_logger(__name__)
@@ -94,7 +94,8 @@ class Backfilling:
         self._rested = -math.inf
         self._layout = Layout.empty()
         self._view: tuple[Layout, tuple[int, ...], Layout] | None = None
-        self._wheres: frozenset[str] = frozenset()
+        self._passed_by: frozenset[str] = frozenset()
+        """Filters that no event passes, as their fields are not declared any more."""
         self._unlooked = self._opening = self._connected = False
         self._ending: asyncio.Task[Any] | None = None
         """A read that was given up, or the reader's end: nothing is read until that is over, as they share a client."""
@@ -113,7 +114,8 @@ class Backfilling:
         self._fills += added
         self._changed |= bool(added)
         self._wanted = wanted
-        self._wheres = frozenset(aggregate.where for aggregate in plan.aggregates)
+        wheres = frozenset(aggregate.where for aggregate in layout.awaiting) - {""}
+        self._passed_by = wheres - plan.computable(wheres)
         self._unlooked = True
         self._look(layout)
         return layout
@@ -168,13 +170,13 @@ class Backfilling:
         return None
 
     def _lapse(self) -> None:
-        """Events pass by filters that no model has now. A fill that rests misses nothing."""
+        """Events pass by filters that can't be evaluated now. A fill that rests misses nothing."""
         self._unlooked, layout = False, self._layout
         for number, fill in enumerate(self._fills):
             if not fill.done and not self._active(fill, layout):
                 continue
-            held = {a.where for a, group in layout.awaiting.items() if group in fill.groups} - {""}
-            lapsed = tuple(sorted({*fill.lapsed, *(held - self._wheres)}))
+            held = {a.where for a, group in layout.awaiting.items() if group in fill.groups}
+            lapsed = tuple(sorted({*fill.lapsed, *(held & self._passed_by)}))
             if lapsed != fill.lapsed:
                 self._fills[number] = replace(fill, lapsed=lapsed)
                 self._changed = True
@@ -301,7 +303,8 @@ class Backfilling:
         for batch in taken.batches:
             at = np.fromiter([positions[customer] for customer in batch.customers], np.int64, len(batch.customers))
             events = replace(batch, rows=at[batch.rows])
-            fold(self._view[2], rows, events, plan.masks(events), np.zeros(len(events), np.bool_), types, ())
+            masks = plan.masks(events, filters_of(self._view[2], events, types))
+            fold(self._view[2], rows, events, masks, np.zeros(len(events), np.bool_), types, ())
         ended = self._clock.monotonic()
         self._rested = max(self._rested, ended) + BACKFILL_REST_FACTOR * (ended - began)
 

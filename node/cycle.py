@@ -38,7 +38,7 @@ from node.room import with_room
 from node.staging import blind_shadows, divided, running
 from node.state.cache import RowCache
 from node.state.codec import images
-from node.state.fold import FoldResult, fold
+from node.state.fold import FoldResult, filters_of, fold
 from node.state.layout import Layout
 from node.state.outputs import read_output, write_outputs
 from node.steps import StepTimes
@@ -238,7 +238,8 @@ class Cycle:
 
     def _fold(self, plan: FeaturePlan, rows: Floats, events: EventColumns, wanted: Bools) -> FoldResult:
         layout, types = self._state.layout, self._origin.schema.types
-        return fold(layout, rows, events, plan.masks(events), wanted, types, plan.aggregates)
+        masks = plan.masks(events, filters_of(layout, events, types))
+        return fold(layout, rows, events, masks, wanted, types, plan.aggregates)
 
     def _outgoing(
         self, polled: Polled, decoded: Decoded, customers: Sequence[str], rows: Floats, outcome: Outcome, late: int

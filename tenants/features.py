@@ -43,6 +43,7 @@ from tenants.expression import (
     EVENT_TYPE,
     AggregateValue,
     EventField,
+    ExpressionError,
     FeatureValue,
     Literal,
     Membership,
@@ -232,6 +233,33 @@ class _Numbering:
                 found.add(number)
                 waiting += self.steps[number].arguments
         return frozenset(found)
+
+
+class _Filters:
+    """Filters of aggregates, each compiled when it is first asked for: rows hold windows of models that are gone too,
+    and no plan knows which."""
+
+    def __init__(self, schema: EventSchema) -> None:
+        self.numbering = _Numbering()
+        self._schema = schema
+        self._numbers: dict[str, int | None] = {}
+
+    def numbers(self, wheres: Iterable[str]) -> dict[str, int]:
+        """Of those that the schema has the fields for."""
+        found: dict[str, int] = {}
+        for where in wheres:
+            if where not in self._numbers:
+                self._numbers[where] = self._compiled(where)
+            number = self._numbers[where]
+            if number is not None:
+                found[where] = number
+        return found
+
+    def _compiled(self, where: str) -> int | None:
+        try:
+            return self.numbering.number(parse_filter(where, self._schema), {})
+        except ExpressionError:
+            return None
 
 
 class _NoReads:
@@ -459,10 +487,7 @@ class CompiledFeatures:
         self._of_outputs = _of_outputs(self._steps)
         self._shared = {name: (number, numbering.below([number])) for name, number in numbering.shared.items()}
         self._meter = _Meter(timer, len(self._steps)) if timer is not None and self._shared else None
-        filters = _Numbering()
-        wheres = sorted({aggregate.where for aggregate in self._aggregates} - {""})
-        self._filters = {where: filters.number(parse_filter(where, schema), {}) for where in wheres}
-        self._filter_steps = tuple(filters.steps)
+        self._filters = _Filters(schema)
 
     @property
     def models(self) -> tuple[ModelVersion, ...]:
@@ -539,13 +564,18 @@ class CompiledFeatures:
         features = sum(len(columns.names) for columns in self._columns.values())
         return {"models": len(self._models), "features": features, "values": len(self._steps)}
 
-    def masks(self, events: EventColumns) -> Mapping[str, Bools]:
-        """bool[len(events)] for each distinct filter of the aggregates; '' is not among them."""
-        if not self._filters:
+    def computable(self, wheres: Iterable[str]) -> frozenset[str]:
+        return frozenset(self._filters.numbers(wheres))
+
+    def masks(self, events: EventColumns, wheres: Iterable[str]) -> Mapping[str, Bools]:
+        """bool[len(events)] for each of the filters that can be evaluated."""
+        numbers = self._filters.numbers(wheres)
+        if not numbers:
             return {}
         batch = _Batch(events, _NoReads(), self._type_names, {}, None, len(events))
-        values = batch.run(self._filter_steps, range(len(self._filter_steps)), {})
-        return {where: values[number] == 1.0 for where, number in self._filters.items()}
+        numbering = self._filters.numbering
+        values = batch.run(numbering.steps, numbering.below(numbers.values()), {})
+        return {where: values[number] == 1.0 for where, number in numbers.items()}
 
     def rows(
         self, events: EventColumns, reads: Reads, selections: Mapping[ModelName, Bools]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 
 from node.kernel.ports import FeatureBatch, FeaturePlan, Reads
 from node.kernel.types import (
@@ -87,8 +87,11 @@ class StagedPlan:
     def batch(self, events: EventColumns, selections: Mapping[ModelName, Bools]) -> FeatureBatch:
         return self.compiled.batch(events, selections)
 
-    def masks(self, events: EventColumns) -> Mapping[str, Bools]:
-        return self.compiled.masks(events)
+    def computable(self, wheres: Iterable[str]) -> frozenset[str]:
+        return self.compiled.computable(wheres)
+
+    def masks(self, events: EventColumns, wheres: Iterable[str]) -> Mapping[str, Bools]:
+        return self.compiled.masks(events, wheres)
 
     def rows(
         self, events: EventColumns, reads: Reads, selections: Mapping[ModelName, Bools]

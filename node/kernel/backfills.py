@@ -32,7 +32,7 @@ class Fill:
     lost: int = 0
     """Offsets that retention took away before they were read."""
     lapsed: tuple[str, ...] = ()
-    """Filters that no model had for a while, sorted: events have passed by their windows."""
+    """Filters whose fields were not declared for a while, sorted: events have passed by their windows."""
     done: bool = False
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from asyncio import Future
-from collections.abc import Awaitable, Collection, Mapping, Sequence
+from collections.abc import Awaitable, Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Protocol
 
@@ -177,8 +177,15 @@ class FeaturePlan(Protocol):
         """By model: what runs beside its live version. `rows` knows each by its `key`."""
         ...
 
-    def masks(self, events: EventColumns) -> Mapping[str, Bools]:
-        """The mask of each distinct `Aggregate.where` over all events; '' is not among them."""
+    def computable(self, wheres: Iterable[str]) -> frozenset[str]:
+        """Those filters (`Aggregate.where`), of whatever models, whose fields the schema has, as they use them."""
+        ...
+
+    def masks(self, events: EventColumns, wheres: Iterable[str]) -> Mapping[str, Bools]:
+        """The mask of each of these filters over all events; one that is not `computable` is left out.
+
+        They need not be of models here: rows go on with the windows of models that were replaced.
+        """
         ...
 
     def rows(

@@ -21,7 +21,8 @@ class Contributions:
     """Columns by input, each made once however many accumulators take it in.
 
     An event contributes to an input when its type is the input's, its mask `where` holds and its field is present.
-    A filter that no live model uses has no mask, and a number can't be had from a text: then nothing contributes.
+    A filter whose fields are not declared any more has no mask, and a number can't be had from a text: then nothing
+    contributes.
     Pivots that the customers lack are set in `rows` [slots, customers] to the first value that arrived.
     """
 

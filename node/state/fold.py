@@ -21,7 +21,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from node.kernel.types import Aggregate, Bools, EventColumns, Floats, Ints
+from node.kernel.types import ANY_EVENT, Aggregate, Bools, EventColumns, Floats, Ints
 from node.state.contributions import Contributions
 from node.state.crossing import Crossing
 from node.state.finish import finished
@@ -81,7 +81,7 @@ def fold(
     """Fold `events` into `rows` and read `aggregates` (all of the layout's by default) as of the wanted events.
 
     `rows`: float64 [slots, customers], C order, changed in place; `EventColumns.rows` are its columns. `masks`: those
-    of `FeaturePlan.masks`, bool [n]. `wanted`: bool [n]. `types`: `EventSchema.types`.
+    of `FeaturePlan.masks` for `filters_of` the events, bool [n]. `wanted`: bool [n]. `types`: `EventSchema.types`.
     """
     if rows.shape[0] != layout.slots or not rows.flags.c_contiguous:
         raise ValueError(f"rows must be a C-ordered matrix of {layout.slots} slots, not {rows.shape}")
@@ -110,6 +110,15 @@ def fold(
     seconds = contributions.seconds[batch.order[batch.wanted]]
     results = {aggregate: finished(index, layout, aggregate, values, before, seconds) for aggregate in asked}
     return FoldResult(results, int(np.count_nonzero(late)))
+
+
+def filters_of(layout: Layout, events: EventColumns, types: Sequence[str]) -> set[str]:
+    """The filters (`Aggregate.where`) whose masks it takes to fold these events; none of event types that did not
+    come."""
+    if not layout.filtered or not len(events):
+        return set()
+    there = {ANY_EVENT, *(types[code] for code in np.unique(events.types).tolist())}
+    return {source.where for source in layout.filtered if source.event in there}
 
 
 def _newest_tiles(batch: _Batch, heads: Ints, deciding: Ints) -> tuple[Ints, Bools]:

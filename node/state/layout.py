@@ -243,6 +243,11 @@ class Layout:
         return tuple(sorted(self._placed.located))
 
     @cached_property
+    def filtered(self) -> frozenset[Input]:
+        """What events are folded in under a filter, also for models that are gone."""
+        return frozenset(part.source for group in self.groups for part in group.accumulators if part.source.where)
+
+    @cached_property
     def initial(self) -> Floats:
         """float64 [slots]: a row that has seen nothing."""
         placed = self._placed

@@ -120,7 +120,7 @@ class Check:
         masks: dict[str, Bools] = {}
         asked: set[Aggregate] = set()
         for recipe in recipes:
-            masks |= recipe.plan.masks(events)
+            masks |= recipe.plan.masks(events, {aggregate.where for aggregate in recipe.plan.aggregates})
             asked.update(recipe.plan.aggregates)
         step = self._replay.compute(frame, events, wanted, masks, sorted(asked))
         self._state(step, frame, events, masks)

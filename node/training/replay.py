@@ -8,7 +8,7 @@ induction the rows before any commit are what the events gave since the changelo
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -18,8 +18,6 @@ from node.kernel.types import Aggregate, Bools, EventColumns, Floats, Frame
 from node.state.codec import unpack
 from node.state.fold import fold
 from node.state.layout import PLANES, Layout
-
-Masks = Callable[[EventColumns], Mapping[str, Bools]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,8 +69,7 @@ class Replay:
 def differing(step: Step, frame: Frame, customers: Sequence[str], wheres: Mapping[str, Bools]) -> list[tuple[str, int]]:
     """Customers whose rows in the frame are others than those computed, with the first slot that differs.
 
-    Compared are heads of windows and all that is folded without a filter, or with one of `wheres`: the others follow
-    from which models were live.
+    Compared are heads of windows and all that is folded without a filter, or with one of `wheres`.
     """
     slots = _folded_slots(step.layout, wheres)
     places = {customer.decode(): place for place, customer in enumerate(frame.customers)}

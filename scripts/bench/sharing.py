@@ -26,7 +26,7 @@ from node.config import parse_config
 from node.ingest.decode import EventDecoder
 from node.kernel.tables import NO_TABLES, TableSet
 from node.kernel.types import Aggregate, EventColumns, EventSchema, StoredOutput
-from node.state.fold import fold
+from node.state.fold import filters_of, fold
 from node.state.layout import Layout
 from node.triggers import select
 from tenants.definitions import compile_definitions
@@ -77,7 +77,8 @@ class Way:
         started = time.process_time()
         selections = select(plan, events, self.schema)
         wanted = np.logical_or.reduce(list(selections.values()))
-        folded = fold(self.layout, rows, events, plan.masks(events), wanted, self.schema.types, plan.aggregates)
+        masks = plan.masks(events, filters_of(self.layout, events, self.schema.types))
+        folded = fold(self.layout, rows, events, masks, wanted, self.schema.types, plan.aggregates)
         triggering = where(events, wanted)
         batch = plan.batch(triggering, {name: mask[wanted] for name, mask in selections.items()})
         found = batch.rows(list(selections), Reads(dict(folded.values)))

@@ -129,7 +129,7 @@ def observe(
     columns = as_columns(events)
     layout = Layout.empty().grown(plan.aggregates, plan.stored_models)
     rows = np.repeat(layout.initial[:, None], len(columns.customers), axis=1)
-    masks = plan.masks(columns)
+    masks = plan.masks(columns, {aggregate.where for aggregate in plan.aggregates})
     found: list[Mapping[Aggregate, Array]] = []
     ends = np.array(ends_ms, np.int64)
     stops = np.searchsorted(events.times_ms, ends)

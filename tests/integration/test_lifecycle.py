@@ -200,6 +200,25 @@ def test_operators_promote_and_roll_back(node: Node) -> None:
     assert {one["version"] for one in stream.answered_once()} == {first}
 
 
+def test_a_filtered_window_has_no_hole_after_a_rollback(node: Node) -> None:
+    def bought(made: int) -> list[float]:
+        """What the live version says of five events on the web, after as many as were made."""
+        events = [event("ann", number, channel="web") for number in range(made, made + 5)]
+        node.kafka.produce(node.topics[0], events)
+        return [one["outputs"]["score"] for one in node.inferences(made + 5)[made:]]
+
+    plain = str(status_file(node.models, NAME)["version"])
+    drop(node.models, NAME, linear(1.0), {"web": "count(transaction, '30d', where=event.channel == 'web')"})
+    counting = node.live(NAME, differs_from=plain)
+    assert bought(0) == [1.0, 2.0, 3.0, 4.0, 5.0]
+    drop(node.models, NAME, linear(2.0), AMOUNT)
+    node.live(NAME, differs_from=counting)
+    assert bought(5) == [10.0, 12.0, 14.0, 16.0, 18.0]
+    command(node, "rollback")
+    assert status_file(node.models, NAME)["running"]["version"] == counting
+    assert bought(10) == [11.0, 12.0, 13.0, 14.0, 15.0]
+
+
 def test_a_version_with_other_outputs_is_told_to_replace_the_live_one_plainly(node: Node) -> None:
     head = MANIFEST.replace('output = "score"', 'output = "risk"').replace(
         "[features]", f"[rollout]\nstages = [{SHADOW}]\n[features]"

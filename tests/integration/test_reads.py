@@ -25,7 +25,7 @@ from node.serving.reads import CustomerReads, OpenPartition
 from node.serving.server import HttpServer
 from node.serving.view import ModelInfo, NodeStatus, SharedFeatures
 from node.state.codec import images, unpack
-from node.state.fold import fold
+from node.state.fold import filters_of, fold
 from node.state.layout import Layout
 from node.state.memory import MemoryStore
 from node.state.outputs import write_outputs
@@ -102,7 +102,8 @@ class Folder:
         self.layout = self.layout.grown(plan.aggregates, plan.stored_models)
         batch = columns(events)
         rows = unpack(self.layout, self.store.load([name.encode() for name in batch.customers]))
-        fold(self.layout, rows, batch, plan.masks(batch), np.zeros(len(batch), np.bool_), SCHEMA.types)
+        masks = plan.masks(batch, filters_of(self.layout, batch, SCHEMA.types))
+        fold(self.layout, rows, batch, masks, np.zeros(len(batch), np.bool_), SCHEMA.types)
         self._apply(batch.customers, rows)
 
     def infer(self, version: ModelVersion, customer: str, time_ms: int, values: Sequence[float]) -> None:
@@ -341,7 +342,8 @@ async def test_features_are_what_the_next_event_would_see(node: Node) -> None:
     event = columns([Event("ann", "search", at_ms, {})])
     rows = unpack(folder.layout, folder.store.load([b"ann"]))
     wanted: Bools = np.ones(1, np.bool_)
-    values = fold(folder.layout, rows, event, node.plan.masks(event), wanted, SCHEMA.types).values
+    masks = node.plan.masks(event, filters_of(folder.layout, event, SCHEMA.types))
+    values = fold(folder.layout, rows, event, masks, wanted, SCHEMA.types).values
 
     class Reads:
         def aggregate(self, aggregate: Aggregate) -> Floats:

@@ -25,7 +25,7 @@ from node.kernel.clock import ManualClock
 from node.kernel.ports import FeaturePlan
 from node.kernel.types import EventColumns, EventSchema, Frame, ModelName
 from node.state.codec import images, unpack
-from node.state.fold import fold
+from node.state.fold import filters_of, fold
 from node.state.layout import PLANES, Layout, accumulators_of
 from node.state.memory import MemoryStore
 from tenants.features import compile_plan
@@ -123,7 +123,8 @@ class Node:
         taken = fills.take(events, {"t": self.at})
         names = list(dict.fromkeys([*events.customers, *(name for batch in taken.batches for name in batch.customers)]))
         rows = unpack(self.layout, self.store.load([name.encode() for name in names]))
-        fold(self.layout, rows, events, wanted.masks(events), np.zeros(len(events), np.bool_), SCHEMA.types, ())
+        masks = wanted.masks(events, filters_of(self.layout, events, SCHEMA.types))
+        fold(self.layout, rows, events, masks, np.zeros(len(events), np.bool_), SCHEMA.types, ())
         fills.fold(taken, self.layout, rows, {name: at for at, name in enumerate(names)}, wanted, SCHEMA.types)
         frame = Frame(
             {"t": self.at}, self.layout.id, [name.encode() for name in names], images(rows), self.layout.encode(),
@@ -249,18 +250,22 @@ def test_a_fill_whose_model_goes_away_rests_and_goes_on_where_it_was() -> None:
     assert starts.count(0) == 1, "it began anew"
 
 
-def test_a_filter_that_was_away_while_events_came_is_filled_anew_and_one_away_meanwhile_without_is_not() -> None:
+def test_a_filter_whose_field_was_undeclared_while_events_came_is_filled_anew_and_one_no_model_had_is_not() -> None:
     wanted, nothing = plan(("new", ALL, ["here"])), plan()
+    undeclared = compile_plan([], EventSchema(SCHEMA.types, {"amount": "number"}))
 
     async def run() -> dict[str, bytes]:
         node = Node(Log(events_of(ROWS)))
         await node.cycle(nothing, 10)
         while node.fills.warming or node.plan is not wanted:
             await node.cycle(wanted, 1)
-        await node.cycle(nothing, 0)
+        await node.cycle(nothing, 3)
+        await node.cycle(wanted, 1)
+        await node.cycle(undeclared, 0)
         await node.cycle(wanted, 1)
         assert node.fills.warming == frozenset()
-        await node.cycle(nothing, 3)
+        assert node.tiles(wanted) == await always(["here"], ROWS[: node.at])
+        await node.cycle(undeclared, 3)
         await node.cycle(wanted, 1)
         assert node.fills.warming == {NEW}
         return await finished(node, wanted)
@@ -414,7 +419,7 @@ def test_windows_read_as_empty_until_they_are_filled() -> None:
     rows = unpack(layout, [None] * len(events.customers))
     asked = sorted(layout.awaiting)
     wanted = np.ones(len(events), np.bool_)
-    masks = plan(("new", ALL, EVERY)).masks(events)
+    masks = plan(("new", ALL, EVERY)).masks(events, {aggregate.where for aggregate in asked})
     values = fold(layout, rows, events, masks, wanted, SCHEMA.types, asked).values
     for aggregate in asked:
         empty = 0.0 if aggregate.function in ("count", "sum", "distinct") else np.nan

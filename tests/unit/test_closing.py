@@ -36,7 +36,7 @@ from node.kernel.types import (
 )
 from node.schedule import newest_interval
 from node.state.codec import images, unpack
-from node.state.fold import FoldResult, fold
+from node.state.fold import FoldResult, filters_of, fold
 from node.state.layout import Layout
 from node.state.memory import MemoryStore
 from node.training.fed_rows import FedRows, decode, encode_rows, event_ids
@@ -180,7 +180,8 @@ class Partition:
         self._check(seen, folding.closed, idle)
 
     def _fold(self, rows: Floats, events: EventColumns, wanted: Bools) -> FoldResult:
-        return fold(self.layout, rows, events, self.plan.masks(events), wanted, SCHEMA.types)
+        masks = self.plan.masks(events, filters_of(self.layout, events, SCHEMA.types))
+        return fold(self.layout, rows, events, masks, wanted, SCHEMA.types)
 
     def _same_as_at_once(self, folded: FoldResult, rows: Floats, expected: FoldResult, whole: Floats) -> None:
         assert folded.late == expected.late

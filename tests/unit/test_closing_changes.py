@@ -22,9 +22,9 @@ from node.intervals import Intervals
 from node.kernel.clock import ManualClock
 from node.kernel.ports import FeaturePlan
 from node.kernel.tables import NO_TABLES
-from node.kernel.types import Frame
+from node.kernel.types import Bools, EventColumns, Floats, Frame
 from node.state.codec import images, unpack
-from node.state.fold import fold
+from node.state.fold import FoldResult, filters_of, fold
 from node.state.layout import Layout
 from node.state.memory import MemoryStore
 from tenants.features import compile_plan
@@ -62,6 +62,10 @@ class Partition:
         if wanted is not self.plan:
             self.layout, self.plan = self.fills.grown(wanted, self.layout), wanted
 
+    def _fold(self, rows: Floats, events: EventColumns, wanted: Bools) -> FoldResult:
+        masks = self.plan.masks(events, filters_of(self.layout, events, SCHEMA.types))
+        return fold(self.layout, rows, events, masks, wanted, SCHEMA.types)
+
     async def cycle(self, wanted: FeaturePlan, count: int = 0) -> None:
         """The next so many events."""
         ran = self.intervals.settle()
@@ -76,10 +80,7 @@ class Partition:
         rows = unpack(self.layout, self.store.load([name.encode() for name in names]))
         held = frozenset(name for name in warming if self.plan.histories[name][0].hold)
         ending = self.intervals.closers(self.plan, self.layout, held)
-        folding = RoundFold(
-            ending, rows, events, np.zeros(len(events), np.bool_),
-            lambda to, some, of: fold(self.layout, to, some, self.plan.masks(some), of, SCHEMA.types),
-        )  # fmt: skip
+        folding = RoundFold(ending, rows, events, np.zeros(len(events), np.bool_), self._fold)
         for _ in folding.rounds():
             pass
         closed = [*folding.closed, *close_idle(ending, ran.idle, rows, positions)]

@@ -11,7 +11,7 @@ import structlog.testing
 from node.backfilling import Backfilling
 from node.backlog import Backlog
 from node.commit import Committer
-from node.config import parse_config
+from node.config import Config, parse_config
 from node.cycle import Cycle, CycleSettings, Engine, PartitionState
 from node.ingest.decode import EventDecoder
 from node.ingest.history import TopicHistory
@@ -81,7 +81,7 @@ def staged_plan(
 class Parts:
     """A cycle whose clients are never opened."""
 
-    def __init__(self, layout: Layout | None = None) -> None:
+    def __init__(self, layout: Layout | None = None, config: Config = CONFIG) -> None:
         clock, store = SystemClock(), MemoryStore()
         self.newest = plan(1)
         steps = StepTimes(clock)
@@ -93,7 +93,7 @@ class Parts:
         layout = layout or Layout.empty()
         cache = RowCache(store, layout, 1 << 20)
         backlog = Backlog(pool, store, lambda *_: None, lambda _: Bound(1), clock)
-        history = TopicHistory({}, ("events",), 0, EventDecoder(CONFIG.events), clock)
+        history = TopicHistory({}, ("events",), 0, EventDecoder(config.events), clock)
         backfilling = Backfilling(history, store.backfill(), clock, 0)
         intervals = Intervals(pool, store, clock, 0)
         self.state = PartitionState(layout, cache, backlog, intervals, backfilling, Counter(), {})
@@ -101,7 +101,7 @@ class Parts:
         outbox = Outbox({}, topics, "test", 0, "off", "none", encode_frame, clock)
         source = Source({}, ("events",), 0, 1 << 20, "earliest", "wait", clock)
         self.unfit: list[tuple[ModelVersion, str]] = []
-        decoder, settings = EventDecoder(CONFIG.events), CycleSettings(1, 1, 0.0)
+        decoder, settings = EventDecoder(config.events), CycleSettings(1, 1, 0.0)
         engine = Engine(
             decoder,
             lambda: self.newest,
@@ -109,7 +109,7 @@ class Parts:
             settings,
             unfit=lambda version, reason: self.unfit.append((version, reason)),
         )
-        origin = Origin("node", ("events",), 0, CONFIG.schema())
+        origin = Origin("node", ("events",), 0, config.schema())
         self.cycle = Cycle(engine, origin, source, Committer(outbox, store, cache, steps), self.state, steps, clock)
 
 

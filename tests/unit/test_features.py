@@ -358,8 +358,9 @@ FILTERS = st.recursive(
 def test_masks_are_what_a_plain_evaluator_finds_row_by_row(filters, rows):
     features = {f"n{index}": f"count(any, where={text})" for index, text in enumerate(filters)}
     plan = plan_of(manifest("a/first", {"n": "count(any)", **features}))
-    masks = plan.masks(events_of(rows))
-    assert masks.keys() == {aggregate.where for aggregate in plan.aggregates} - {""}
+    wheres = {aggregate.where for aggregate in plan.aggregates}
+    masks = plan.masks(events_of(rows), wheres)
+    assert masks.keys() == plan.computable(wheres) == wheres - {""}
     for text in filters:
         node = ast.parse(text, mode="eval").body
         assert masks[ast.unparse(node)].dtype == np.bool_
