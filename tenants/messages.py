@@ -16,8 +16,15 @@ import msgspec
 import numpy as np
 
 from node.kernel.errors import BoundExceeded, HeadraceError
-from node.kernel.limits import OUTPUTS_PER_MODEL_MAX, ROWS_QUEUED_PER_MODEL_MAX, WORKER_MESSAGE_BYTES_MAX
+from node.kernel.limits import (
+    LABEL_BYTES_MAX,
+    LABELS_BYTES_MAX,
+    OUTPUTS_PER_MODEL_MAX,
+    ROWS_QUEUED_PER_MODEL_MAX,
+    WORKER_MESSAGE_BYTES_MAX,
+)
 from node.kernel.types import FeatureRows, Floats
+from tenants.wording import shown
 
 PREFIX = struct.Struct("<II")
 HEADER_BYTES_MAX = 64 * 1024 * 1024
@@ -195,6 +202,21 @@ def shorten(text: str, characters_max: int = REASON_CHARACTERS_MAX) -> str:
     line = "".join(character if character.isprintable() else " " for character in text[: 4 * characters_max])
     line = " ".join(line.split())
     return line if len(line) <= characters_max else line[: characters_max - 1] + "…"
+
+
+def labels_problem(labels: Sequence[str]) -> str:
+    """Why a model can't have these text classes, for its tenant; '' when it can."""
+    for label in labels:
+        if len(label) > LABEL_BYTES_MAX or len(msgspec.json.encode(label)) > LABEL_BYTES_MAX:
+            return (
+                f"its text class {shown(label)} takes more than {LABEL_BYTES_MAX} bytes as JSON, and is in each "
+                "inference; train it on shorter class names, or on class numbers"
+            )
+    if len(msgspec.json.encode(labels)) > LABELS_BYTES_MAX:
+        return (
+            f"its {len(labels)} text classes take more than {LABELS_BYTES_MAX} bytes as JSON; train it on class numbers"
+        )
+    return ""
 
 
 def row_errors(values: Floats, names: Sequence[str], known: Mapping[int, str]) -> dict[int, str]:

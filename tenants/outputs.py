@@ -13,10 +13,9 @@ from typing import Any
 import numpy as np
 
 from node.kernel.errors import CallFailed, ModelRefused
-from node.kernel.limits import KIB
 from node.kernel.types import Floats
 from tenants.inputs import ModelInput, Rows
-from tenants.messages import ROW_REASON_CHARACTERS_MAX, row_errors, shorten
+from tenants.messages import ROW_REASON_CHARACTERS_MAX, labels_problem, row_errors, shorten
 
 METHODS = (
     "predict_proba",
@@ -27,13 +26,14 @@ METHODS = (
     "predict_log_proba",
     "mahalanobis",
 )
-LABEL_CHARACTERS_MAX = 64 * KIB
-"""Of all text classes of a model together: the catalog holds them."""
 _NO_LABEL = "output {!r} is not one of the model's classes"
 
 
 class Outputs:
-    """One model's method, called with rows of any number. Raises ModelRefused when the model has no such method."""
+    """One model's method, called with rows of any number.
+
+    Raises ModelRefused when the model has no such method, or text classes that are too long or too many.
+    """
 
     def __init__(self, model: Any, method: str, names: tuple[str, ...]) -> None:
         self._names = names
@@ -41,8 +41,8 @@ class Outputs:
         self._method = _method_of(model, method)
         self._indices = _class_indices(model) if method == "predict" else []
         self.labels: tuple[str, ...] = tuple(self._indices[0]) if len(self._indices) == 1 else ()
-        if sum(map(len, self.labels)) + len(self.labels) > LABEL_CHARACTERS_MAX:
-            raise ModelRefused(f"the model's {len(self.labels)} text classes are too many; train it on class numbers")
+        if problem := labels_problem(self.labels):
+            raise ModelRefused(problem)
 
     def of(self, model_input: ModelInput, rows: Rows) -> tuple[Floats, dict[int, str]]:
         """Values [rows, outputs] and the rows without a usable output. Raises CallFailed."""

@@ -262,6 +262,8 @@ class WorkerProcess:
             raise self._corrupt("it answered something else to a load")
         if not all(0 <= seconds < float("inf") for seconds in (answer.seconds_per_row, answer.seconds_per_call)):
             raise self._corrupt("it reported an impossible cost")
+        if problem := messages.labels_problem(answer.labels):
+            raise self._corrupt(f"it did not refuse a model: {problem}")
         self._versions[version.version] = version
         return LoadReport(**msgspec.structs.asdict(answer))
 

@@ -106,6 +106,8 @@ WEIGHT_MAX = 1e3
 """Of a tenant's or model's share; further apart, shares mean nothing."""
 FEATURES_PER_MODEL_MAX = 512
 OUTPUTS_PER_MODEL_MAX = 32
+LABEL_BYTES_MAX = 256
+"""Of one text class of a model, as JSON: whole in each of its inferences, so rows alone would not bound these."""
 SHARED_FEATURES_PER_TENANT_MAX = 256
 SHARED_FEATURE_VERSIONS_MAX = 16
 """Of one shared feature: the newest, and earlier ones that are still used."""
@@ -285,6 +287,8 @@ ROLLOUT_COMMANDS_MAX = 64
 """Of one look at what may go live; the rest follows at the next."""
 REPORT_BYTES_MAX = 64 * KIB
 """Of what a model's trial found, as the catalog keeps it."""
+LABELS_BYTES_MAX = REPORT_BYTES_MAX - 4 * KIB
+"""Of all text classes of a model together, as JSON, which are in that report."""
 BLOBS_MAX = 65_536
 CATALOG_MANIFEST_BYTES_MAX = 64 * MIB
 """Of all manifests, reports and tenants' settings together: the catalog is held whole in memory and dumped whole."""

@@ -10,6 +10,7 @@ import socket
 import sys
 import warnings
 from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -33,10 +34,10 @@ from worker_support import MEMORY_BYTES, called_while_the_loop_stands_still, row
 
 from node.kernel.clock import SystemClock
 from node.kernel.errors import CallFailed, ModelRefused, SandboxUnavailable, WorkerLost
-from node.kernel.limits import MIB, WORKER_NICENESS
+from node.kernel.limits import LABEL_BYTES_MAX, MIB, WORKER_NICENESS
 from tenants import messages
 from tenants.sandbox import LAYERS, SandboxSettings
-from tenants.workers import WarmServer, WorkerProcess, _Frames, connected
+from tenants.workers import LoadReport, WarmServer, WorkerProcess, _Frames, connected
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
 
@@ -200,6 +201,21 @@ async def test_text_classes_are_indices(worker: WorkerProcess, kind: Any) -> Non
     assert report.labels == ("ant", "cat", "dog")
     outputs = await worker.call(version.version, rows_of(NAMES, ROWS), 10)
     assert [report.labels[int(value)] for value in outputs.values[:, 0]] == model.predict(ROWS).tolist()
+
+
+@pytest.mark.parametrize(("character", "bytes_as_json"), [("x", 1), ("é", 2), ("\x01", 6)])
+async def test_a_text_class_is_as_long_as_an_inference_may_hold(
+    worker: WorkerProcess, character: str, bytes_as_json: int
+) -> None:
+    async def load(count: int) -> LoadReport:
+        classes = np.where(ROWS[:, 0] > ROWS[0, 0], character * count, "no")
+        model = fit(DecisionTreeClassifier(max_depth=3), ROWS, classes)
+        return await worker.load(version_of(NAMES, ("kind",), "predict"), stored(model))
+
+    most = (LABEL_BYTES_MAX - 2) // bytes_as_json
+    assert character * most in (await load(most)).labels
+    with pytest.raises(ModelRefused, match=r"takes more than 256 bytes as JSON.*train it on shorter class names"):
+        await load(most + 1)
 
 
 @pytest.mark.parametrize("unknown", ["error", "ignore"])
@@ -417,6 +433,21 @@ def answer_bytes(answer: messages.Answer, body: bytes = b"") -> bytes:
     return b"".join(bytes(part) for part in messages.encode(answer, body))
 
 
+@asynccontextmanager
+async def stand_in() -> AsyncIterator[tuple[WorkerProcess, socket.socket]]:
+    """A worker that says what the test writes into its end of the socket, and that is to be killed by the end."""
+    ours, theirs = socket.socketpair()
+    ours.setblocking(False)
+    process = await asyncio.create_subprocess_exec("sleep", "600")
+    transport, frames = await asyncio.get_running_loop().create_unix_connection(_Frames, sock=ours)
+    with theirs:
+        yield (
+            WorkerProcess("evil", process.pid, os.pidfd_open(process.pid), transport, frames, MIB, SystemClock()),
+            theirs,
+        )
+    assert await process.wait() == -signal.SIGKILL
+
+
 EVIL: dict[str, bytes] = {
     "not a message": b"\xff" * 64,
     "an endless frame": messages.PREFIX.pack(10, 2**31),
@@ -432,42 +463,43 @@ EVIL: dict[str, bytes] = {
 
 
 async def test_an_index_that_names_no_class_is_that_rows_error() -> None:
-    ours, theirs = socket.socketpair()
-    ours.setblocking(False)
-    process = await asyncio.create_subprocess_exec("sleep", "600")
-    transport, frames = await asyncio.get_running_loop().create_unix_connection(_Frames, sock=ours)
-    worker = WorkerProcess("evil", process.pid, os.pidfd_open(process.pid), transport, frames, MIB, SystemClock())
-    worker._versions["v"] = replace(version_of(("a",), method="predict"), labels=("no", "yes"))
-    indexes = np.array([0.0, 1.0, 2.0, -1.0, 0.5, 1e300])
-    call = asyncio.create_task(worker.call("v", rows_of(("a",), indexes.reshape(-1, 1)), 10))
-    await asyncio.sleep(0)
-    with theirs:
+    async with stand_in() as (worker, theirs):
+        worker._versions["v"] = replace(version_of(("a",), method="predict"), labels=("no", "yes"))
+        indexes = np.array([0.0, 1.0, 2.0, -1.0, 0.5, 1e300])
+        call = asyncio.create_task(worker.call("v", rows_of(("a",), indexes.reshape(-1, 1)), 10))
+        await asyncio.sleep(0)
         theirs.sendall(answer_bytes(messages.Called(len(indexes), 1, 0.0), indexes.tobytes()))
         outputs = await call
         assert sorted(outputs.errors) == [2, 3, 4, 5]
         assert "not one of the model's classes" in outputs.errors[2]
         await worker.close()
-    assert await process.wait() == -signal.SIGKILL
 
 
 @pytest.mark.parametrize("what", EVIL)
 async def test_worker_in_an_attackers_hands_is_killed(what: str) -> None:
-    ours, theirs = socket.socketpair()
-    ours.setblocking(False)
-    process = await asyncio.create_subprocess_exec("sleep", "600")
-    transport, frames = await asyncio.get_running_loop().create_unix_connection(_Frames, sock=ours)
-    worker = WorkerProcess("evil", process.pid, os.pidfd_open(process.pid), transport, frames, MIB, SystemClock())
-    worker._versions["v"] = version_of(("a",))
-    call = asyncio.create_task(worker.call("v", rows_of(("a",), [[1.0], [2.0]]), 10))
-    await asyncio.sleep(0)
-    with theirs:
+    async with stand_in() as (worker, theirs):
+        worker._versions["v"] = version_of(("a",))
+        call = asyncio.create_task(worker.call("v", rows_of(("a",), [[1.0], [2.0]]), 10))
+        await asyncio.sleep(0)
         theirs.sendall(EVIL[what])
         if what == "the end":
             theirs.shutdown(socket.SHUT_RDWR)
         with pytest.raises(WorkerLost):
             await call
         await worker.lost.wait()
-    assert await process.wait() == -signal.SIGKILL
+
+
+async def test_a_worker_that_reports_a_class_no_model_may_have_is_killed() -> None:
+    """It would be in each inference, of as many rows as its tenant has."""
+    labels = ("no", "x" * LABEL_BYTES_MAX)
+    report = messages.Loaded(None, 1, 1, labels, 0.0, 0.0, 0, "Classifier")
+    async with stand_in() as (worker, theirs):
+        load = asyncio.create_task(worker.load(version_of(("a",), method="predict"), b"model"))
+        await asyncio.sleep(0)
+        theirs.sendall(answer_bytes(report))
+        with pytest.raises(WorkerLost, match="text class"):
+            await load
+        await worker.lost.wait()
 
 
 async def test_a_worker_that_is_ready_before_it_is_waited_for_is_taken() -> None:

@@ -3,16 +3,25 @@
 from __future__ import annotations
 
 import numpy as np
+import orjson
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
 from node.kernel.errors import BoundExceeded
-from node.kernel.limits import OUTPUTS_PER_MODEL_MAX, ROWS_QUEUED_PER_MODEL_MAX, WORKER_MESSAGE_BYTES_MAX
+from node.kernel.limits import (
+    LABEL_BYTES_MAX,
+    OUTPUTS_PER_MODEL_MAX,
+    REPORT_BYTES_MAX,
+    ROWS_QUEUED_PER_MODEL_MAX,
+    WORKER_MESSAGE_BYTES_MAX,
+)
 from node.kernel.types import FeatureRows
 from tenants import messages
+from tenants.agreement import TrialReport, encode_report
 from tenants.messages import Call, Called, Load, Loaded, MessageCorrupt, Ready, Refused, Unload, Unloaded
+from tenants.trial import NOTE_MISSING
 
 texts = st.text(max_size=20)
 names = st.lists(texts, max_size=4).map(tuple)
@@ -157,3 +166,17 @@ def test_row_errors_name_the_output_and_keep_what_is_known() -> None:
     values = np.array([[1.0, 2.0], [1.0, np.inf], [np.nan, 2.0]])
     errors = messages.row_errors(values, ["low", "high"], {2: "known"})
     assert errors == {1: "output 'high' is not a finite number", 2: "known"}
+
+
+@given(st.lists(st.text(st.characters(exclude_categories=["Cs"]), max_size=2 * LABEL_BYTES_MAX), max_size=4))
+def test_text_classes_are_bounded_by_what_they_take_in_an_inference(labels: list[str]) -> None:
+    longest = max((len(orjson.dumps(label)) for label in labels), default=0)
+    assert (longest > LABEL_BYTES_MAX) == bool(messages.labels_problem(labels))
+
+
+def test_text_classes_fit_together_into_the_report_of_a_trial() -> None:
+    many = [f"{number:05}" for number in range(7680)]  # of 8 bytes each, with quotes and comma
+    assert messages.labels_problem(many[:-1]) == ""
+    assert "7680 text classes" in messages.labels_problem(many)
+    report = TrialReport(1.0, 1.0, 2**40, "C" * 200, tuple(many[:-1]), (NOTE_MISSING,))
+    assert len(encode_report(report).encode()) <= REPORT_BYTES_MAX
