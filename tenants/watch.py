@@ -12,7 +12,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -47,7 +47,7 @@ from tenants.registry import (
 )
 from tenants.shared_names import FEATURES_FILE
 from tenants.stage import Promote, RollBack
-from tenants.status_content import status_content
+from tenants.status_files import FEATURES, SETTINGS, StatusFiles
 from tenants.trials import Trials, TrialsFor
 from tenants.workers import WarmServer
 
@@ -166,6 +166,8 @@ class ModelWatcher:
         self._places: tuple[tuple[str, int, int], ...] = ()
         whom = TrialsFor(lambda: self._snapshot, self._apply, self._note_caught_up, self._trial_put_off)
         self._trials = Trials(server, blobs.get, clock, supervisor, whom)
+        self._statuses = StatusFiles(settings.root, clock, self._status)
+        self._settings_told: dict[str, Mapping[str, object]] = {}
         self._saved = b""
         self._counters = _Counters()
         self._nothing_new = False
@@ -309,6 +311,7 @@ class ModelWatcher:
             if self._settled(name, signatures, now):
                 await self._take_pair(name, signatures)
         await self._take_deletions(found, now)
+        await self._write_unwritten(found.tenants.keys() | found.unseen)
         waiting = [seen.since for seen in self._seen.values() if seen.since is not None]
         self._nothing_new = not waiting
         self._note_caught_up()
@@ -353,39 +356,41 @@ class ModelWatcher:
             if signature is None and tenant in found.unseen & self._snapshot.watched_tenants:
                 continue
             if self._settled(key, signature, now):
-                try:
-                    seen = await asyncio.to_thread(self._read_tenant, tenant, signature)
-                except OSError as error:
-                    seen, problems = None, self._unreadable(key, TENANT_FILE, error)
-                    await asyncio.to_thread(self._tell_settings, tenant, "refused", problems)
+                seen = await self._tenant_seen(tenant, signature)
                 if seen is None and tenant not in self._snapshot.tenants:
                     seen = TenantSeen(TenantSettings(tenant))  # its models need not wait until the file is mended
                 if seen is not None:
                     await self._apply(seen)
 
-    def _read_tenant(self, tenant: str, signature: Signature | None) -> TenantSeen | None:
-        """The settings; None when they are wrong, and those from before stay. Raises OSError."""
+    async def _tenant_seen(self, tenant: str, signature: Signature | None) -> TenantSeen | None:
+        """The settings, told to the tenant; None when they are wrong, and those from before stay."""
         first = self._at_start is not None and self._at_start.tenants.get(tenant) == signature
         if signature is None:
+            self._settings_told.pop(tenant, None)
             return TenantSeen(TenantSettings(tenant), "", first)
         seen = None
         try:
-            with folder.opened(self._settings.root, tenant, TENANT_FILE, limits.MANIFEST_BYTES_MAX) as held:
-                content = held.read()
-            settings = parse_tenant(TENANT_FILE, tenant, content, self._settings.caps)
-            seen = TenantSeen(settings, content.decode(), first)
+            text, settings = await asyncio.to_thread(self._read_tenant, tenant)
+            seen = TenantSeen(settings, text, first)
             problems = self._snapshot.granted(settings).capped
         except ManifestError as error:
             problems = error.problems
         except FileNotFoundError:
             return None
-        self._tell_settings(tenant, "live" if seen else "refused", problems)
-        return seen
-
-    def _tell_settings(self, tenant: str, state: str, problems: Sequence[str]) -> None:
+        except OSError as error:
+            problems = self._unreadable(f"{tenant}/{TENANT_FILE}", TENANT_FILE, error)
         for problem in problems:
             log.warning("tenant settings", tenant=tenant, problem=problem)
-        self._answer(ModelName(tenant, "tenant"), {"state": state, "problems": problems})
+        self._settings_told[tenant] = {"state": "live" if seen else "refused", "problems": problems}
+        await self._statuses.write(ModelName(tenant, SETTINGS))
+        return seen
+
+    def _read_tenant(self, tenant: str) -> tuple[str, TenantSettings]:
+        """Its text and what that says. Raises ManifestError, OSError."""
+        with folder.opened(self._settings.root, tenant, TENANT_FILE, limits.MANIFEST_BYTES_MAX) as held:
+            content = held.read()
+        settings = parse_tenant(TENANT_FILE, tenant, content, self._settings.caps)
+        return content.decode(), settings
 
     def _unreadable(self, key: ModelName | str, file: str, error: OSError) -> tuple[str, ...]:
         """What to tell. The next look tries again, as a file that can be read again looks as before."""
@@ -548,14 +553,14 @@ class ModelWatcher:
             if entry.unserved is not None:
                 log.error("a live model can't be run on this node", model=str(name), problems=entry.unserved.problems)
             if name in self._snapshot.watched:
-                await asyncio.to_thread(self._answer, name, told)
+                await self._statuses.write(name)
 
     async def _write_features_statuses(self, actions: Iterable[Action]) -> None:
         for action in actions:
             if isinstance(action, registry.WriteFeaturesStatus):
                 told = registry.features_status(self._snapshot, action.tenant)
                 log.info("shared features", **told)
-                await asyncio.to_thread(self._answer, ModelName(action.tenant, "features"), told)
+                await self._statuses.write(ModelName(action.tenant, FEATURES))
 
     async def _save(self, snapshot: Snapshot) -> None:
         """Keep the snapshot, however long the disk refuses: what is not kept must not go live."""
@@ -571,12 +576,20 @@ class ModelWatcher:
                 log.warning("registry not written", error=str(error))
                 await asyncio.sleep(self._settings.rescan_ms / 1000)
 
-    def _answer(self, name: ModelName, told: dict[str, object]) -> None:
-        told = {**told, "written_at_ms": self._clock.now_ms()}
-        try:
-            folder.write_status(self._settings.root, name, status_content(told))
-        except (OSError, UnicodeError) as error:  # the tenant's folder: full, read-only or just removed
-            log.warning("status file not written", model=str(name), error=str(error))
+    def _status(self, name: ModelName) -> Mapping[str, object] | None:
+        """What its status file is to say now."""
+        if name.model == SETTINGS:
+            return self._settings_told.get(name.tenant)
+        if name.model == FEATURES:
+            return registry.features_status(self._snapshot, name.tenant)
+        there = name in self._snapshot.models and name in self._snapshot.watched
+        return registry.status(self._snapshot, name) if there else None
+
+    async def _write_unwritten(self, tenants: Collection[str]) -> None:
+        """Of `tenants`, whose folders are there; without any, the directory may just not be mounted."""
+        if self._statuses.unwritten and tenants:
+            async with self._applying:
+                await self._statuses.again(tenants)
 
     # The cluster
 

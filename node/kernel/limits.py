@@ -189,6 +189,8 @@ PUBLISH_RETRY_MS_MIN = 200
 PUBLISH_RETRY_MS_MAX = 10_000
 """What a node has found for the cluster's catalog, and the cluster did not take, is tried again after this."""
 STATUS_FILE_BYTES_MAX = 64 * KIB
+STATUS_FILES_UNWRITTEN_MAX = 4096
+"""That a tenant's folder did not take, and that are written later; one more is written when it changes next."""
 WORKER_MESSAGE_BYTES_MAX = MODEL_BYTES_MAX + MIB
 
 TABLES_MAX = 256

@@ -485,6 +485,25 @@ async def test_tenant_settings_apply_at_run_time_and_mistakes_are_answered(node:
     await until(lambda: node.watcher.snapshot.tenants["ads"].weight == 1.0)
 
 
+async def test_a_status_file_that_could_not_be_written_is_written_once_it_can_be(node: Node) -> None:
+    watcher = await node.start(rescan_ms=100)
+    shared = '[features.x]\nversion = 1\nexpression = "event.amount"\ndescription = "x"\n'
+    stand_ins = [node.root / "ads" / f"{name}.status.json" for name in ("bid", "tenant", "features")]
+    for stand_in in stand_ins:
+        stand_in.mkdir(parents=True)  # no file can be renamed to it, whoever the node runs as
+    (node.root / "ads" / "tenant.toml").write_text("weight = 2.5\n")
+    (node.root / "ads" / "features.toml").write_text(shared)
+    node.drop(BID, model=model_file(columns=1))
+    await until(lambda: [one.newest.state for one in watcher.snapshot.models.values() if one.newest] == ["refused"])
+    before = watcher.statistics().scans
+    await until(lambda: watcher.statistics().scans >= before + 2)
+    for stand_in in stand_ins:
+        stand_in.rmdir()
+    await until(lambda: node.status().get("state") == "refused")
+    await until(lambda: node.status(ModelName("ads", "tenant")).get("state") == "live")
+    await until(lambda: node.status(ModelName("ads", "features")).get("in_force") == ["features.ads.x.v1"])
+
+
 @contextlib.contextmanager
 def unreadable(path: Path) -> Iterator[None]:
     """Nobody can open the file, root neither: this process has a lease on it."""
