@@ -11,7 +11,7 @@ from pathlib import Path
 import structlog
 
 from node.kernel.clock import Clock
-from node.kernel.errors import BoundExceeded, ManifestError, NotFound, StoreUnavailable, printable
+from node.kernel.errors import BoundExceeded, ManifestError, NotFound, StoreUnavailable, WorkerLost, printable
 from node.kernel.limits import TENANTS_MAX
 from node.kernel.ports import FeaturePlan
 from node.kernel.supervise import Supervisor
@@ -145,7 +145,12 @@ class TenantService:
 
         Raises WorkerLost, ManifestError, SandboxUnavailable.
         """
-        await self._server.start()
+        try:
+            await self._server.start()
+        except WorkerLost as lost:
+            raise WorkerLost(
+                f"no model can run, so the node ends: {lost}; mend that and start the node again"
+            ) from lost
         self.sandbox = await self._server.probe()
         log.info("sandbox of workers", layers=self.sandbox.layers)
         for layer, reason in self.sandbox.missing.items():

@@ -478,8 +478,11 @@ class WarmServer:
         try:
             await self._reply(0)
         except WorkerLost:
+            late = f"was not ready within {WORKER_START_MS_MAX // 1000} s; this machine is busy, or its disk is slow"
+            ended = "ended before it was ready; what it printed, above, says why"
+            why = late if self.running else ended
             await self.stop()
-            raise
+            raise WorkerLost(f"the process that workers are forked from {why}") from None
         log.info("warm server started", pid=process.pid)
 
     async def spawn(self, tenant: str, memory_bytes: int, weight: float = 1.0) -> WorkerProcess:

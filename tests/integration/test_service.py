@@ -16,7 +16,7 @@ from sklearn.linear_model import LogisticRegression
 from waiting import until
 
 from node.kernel.clock import SystemClock
-from node.kernel.errors import StoreUnavailable
+from node.kernel.errors import StoreUnavailable, WorkerLost
 from node.kernel.supervise import Supervisor
 from node.kernel.types import EventSchema, FeatureRows, ModelName
 from replication.blobs import BlobStore
@@ -98,6 +98,20 @@ async def node(tmp_path: Path) -> AsyncIterator[Node]:
     node = Node(tmp_path)
     yield node
     await node.stop()
+
+
+async def test_a_node_whose_workers_can_not_be_started_says_so_and_not_that_it_tries_again(
+    node: Node, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "joblib.py").write_text("raise ImportError('a file of it is missing')")
+    monkeypatch.syspath_prepend(tmp_path)
+    with pytest.raises(WorkerLost) as raised:
+        await node.start()
+    assert "a file of it is missing" in capfd.readouterr().err
+    assert str(raised.value) == (
+        "no model can run, so the node ends: the process that workers are forked from ended before it was ready;"
+        " what it printed, above, says why; mend that and start the node again"
+    )
 
 
 async def test_a_model_not_tried_yet_is_not_a_deleted_one(node: Node) -> None:
