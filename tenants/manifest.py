@@ -472,16 +472,17 @@ def _features(reader: _Reader, schema: EventSchema, shared: Resolver) -> tuple[F
 
 def _expression(reader: _Reader, name: str, text: object, scope: Scope) -> Node | None:
     place = f"feature {shown(name)}"
+    hint = "; if the manifest's own key is meant, write it above [features]" if name in _MODEL_KEYS else ""
     if not name.strip() or not name.isprintable() or len(name.encode()) > _FEATURE_BYTES_MAX:
         reader.problem(f"{place}: a feature's name must be printable and at most {_FEATURE_BYTES_MAX} bytes")
     if not isinstance(text, str):
-        reader.problem(f"{place}: must be an expression in quotes, not {shown(text)}")
+        reader.problem(f"{place}: must be an expression in quotes, not {shown(text)}{hint}")
         return None
     try:
         return parse_expression(text, scope)
     except ExpressionError as error:
         for problem in error.problems:
-            reader.problem(f"{place}: {problem}")
+            reader.problem(f"{place}: {problem}{hint}")
         return None
 
 

@@ -164,6 +164,13 @@ def test_mistakes(text, expected):
     assert any(expected in problem for problem in problems(text))
 
 
+@pytest.mark.parametrize("line", ["log_rows = 0.1", "ttl = '30d'", "shared_with = ['ads']", "method = 'predict'"])
+def test_a_key_of_the_manifest_below_the_features_is_told_where_it_belongs(line):
+    (found,) = problems(f"on = 'search'\n[features]\na = '1'\n{line}")
+    assert found.startswith(f"feature '{line.split()[0]}': ")
+    assert found.endswith("; if the manifest's own key is meant, write it above [features]")
+
+
 @pytest.mark.parametrize("part", ["a", '"\\"x"', "'.'", '"a b" \t'])
 @pytest.mark.parametrize("key", ["{} = 1", "[{}]", "[[{}]]", "a = {{ {} = 1 }}", "a = {{b=1,{} = 1}}"])
 def test_a_key_that_would_take_all_memory_is_refused_before_it_is_parsed(part, key):
