@@ -577,8 +577,9 @@ def publications(snapshot: Snapshot) -> tuple[Publication, ...]:
 
 
 def quarantine_problem(name: ModelName, reason: str) -> str:
+    why = reason or "an operator has rolled it back and gave no reason"
     return (
-        f"{name.model}.joblib: quarantined, and the version before it runs: {reason}; drop a mended pair, which"
+        f"{name.model}.joblib: quarantined, and the version before it runs: {why}; drop a mended pair, which"
         " is another version"
     )
 

@@ -93,6 +93,15 @@ def test_a_staged_version_that_is_rolled_back_is_not_tried_again_and_the_live_on
     assert changes(run)[-1] == ("quarantined", "auto")
 
 
+def test_a_version_that_is_rolled_back_without_a_reason_says_that_an_operator_did_it() -> None:
+    run, _, second = shadowed()
+    run(RollBack(BID, second, "eve", "", 9))
+    assert status(run.snapshot, BID)["problems"] == [
+        "bid.joblib: quarantined, and the version before it runs: an operator has rolled it back and gave no reason;"
+        " drop a mended pair, which is another version"
+    ]
+
+
 def test_a_staged_version_that_fails_by_its_own_fault_is_rolled_back() -> None:
     run, first, second = shadowed()
     run(VersionFailing(BID, second, "its file is not here", 7))
