@@ -163,6 +163,7 @@ class ModelWatcher:
         self._applying = asyncio.Lock()
         self._wake = asyncio.Event()
         self._rearm = asyncio.Event()
+        self._absence = ""
         self._places: tuple[tuple[str, int, int], ...] = ()
         whom = TrialsFor(lambda: self._snapshot, self._apply, self._note_caught_up, self._trial_put_off)
         self._trials = Trials(server, blobs.get, clock, supervisor, whom)
@@ -323,8 +324,11 @@ class ModelWatcher:
 
     def _not_there(self, why: str) -> None:
         """A directory that is not mounted must not retire every model."""
-        self._counters.last_error = f"{self._settings.root} {why}; models stay as they are"
-        log.warning("watched directory not there", problem=self._counters.last_error)
+        problem = f"{self._settings.root} {why}; models stay as they are"
+        self._counters.last_error = problem
+        if problem != self._absence:
+            self._absence = problem
+            log.warning("watched directory not there", problem=problem)
 
     async def _collect_garbage(self) -> None:
         """After each change; not before all was tried, as until then what is needed is not yet in the snapshot."""
@@ -476,6 +480,7 @@ class ModelWatcher:
             # More likely a directory that is not mounted than the wish to stop every model.
             self._not_there("is empty: mount it, or make an empty folder in it if its last tenant is to go")
             return
+        self._absence = ""
         if self._snapshot.shared is not None:
             watched -= self._snapshot.shared.gone
         there = found.pairs.keys() | found.halves

@@ -19,6 +19,7 @@ import numpy as np
 import pytest
 import pytest_asyncio
 from sklearn.linear_model import LogisticRegression
+from structlog.testing import capture_logs
 from waiting import until
 
 from node.app import row_refusal
@@ -419,6 +420,26 @@ async def test_a_root_that_is_empty_retires_nobody_as_its_volume_may_not_be_moun
     assert watcher.statistics().trials == 2, "what is found again needs no trial"
     shutil.rmtree(node.root / "ads")
     await until(lambda: set(node.live()) == {other})
+
+
+async def test_a_directory_that_is_not_there_is_told_once_until_it_is_back(node: Node, tmp_path: Path) -> None:
+    watcher = await node.start(rescan_ms=100)
+    node.drop(BID, model=model_file())
+    await until(lambda: node.status().get("state") == "live")
+
+    async def looked_again() -> int:
+        before = watcher.statistics().scans
+        await until(lambda: watcher.statistics().scans >= before + 4)
+        return sum(line["event"] == "watched directory not there" for line in logged)
+
+    with capture_logs() as logged:
+        for times in (1, 2):
+            shutil.move(node.root / "ads", tmp_path / "away")
+            assert await looked_again() == times
+            assert "is empty" in watcher.statistics().last_error
+            shutil.move(tmp_path / "away", node.root / "ads")
+            assert await looked_again() == times
+    assert BID in node.live()
 
 
 async def test_more_folders_or_files_than_are_looked_at_delete_nothing(
