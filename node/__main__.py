@@ -57,7 +57,7 @@ def run(config: ConfigPath) -> None:
 
     It ends on SIGTERM or SIGINT, after it has finished its cycles and committed them.
     """
-    settings = loaded(config)
+    settings = loaded(config, writes=True)
     from node.warming import warmed
 
     try:
@@ -405,7 +405,7 @@ def accept_loss(config: ConfigPath) -> None:
     """
     from node import cluster_console
 
-    _operate(cluster_console.accept_loss(loaded(config, secrets=False), typer.echo))
+    _operate(cluster_console.accept_loss(loaded(config, secrets=False, writes=True), typer.echo))
 
 
 @app.command()
@@ -467,7 +467,8 @@ def restore(
     """
     from node import cluster_console
 
-    _operate(cluster_console.restore(loaded(config, secrets=False), partition, source, typer.echo))
+    settings = loaded(config, secrets=False, writes=True)
+    _operate(cluster_console.restore(settings, partition, source, typer.echo))
 
 
 app.add_typer(table_commands.tables, name="table")
@@ -526,7 +527,7 @@ def check_training(
         wanted = training_console.Wanted(name, time_ms(from_time, 0), time_ms(to_time, 1 << 62))
     except HeadraceError as error:
         fail(str(error))
-    found = _operate(training_check.check(loaded(config), wanted, rows_max))
+    found = _operate(training_check.check(loaded(config, writes=True), wanted, rows_max))
     if as_json:
         typer.echo(console.encoded(found))
     else:

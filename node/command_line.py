@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import os
+import pwd
+import shlex
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, NoReturn
 
@@ -21,14 +25,40 @@ WAIT_S = 600.0
 NODE_URL = "http://127.0.0.1:8080"
 
 
-def loaded(path: Path, secrets: bool = True) -> Config:
-    """The config; the process ends with its mistakes where it has some."""
+def loaded(path: Path, *, secrets: bool = True, writes: bool = False) -> Config:
+    """The config; the process ends with its mistakes where it has some.
+
+    A command that `writes` into the node's data_dir is refused to root if that is another user's.
+    """
     from node.config import load_config
 
     try:
-        return load_config(path, secrets)
+        config = load_config(path, secrets)
     except ConfigError as error:
         fail(*(f"{path}: {problem}" for problem in error.problems))
+    problem = _owner_problem(Path(config.node.data_dir)) if writes else ""
+    if problem:
+        fail(problem)
+    return config
+
+
+def _owner_problem(data_dir: Path) -> str:
+    """Why root may not write there; '' when it may. Other users are held back by the kernel."""
+    from node.config import nearest_existing
+
+    place = nearest_existing(data_dir)
+    owner = place.stat().st_uid
+    if os.geteuid() != 0 or owner == 0:
+        return ""
+    try:
+        name = pwd.getpwuid(owner).pw_name
+    except KeyError:
+        name = str(owner)
+    command = shlex.join(["headrace", *sys.argv[1:]])
+    return (
+        f"[node] data_dir is {data_dir}, where {place} is user {name}'s, and the node could not use what root leaves "
+        f"there; say this as that user: runuser -u {name} -- {command}"
+    )
 
 
 def fail(*lines: str) -> NoReturn:

@@ -330,10 +330,8 @@ def _file_problems(config: Config) -> Iterator[str]:
 
 def _directory_problems(where: str, path: Path) -> Iterator[str]:
     """A folder that is missing is made at start, so its nearest existing parent is what must be writable."""
-    existing = path
     try:
-        while not existing.exists() and existing != existing.parent:
-            existing = existing.parent
+        existing = nearest_existing(path)
     except OSError as error:
         yield f"{where} is {path}: {error.strerror}; allowed: a folder that the node can write"
         return
@@ -341,6 +339,11 @@ def _directory_problems(where: str, path: Path) -> Iterator[str]:
         yield f"{where} is {path}, but {existing} is not a folder; allowed: a folder that the node can write"
     elif not os.access(existing, os.W_OK | os.X_OK):
         yield f"{where} is {path}, but {existing} is not writable; allowed: a folder that the node can write"
+
+
+def nearest_existing(path: Path) -> Path:
+    """The path itself, or the nearest of its parents that is there. Raises OSError when that can't be told."""
+    return next(place for place in (path, *path.parents) if place.exists() or place == place.parent)
 
 
 def _secret_problems(config: Config) -> Iterator[str]:
