@@ -18,7 +18,10 @@ def test_a_node_ends_by_its_own_bounds_before_systemd_kills_it() -> None:
     assert timeout_s > (STOP_MS_MAX + CLUSTER_STOP_MS_MAX) / 1000 + HTTP_STOP_S_MAX
 
 
-def test_a_clustered_node_gets_its_secret_as_a_credential() -> None:
-    text = (UNITS / "headrace.service.d" / "cluster.conf").read_text()
-    (name,) = re.findall(r"^LoadCredential=([^:]+):/etc/headrace/", text, re.MULTILINE)
-    assert f'secret_file = "/run/credentials/headrace.service/{name}"' in text
+def test_the_clusters_secret_is_there_for_the_nodes_user_also_while_the_unit_is_stopped() -> None:
+    readme = (UNITS.parent / "README.md").read_text()
+    (path,) = re.findall(r'^ *secret_file += "(/[^"]+)"', readme, re.MULTILINE)
+    assert f" | install -m 0640 -o root -g headrace /dev/stdin {path}\n" in readme
+    folders = (UNITS / "tmpfiles.d" / "headrace.conf").read_text()
+    assert re.search(rf"^d {Path(path).parent} +0750 root +headrace ", folders, re.MULTILINE)
+    assert not [unit for unit in UNITS.rglob("*") if unit.is_file() and "LoadCredential" in unit.read_text()]
