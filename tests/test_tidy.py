@@ -10,10 +10,13 @@ import ast
 import os
 import re
 import subprocess
+import sys
 import tomllib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from importlib import metadata
+from itertools import chain
 from pathlib import Path
+from typing import Any
 
 import pytest
 from packaging.requirements import Requirement
@@ -299,12 +302,41 @@ def pinned() -> dict[str, str]:
     return {canonicalize_name(name): version for name, _, version in (line.partition("==") for line in lines)}
 
 
+def project() -> dict[str, Any]:
+    return tomllib.loads((ROOT / "pyproject.toml").read_text())
+
+
+def names_of(requirements: Iterable[str]) -> set[str]:
+    return {canonicalize_name(Requirement(text).name) for text in requirements}
+
+
 def test_every_dependency_is_pinned() -> None:
-    project = tomllib.loads((ROOT / "pyproject.toml").read_text())
-    wanted = [*project["build-system"]["requires"], *project["project"]["dependencies"]]
-    wanted += [name for extra in project["project"]["optional-dependencies"].values() for name in extra]
-    names = {canonicalize_name(Requirement(text).name) for text in wanted}
-    assert names - pinned().keys() == set()
+    extras = project()["project"]["optional-dependencies"].values()
+    wanted = [*project()["build-system"]["requires"], *project()["project"]["dependencies"], *chain(*extras)]
+    assert names_of(wanted) - pinned().keys() == set()
+
+
+PROVIDERS = metadata.packages_distributions()
+
+
+def requirement_problems(source: str, name: str) -> list[str]:
+    """Imports that no requirement names; what only the extra of models brings is imported inside functions."""
+    needed = names_of(project()["project"]["dependencies"])
+    optional = names_of(project()["project"]["optional-dependencies"]["models"])
+    problems = []
+    for imported, line, inside in imports_of(ast.parse(source), name):
+        top = imported.partition(".")[0]
+        if top in PACKAGES or top in sys.stdlib_module_names:
+            continue
+        providers = {canonicalize_name(provider) for provider in PROVIDERS.get(top, ())}
+        if not providers & (needed | optional if inside else needed):
+            problems.append(f"{name}:{line} imports {top}, which pyproject.toml does not require")
+    return problems
+
+
+def test_what_is_imported_is_required() -> None:
+    problems = [p for path in module_paths() for p in requirement_problems(path.read_text(), module_name(path))]
+    assert not problems, "\n".join(problems)
 
 
 def test_what_is_installed_is_what_is_pinned() -> None:
@@ -380,6 +412,9 @@ BAD_SOURCES: list[tuple[Callable[[str, str], list[str]], str]] = [
     (fork_problems, "import asyncio\nasyncio.create_subprocess_exec('ls')"),
     (session_problems, "subprocess.Popen('ls', start_new_session=True)"),
     (session_problems, "import os\nos.setsid()"),
+    (requirement_problems, "import nobody_s"),
+    (requirement_problems, "import pandas"),
+    (requirement_problems, "def late():\n    import hypothesis"),
 ]
 
 
@@ -398,7 +433,9 @@ def test_a_right_source_is_let_through() -> None:
         sleep_problems,
         fork_problems,
         session_problems,
+        requirement_problems,
     ):
         assert checker(source, "sample") == []
+    assert requirement_problems("import os, node.app, orjson\ndef late():\n    import pandas", "sample") == []
     at_the_limit = "def long() -> None:\n" + "    x = 1\n" * (FUNCTION_LINES_MAX - 1)
     assert size_problems(at_the_limit, "sample") == []
