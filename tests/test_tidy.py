@@ -143,6 +143,13 @@ def import_problems(source: str, module: str) -> list[str]:
     return problems
 
 
+def test_the_wiring_is_what_the_architecture_names() -> None:
+    told = (ROOT / "ARCHITECTURE.md").read_text().partition("Only the wiring")[2].partition("\n\n")[0]
+    stems = {module.partition(".")[2] for module in WIRING if not module.startswith("node.cluster_")}
+    assert set(re.findall(r"(\w+)\.py`", told)) - {"test_tidy"} == stems
+    assert "`cluster_*`" in told
+
+
 # --- size, words and addresses --------------------------------------------------------------------------------------
 
 
