@@ -22,7 +22,7 @@ from aiokafka import AIOKafkaConsumer, TopicPartition
 from node.ingest.topics import Topics
 from node.kernel.broker import ClientOptions, broker_call, close_quietly
 from node.kernel.clock import Clock
-from node.kernel.errors import BoundExceeded, HeadraceError, ProgressLost, TableRefused, TopicMissing
+from node.kernel.errors import BoundExceeded, BrokerUnavailable, HeadraceError, ProgressLost, TableRefused, TopicMissing
 from node.kernel.limits import (
     TABLE_FEED_GAP_MS_MAX,
     TABLE_FEED_PARTITIONS_MAX,
@@ -116,6 +116,9 @@ class TableFeeds:
     async def _stop(self) -> None:
         self._fed.clear()
         self._counts.clear()
+        await self._give_client_up()
+
+    async def _give_client_up(self) -> None:
         if self._consumer is not None:
             consumer, self._consumer = self._consumer, None
             await close_quietly("table feeds", consumer.stop())
@@ -133,6 +136,8 @@ class TableFeeds:
                 log.warning("table not fed", table=table.name, topic=table.feed.topic, reason=reason)
             fed.reason = reason
             fed.rests_until = self._clock.monotonic() + _FAILED_SECONDS
+            if isinstance(failure, BrokerUnavailable):  # its fetching may have ended, for all tables
+                await self._give_client_up()
             return
         fed.reason = ""
         if changed:
@@ -211,12 +216,14 @@ class TableFeeds:
         ends: Offsets,
     ) -> int:
         """Changes between these offsets as lines of a file; how many."""
+        if begin == ends:  # assigned and taken back before the client has looked, its fetching would end for good
+            return 0
         changes, rows = Changes(TableSchema.decode(feed.schema)), 0
-        consumer.assign(places)
-        for place, start in zip(places, begin, strict=True):
-            consumer.seek(place, start)
-        try:
-            with path.open("wb") as file:
+        with path.open("wb") as file:
+            consumer.assign(places)
+            for place, start in zip(places, begin, strict=True):
+                consumer.seek(place, start)
+            try:
                 for place, end in zip(places, ends, strict=True):
                     async for records in self._records(consumer, place, end):
                         rows += _lines(records, end, changes, file, fed)
@@ -224,8 +231,8 @@ class TableFeeds:
                             raise TableRefused(
                                 [f"what topic {feed.topic} has is over [tables] upload_mb_max; raise it"]
                             )
-        finally:
-            consumer.unsubscribe()  # of a topic that is deleted it would ask thousands of times a second
+            finally:
+                consumer.unsubscribe()  # of a topic that is deleted it would ask thousands of times a second
         return rows
 
     async def _records(self, consumer: AIOKafkaConsumer, place: TopicPartition, end: int) -> AsyncIterator[list[Any]]:

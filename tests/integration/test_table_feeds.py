@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Iterable
+import contextlib
+from collections.abc import AsyncIterator, Callable, Iterable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import orjson
 import pytest
-from aiokafka import AIOKafkaConsumer, AIOKafkaProducer
+from aiokafka import AIOKafkaConsumer, AIOKafkaProducer, TopicPartition
 from cluster_support import running
 from node_support import Kafka, Node, drop, event, linear, status_file, wait_until
 from test_tables import PRICES, headrace, live, products
@@ -18,9 +20,9 @@ from waiting import until
 from node.kernel.clock import SystemClock
 from node.kernel.reading import committed_reader
 from node.kernel.supervise import Supervisor
-from node.kernel.table_versions import Feed
+from node.kernel.table_versions import Feed, Table
 from node.kernel.tables import TableColumn, TableSchema
-from node.tables.feeds import TableFeeds
+from node.tables.feeds import Fed, TableFeeds
 from node.tables.library import TableLibrary
 from node.tables.local import LocalTables
 from node.tables.service import Files, TableService
@@ -155,11 +157,36 @@ def test_a_cluster_goes_on_from_where_the_node_that_fed_it_was(
         assert all(len(versions) == 1 for versions in named.values())
 
 
-@pytest.mark.parametrize("upload_bytes_max", [1 << 20, 10])
-async def test_no_topic_is_listened_to_between_its_versions(
-    kafka: str, topics: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, upload_bytes_max: int
-) -> None:
-    """Or the client would ask for one that is deleted thousands of times a second."""
+SCHEMA = TableSchema("sku", "text", {"price": TableColumn("number")})
+
+
+@dataclass
+class Feeding:
+    service: TableService
+    feeds: TableFeeds
+    consumers: list[AIOKafkaConsumer]
+    """Those of the feeds, the newest last."""
+
+    async def follow(self, name: str, topic: str) -> None:
+        await self.service.follow(name, Feed(topic, SCHEMA.encode(), 1000))
+
+    def fed(self, name: str) -> Fed:
+        return self.feeds.of(self.table(name)) or Fed()
+
+    def table(self, name: str) -> Table:
+        return self.service.ledger.tables()[name]
+
+    def rows(self, name: str) -> int:
+        """Of the live version."""
+        table = self.table(name)
+        return table.versions[table.live].rows if table.live else 0
+
+
+@contextlib.asynccontextmanager
+async def feeding(
+    folder: Path, kafka: str, monkeypatch: pytest.MonkeyPatch, upload_bytes_max: int = 1 << 20
+) -> AsyncIterator[Feeding]:
+    """Feeds that run, of a node by itself."""
     consumers: list[AIOKafkaConsumer] = []
 
     def connected(*arguments: Any, **settings: Any) -> AIOKafkaConsumer:
@@ -167,29 +194,73 @@ async def test_no_topic_is_listened_to_between_its_versions(
         return consumers[-1]
 
     monkeypatch.setattr("node.tables.feeds.committed_reader", connected)
-    topic, options, clock = await topics.create("rows"), {"bootstrap_servers": [kafka]}, SystemClock()
-    async with AIOKafkaProducer(**options) as producer:
-        await producer.send_and_wait(topic, b'{"price":1}', key=b"a")
-    files = BlobStore(tmp_path / "files")
+    files, clock = BlobStore(folder / "files"), SystemClock()
     library = TableLibrary(files.path, Supervisor())
-    ledger = LocalTables(tmp_path / "tables.json", library)
+    ledger = LocalTables(folder / "tables.json", library)
     kept = Files(files.put, files.path, files.names, files.delete)
-    service = TableService("n", tmp_path, kept, library, ledger, lambda _: [], upload_bytes_max, 1000, clock)
-    schema = TableSchema("sku", "text", {"price": TableColumn("number")})
-    await service.follow("one", Feed(topic, schema.encode(), 1000))
-    feeds = TableFeeds(service, options, clock)
+    service = TableService("n", folder, kept, library, ledger, lambda _: [], upload_bytes_max, 1000, clock)
+    feeds = TableFeeds(service, {"bootstrap_servers": [kafka]}, clock)
     running_feeds = asyncio.create_task(feeds.run())
-
-    def done() -> bool:
-        table = ledger.tables()["one"]
-        fed = feeds.of(table)
-        return bool(table.live) or (fed is not None and "upload_mb_max" in fed.reason)
-
     try:
-        await until(done, "a version, or why there is none")
-        assert bool(ledger.tables()["one"].live) == (upload_bytes_max > 10)
-        (consumer,) = consumers
-        assert consumer.assignment() == frozenset()
+        yield Feeding(service, feeds, consumers)
     finally:
         running_feeds.cancel()
         await asyncio.gather(running_feeds, return_exceptions=True)
+
+
+async def sent(kafka: str, topic: str, key: str, value: bytes = b'{"price":1}') -> None:
+    async with AIOKafkaProducer(bootstrap_servers=[kafka]) as producer:
+        await producer.send_and_wait(topic, value, key=key.encode())
+
+
+@pytest.mark.parametrize("upload_bytes_max", [1 << 20, 10])
+async def test_no_topic_is_listened_to_between_its_versions(
+    kafka: str, topics: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, upload_bytes_max: int
+) -> None:
+    """Or the client would ask for one that is deleted thousands of times a second."""
+    topic = await topics.create("rows")
+    await sent(kafka, topic, "a")
+    async with feeding(tmp_path, kafka, monkeypatch, upload_bytes_max) as running_feeds:
+        await running_feeds.follow("one", topic)
+        await until(
+            lambda: running_feeds.rows("one") or "upload_mb_max" in running_feeds.fed("one").reason,
+            "a version, or why there is none",
+        )
+        assert running_feeds.rows("one") == int(upload_bytes_max > 10)
+        (consumer,) = running_feeds.consumers
+        assert consumer.assignment() == frozenset()
+
+
+async def test_an_empty_topic_keeps_no_other_table_from_being_fed(
+    kafka: str, topics: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    empty, good = await topics.create("empty"), await topics.create("good")
+    await sent(kafka, good, "a")
+    async with feeding(tmp_path, kafka, monkeypatch) as running_feeds:
+        await running_feeds.follow("good", good)
+        await until(lambda: running_feeds.rows("good") == 1, "the first row")
+        await running_feeds.follow("empty", empty)
+        await until(lambda: "has no rows" in running_feeds.fed("empty").reason, "why there is no version")
+        await sent(kafka, good, "b")
+        await until(lambda: running_feeds.rows("good") == 2 or running_feeds.fed("good").reason, "the second row")
+        assert (running_feeds.rows("good"), running_feeds.fed("good").reason) == (2, "")
+        assert len(running_feeds.consumers) == 1, "its client was left alone"
+        await sent(kafka, empty, "a")
+        await until(lambda: running_feeds.rows("empty") == 1, "the first row of the other")
+
+
+async def test_a_client_that_reads_no_more_is_replaced(
+    kafka: str, topics: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    topic = await topics.create("rows")
+    await sent(kafka, topic, "a")
+    monkeypatch.setattr("node.kernel.reading.BROKER_CALL_MS_MAX", 1000)
+    async with feeding(tmp_path, kafka, monkeypatch) as running_feeds:
+        await running_feeds.follow("one", topic)
+        await until(lambda: running_feeds.rows("one") == 1, "the first row")
+        consumer = running_feeds.consumers[-1]
+        consumer.assign([TopicPartition(topic, 0)])
+        consumer.unsubscribe()  # ends its fetching for good
+        await sent(kafka, topic, "b")
+        await until(lambda: running_feeds.rows("one") == 2, "the second row")
+        assert running_feeds.consumers[-1] is not consumer
