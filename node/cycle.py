@@ -26,7 +26,7 @@ from node.ingest.source import Polled, Source
 from node.interval_rows import write_marks
 from node.intervals import Intervals
 from node.kernel.clock import Clock
-from node.kernel.errors import BoundExceeded, TableUnavailable
+from node.kernel.errors import BoundExceeded
 from node.kernel.limits import IDLE_POLL_MS
 from node.kernel.ports import FeaturePlan, ModelRunner, Shadows
 from node.kernel.tables import NO_TABLES, TableSet
@@ -303,9 +303,8 @@ def _pinned(tables: TableSet, plan: FeaturePlan) -> TableSet:
     if tables.absent:
         blind = blind_shadows(plan, tables)
         for model in running(plan):
-            for name in plan.tables(model):
-                if name in tables.absent and model not in blind:
-                    raise TableUnavailable(f"model {model} waits for table {name}: {tables.absent[name]}")
+            if model not in blind:
+                tables.require(plan.tables(model), f"model {model}")
     return tables
 
 

@@ -87,7 +87,8 @@ class StoreUnavailable(HeadraceError):
 
 
 class TableUnavailable(HeadraceError):
-    """The live version of a table that a live model reads is not on this node yet; events wait until it is."""
+    """The live version of a table that a live model reads is not on this node yet; events and readers wait until it
+    is."""
 
 
 class TableRefused(HeadraceError):

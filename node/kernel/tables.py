@@ -12,6 +12,7 @@ from typing import Final, Literal, Protocol
 import msgspec
 import numpy as np
 
+from node.kernel.errors import TableUnavailable
 from node.kernel.types import Column, FieldType, Ints
 
 
@@ -87,6 +88,12 @@ class TableSet:
     def versions(self, names: Iterable[str]) -> dict[str, str]:
         """Of those tables that there are."""
         return {name: self._readers[name].version for name in names if name in self._readers}
+
+    def require(self, names: Iterable[str], reader: str) -> None:
+        """Raises TableUnavailable when one of these tables is absent: what reads it must not be fed without it."""
+        for name in names if self.absent else ():
+            if name in self.absent:
+                raise TableUnavailable(f"{reader} waits for table {name}: {self.absent[name]}")
 
 
 NO_TABLES: Final = TableSet({})

@@ -15,6 +15,7 @@ from node.kernel.errors import (
     PeerRefused,
     StateCorrupt,
     StoreUnavailable,
+    TableUnavailable,
 )
 
 PROBLEM_TYPE = "application/problem+json"
@@ -92,6 +93,8 @@ def refusal_of(failure: HeadraceError) -> Refusal | None:
         return Refusal(HTTPStatus.CONFLICT, "refused", str(failure))
     if isinstance(failure, ClusterUnavailable):
         return unavailable("no-quorum", str(failure))
+    if isinstance(failure, TableUnavailable):
+        return unavailable("table-unavailable", str(failure))
     if isinstance(failure, StoreUnavailable | StateCorrupt):
         return unavailable("state-unavailable", "the customer's state can't be read now; /readyz says more")
     return None

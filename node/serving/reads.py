@@ -126,14 +126,17 @@ class CustomerReads:
         )
 
     async def features(self, customer: str, model: ModelName, at: AsOf) -> CustomerFeatures:
+        """Raises TableUnavailable too, as a cycle does."""
         plan = self._plan()
         versions = {version.name: version for version in plan.models}
         if model not in versions:
             raise NotFound(f"no version of model {model} is live here; /v1/models lists all with their state")
         found = (await self._find(customer, plan))[0]
+        tables = self._tables()
+        tables.require(plan.tables(model), f"model {model}")
         at_ms = _resolved(at, found)
         event = self._no_event(customer, versions[model], at_ms)
-        rows = plan.rows(event, _RowReads(found, at_ms, versions, self._tables()), {model: np.ones(1, np.bool_)})[model]
+        rows = plan.rows(event, _RowReads(found, at_ms, versions, tables), {model: np.ones(1, np.bool_)})[model]
         values: dict[str, float | str | None] = dict(zip(rows.names, rows.numbers[0].tolist(), strict=True))
         values |= {name: column[0] for name, column in rows.texts.items()}
         needing = self._event_features(model)

@@ -20,6 +20,7 @@ from node.config_sections import HttpSection
 from node.kernel.clock import ManualClock
 from node.kernel.errors import BoundExceeded, NotFound, StoreUnavailable
 from node.kernel.ports import StateStore
+from node.kernel.tables import NO_TABLES, TableColumn, TableSchema, TableSet
 from node.kernel.types import Aggregate, Bools, EventColumns, EventSchema, Floats, Frame, ModelName, ModelVersion
 from node.serving.reads import CustomerReads, OpenPartition
 from node.serving.server import HttpServer
@@ -39,6 +40,7 @@ SCHEMA = EventSchema(
     types=("search", "transaction"),
     fields={"amount": "number", "channel": "text", "online": "boolean"},
     profile={"spend": "sum(transaction.amount, '30d')", "web_1h": "count(any, '1h', where=event.channel == 'web')"},
+    tables={"caps": TableSchema("name", "text", {"cap": TableColumn("number")})},
 )
 WEB = "event.channel == 'web'"
 BID = """
@@ -64,6 +66,12 @@ ttl = "never"
 method = "predict"
 [features]
 bid = "models.ads.bid.score"
+"""
+CAP = """
+on = ["transaction"]
+output = "score"
+[features]
+cap = "tables.caps['all'].cap"
 """
 
 
@@ -124,7 +132,10 @@ class Node:
         self.partitions = partitions
         self.profile = evaluate_profile(SCHEMA)
         self.set_models(*manifests)
-        self.reads = CustomerReads(self.open, lambda: self.plan, SCHEMA, self.profile, self.event_features)
+        self.tables = NO_TABLES
+        self.reads = CustomerReads(
+            self.open, lambda: self.plan, SCHEMA, self.profile, self.event_features, lambda: self.tables
+        )
         self.customer = self.reads.customer
         self.features = self.reads.features
         self.inferences = self.reads.inferences
@@ -446,6 +457,19 @@ async def test_over_http(node: Node, get: Any) -> None:
     assert (await get("/v1/customers/bob"))[0] == 503
     status, problem = await get("/readyz")
     assert (status, problem["reasons"]) == (503, ["partition 1 is not open"])
+
+
+async def test_features_wait_for_a_table_whose_live_version_is_not_here(node: Node, get: Any) -> None:
+    """Without it they would be others than the model's, as if no key had a row."""
+    node.set_models(manifest("ads", "bid", BID), manifest("shop", "cap", CAP))
+    node.take(0, bought("ann", 2.0))
+    node.tables = TableSet({}, {"caps": "version 1 is not here yet", "others": "nor this one"})
+    status, problem = await get("/v1/customers/ann/features?model=shop/cap")
+    assert (status, problem["type"]) == (503, "urn:headrace:problem:table-unavailable")
+    assert problem["detail"] == "model shop/cap waits for table caps: version 1 is not here yet"
+    assert (await get("/v1/customers/ann/features?model=ads/bid"))[0] == 200, "it reads no table"
+    node.tables = TableSet({}, {"others": "nor this one"})
+    assert (await get("/v1/customers/ann/features?model=shop/cap"))[0] == 200
 
 
 async def test_no_time_that_may_be_asked_for_fails(node: Node, get: Any) -> None:
