@@ -8,7 +8,7 @@ the table wait for it, rather than be fed from another version.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Set
 from pathlib import Path
 
 import structlog
@@ -91,11 +91,23 @@ class TableLibrary:
 
     async def _ahead(self, version: str) -> None:
         try:
-            opened = await asyncio.to_thread(VersionFile, self._path(version), version[:12])
-        except StoreUnavailable as failure:
-            log.warning("a table's version can't be opened", version=version[:12], reason=str(failure))
-        else:
-            if any(version in table.versions for table in self.tables.values()):
+            opened = await self._opened_beside(version)
+            if opened is not None and any(version in table.versions for table in self.tables.values()):
                 self._open.setdefault(version, opened)
         finally:
             self._opening.discard(version)
+
+    async def open(self, versions: Set[str]) -> None:
+        """Open what is about to be agreed: `agreed` must follow, also if it has come to nothing, and closes what is not
+        wanted. What can't be opened is told as absent then."""
+        for version in versions - self._open.keys():
+            opened = await self._opened_beside(version)
+            if opened is not None:
+                self._open[version] = opened
+
+    async def _opened_beside(self, version: str) -> VersionFile | None:
+        try:
+            return await asyncio.to_thread(VersionFile, self._path(version), version[:12])
+        except StoreUnavailable as failure:
+            log.warning("a table's version can't be opened", version=version[:12], reason=str(failure))
+            return None

@@ -87,9 +87,12 @@ class LocalTables:
 
     async def _keep(self, tables: dict[str, Table]) -> None:
         kept = _Kept(self._kept.revision + 1, tables)
-        await asyncio.to_thread(self._write, msgspec.json.encode(kept))
-        self._kept = kept
-        self._library.agreed(tables)
+        try:
+            await self._library.open({table.live for table in tables.values() if table.live})
+            await asyncio.to_thread(self._write, msgspec.json.encode(kept))
+            self._kept = kept
+        finally:
+            self._library.agreed(self._kept.tables)
 
     def _write(self, content: bytes) -> None:
         beside = self._path.with_suffix(".new")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import threading
 from pathlib import Path
 
 import msgspec
@@ -11,13 +12,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 from msgspec.structs import replace
 
-from node.kernel.errors import TableRefused
+from node.kernel.errors import StoreUnavailable, TableRefused
 from node.kernel.supervise import Supervisor
 from node.kernel.table_versions import Feed, Table, TableVersion
 from node.kernel.tables import TableColumn, TableSchema
 from node.tables.library import TableLibrary
 from node.tables.local import LocalTables
-from node.tables.version_file import MENDED
+from node.tables.version_file import MENDED, VersionFile
 from replication.catalog import Catalog, apply, decode_catalog, encode_catalog, problem
 from replication.catalog_tables import table_blobs, table_rollout, waiting_held
 from replication.commands import (
@@ -232,3 +233,42 @@ async def test_a_node_by_itself_follows_by_the_same_rules(tmp_path: Path) -> Non
     await kept.follow("others", feed)
     await kept.unfollow("others")
     assert "others" not in kept.tables()
+
+
+async def test_a_node_by_itself_opens_a_new_version_beside_the_loop(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Texts are decoded when it is opened: up to a second for many columns, in which no event would be taken in."""
+    opened: list[tuple[str, int]] = []
+
+    def recorded(path: Path, version: str) -> VersionFile:
+        opened.append((version, threading.get_ident()))
+        return VersionFile(path, version)
+
+    monkeypatch.setattr("node.tables.library.VersionFile", recorded)
+    library = TableLibrary(lambda version: tmp_path / version, Supervisor())
+    ledger = LocalTables(tmp_path / "tables.json", library)
+    for number in (1, 2):
+        built(tmp_path, f"sku,price\na,{number}\n")
+        (tmp_path / "built").rename(tmp_path / sha(number))
+        await ledger.put("products", TableVersion(sha(number), SCHEMA.encode(), 1, 1))
+        assert library.current().versions(["products"]) == {"products": sha(number)[:12]}
+    await ledger.put("products", TableVersion(sha(1), SCHEMA.encode(), 1, 1))
+    assert [version for version, _ in opened] == [sha(1)[:12], sha(2)[:12]], "one to go back to stays open"
+    assert threading.get_ident() not in {thread for _, thread in opened}
+
+
+def is_mapped(path: Path) -> bool:
+    return str(path) in Path("/proc/self/maps").read_text()
+
+
+async def test_a_version_that_could_not_be_put_does_not_stay_open(tmp_path: Path) -> None:
+    """Its file would take its place on the disk until the node ends, though it is deleted."""
+    library = TableLibrary(lambda version: tmp_path / version, Supervisor())
+    ledger = LocalTables(tmp_path / "gone" / "tables.json", library)
+    built(tmp_path, "sku,price\na,1\n")
+    (tmp_path / "built").rename(tmp_path / sha(1))
+    with pytest.raises(StoreUnavailable, match=r"tables\.json can't be written"):
+        await ledger.put("products", TableVersion(sha(1), SCHEMA.encode(), 1, 1))
+    assert ledger.tables() == {}
+    assert not is_mapped(tmp_path / sha(1))
