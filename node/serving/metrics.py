@@ -65,12 +65,10 @@ def _partition_metrics(partitions: list[PartitionStatus]) -> Iterator[Metric]:
     yield _gauge("partition_running", "1 while it runs.", label, by_partition(lambda one: one.phase == "running"))
     yield _counter("partition_failures", "Times it was opened again.", label, by_partition(lambda one: one.failures))
     yield _gauge("lag_events", "Events between progress and source end.", label, by_partition(lambda one: one.lag))
-    yield _counter("events", "Events taken in.", label, by_partition(lambda one: one.counters.get("events", 0)))
-    ignored = by_partition(lambda one: one.counters.get("ignored", 0))
-    yield _counter("ignored", "Events of types that are not configured.", label, ignored)
-    late = by_partition(lambda one: one.counters.get("late", 0))
-    yield _counter("late", "Events too late for a window they belong to.", label, late)
-    ahead = by_partition(lambda one: one.counters.get("ahead", 0))
+    yield _counter("events", "Events taken in.", label, by_partition(_total("events")))
+    yield _counter("ignored", "Events of types that are not configured.", label, by_partition(_total("ignored")))
+    yield _counter("late", "Events too late for a window they belong to.", label, by_partition(_total("late")))
+    ahead = by_partition(_total("ahead"))
     yield _counter("ahead", "Events over a minute ahead of the node's clock.", label, ahead)
     yield _counter("cache_hits", "Rows found in the cache.", label, by_partition(lambda one: one.cache.hits))
     yield _counter("cache_misses", "Rows read from the store.", label, by_partition(lambda one: one.cache.misses))
@@ -81,6 +79,12 @@ def _partition_metrics(partitions: list[PartitionStatus]) -> Iterator[Metric]:
         for step, seconds in partition.step_seconds.items():
             steps[step,] += seconds
     yield _counter("step_seconds", "Time of the cycle, by step, all partitions.", ("step",), steps)
+
+
+def _total(name: str) -> Callable[[PartitionStatus], float | None]:
+    """None where a partition has told no totals, as while it starts: after a 0, all since its changelog began would
+    seem to have come at once."""
+    return lambda partition: partition.counters.get(name, 0) if partition.counters else None
 
 
 def _counted_metrics(partitions: list[PartitionStatus]) -> Iterator[Metric]:

@@ -210,6 +210,17 @@ async def test_metrics_follow_from_the_status(
     assert found["process_cpu_seconds_total", ()] > 0
 
 
+async def test_a_partition_that_is_not_open_gives_no_totals(
+    client: aiohttp.ClientSession, server: HttpServer, view: MemoryView
+) -> None:
+    view.partitions.append(PartitionStatus(number=0, phase="waiting"))
+    view.partitions.append(PartitionStatus(number=1, phase="running", counters={"commits": 1}))
+    found = await samples(client, server)
+    for name in ("events", "ignored", "late"):
+        assert (f"headrace_{name}_total", ("0",)) not in found, "a 0 would make a burst of what comes next"
+        assert found[f"headrace_{name}_total", ("1",)] == 0
+
+
 async def test_series_of_a_metric_are_bounded(
     client: aiohttp.ClientSession, server: HttpServer, view: MemoryView
 ) -> None:
