@@ -422,7 +422,7 @@ class Tenants:
                 weight=tenant.weight,
                 cpu_seconds=tenant.cpu_seconds,
                 cpu_share=tenant.cpu_seconds / total if total else None,
-                calls=sum(version.calls for version in tenant.versions),
+                calls=tenant.calls,
                 rows_queued=sum(version.rows_queued for version in tenant.versions),
                 restarts=tenant.restarts,
                 worker="running" if tenant.worker else tenant.last_error or "starting",

@@ -32,9 +32,12 @@ class VersionStatistics:
 
 @dataclass(frozen=True, slots=True)
 class TenantStatistics:
+    """`calls` and `cpu_seconds` are of all its versions, also of those that are gone."""
+
     tenant: str
     weight: float
     cpu_seconds: float
+    calls: int
     restarts: int
     backoff_ms: int
     last_error: str
@@ -102,6 +105,7 @@ def tenant_statistics(tenant: PoolTenant, shares: SchedulerStatistics) -> Tenant
         tenant=tenant.name,
         weight=share.weight,
         cpu_seconds=share.cpu_seconds,
+        calls=share.calls,
         restarts=tenant.restarts,
         backoff_ms=tenant.backoff_ms,
         last_error=tenant.last_error,

@@ -163,6 +163,17 @@ async def test_split_and_joined_batches_come_back_in_order(running: Running) -> 
     assert (await answered(running.pool.submit(version, rows_of(np.empty((0, 3)))))).values.shape == (0, 1)
 
 
+async def test_calls_of_a_version_that_is_unloaded_stay_counted(running: Running) -> None:
+    replaced, version = running.models.add(LINEAR), running.models.add(choosy("ignore"), features=("shop",))
+    running.pool.admit(replaced)
+    await answered(running.pool.submit(replaced, rows_of(X)))
+    calls = running.tenant().calls
+    running.pool.admit(version, ("shop",))
+    running.pool.retire(replaced)
+    await until(lambda: [one.version for one in running.tenant().versions] == [version.version])
+    assert running.tenant().calls == calls >= 1
+
+
 async def test_rows_that_a_model_raises_on_get_errors_and_the_others_their_outputs(running: Running) -> None:
     version = running.models.add(LINEAR)
     numbers = RNG.normal(size=(1500, 3))
