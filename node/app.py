@@ -7,7 +7,6 @@ import gc
 import os
 import shutil
 import signal
-import ssl
 from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -550,7 +549,7 @@ def row_refusal(plan: FeaturePlan) -> str:
 
 
 def client_options(kafka: KafkaSection, client_id: str) -> ClientOptions:
-    """What every Kafka client of the node is made with. Raises ConfigError when the password can't be read."""
+    """What every Kafka client of the node is made with. Raises ConfigError when its files can't be read."""
     options: dict[str, object] = {
         "bootstrap_servers": list(kafka.bootstrap),
         "client_id": client_id,
@@ -558,7 +557,7 @@ def client_options(kafka: KafkaSection, client_id: str) -> ClientOptions:
         "request_timeout_ms": 30_000,
     }
     if kafka.security_protocol.endswith("SSL"):
-        options["ssl_context"] = ssl.create_default_context(cafile=kafka.ssl_ca_file or None)
+        options["ssl_context"] = kafka.ssl_context()
     password = kafka.sasl_password()
     if password is not None:
         options["sasl_mechanism"] = kafka.sasl_mechanism

@@ -324,8 +324,8 @@ def _file_problems(config: Config) -> Iterator[str]:
     data, tenants = Path(config.node.data_dir), Path(config.tenants.directory)
     if data == tenants or data in tenants.parents or tenants in data.parents:
         yield f"[tenants] directory is {tenants} and [node] data_dir is {data}; allowed: neither inside the other"
-    if config.kafka.ssl_ca_file and not os.access(config.kafka.ssl_ca_file, os.R_OK):
-        yield f"[kafka] ssl_ca_file is {config.kafka.ssl_ca_file}; allowed: a file that the node can read"
+    if config.kafka.ssl_ca_file:
+        yield from _problems_of(config.kafka.ssl_context)
 
 
 def _directory_problems(where: str, path: Path) -> Iterator[str]:
@@ -351,10 +351,15 @@ def _secret_problems(config: Config) -> Iterator[str]:
     if config.cluster is not None:
         readers.append(config.cluster.secret)
     for read in readers:
-        try:
-            read()
-        except ConfigError as error:
-            yield from error.problems
+        yield from _problems_of(read)
+
+
+def _problems_of(read: Callable[[], object]) -> Sequence[str]:
+    try:
+        read()
+    except ConfigError as error:
+        return error.problems
+    return ()
 
 
 def allowed(kind: Any) -> str:

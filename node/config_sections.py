@@ -16,6 +16,8 @@ from node.kernel import limits
 from node.kernel.errors import ConfigError
 
 if TYPE_CHECKING:
+    from ssl import SSLContext
+
     from node.kernel.types import EventSchema
 
 Name: TypeAlias = Annotated[str, Meta(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,99}\Z")]
@@ -187,6 +189,16 @@ class KafkaSection(Section, frozen=True):
         for name in ("inferences_topic", "changelog_topic", "dead_letters_topic", "rows_topic"):
             topic = getattr(self, name).replace("{application}", self.application)
             msgspec.structs.force_setattr(self, name, topic)
+
+    def ssl_context(self) -> SSLContext:
+        """What brokers' certificates are checked by. Raises ConfigError when ssl_ca_file is gone or holds none."""
+        import ssl  # takes a while, and few configs need it
+
+        try:
+            return ssl.create_default_context(cafile=self.ssl_ca_file or None)
+        except OSError as error:
+            where = f"[kafka] ssl_ca_file is {self.ssl_ca_file}: {error.strerror}"
+            raise ConfigError([f"{where}; allowed: a file of PEM certificates that the node can read"]) from error
 
     def sasl_password(self) -> str | None:
         """The password, read now; None without SASL. Raises ConfigError when its file or variable is gone."""

@@ -5,11 +5,17 @@ from __future__ import annotations
 import os
 import string
 import tomllib
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 import msgspec
 import pytest
+from cryptography import x509
+from cryptography.hazmat.primitives.asymmetric import ec
+from cryptography.hazmat.primitives.hashes import SHA256
+from cryptography.hazmat.primitives.serialization import Encoding
+from cryptography.x509.oid import NameOID
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -263,6 +269,27 @@ def test_a_password_that_is_not_there_is_a_mistake(tmp_path: Path) -> None:
     assert [line.split(";")[0] for line in missing] == [
         "[kafka] sasl_mechanism is missing", "[kafka] sasl_username is missing"
     ]  # fmt: skip
+
+
+@pytest.mark.parametrize("protocol", ["SSL", "PLAINTEXT"])
+def test_authorities_must_be_certificates(tmp_path: Path, protocol: str) -> None:
+    text = f'{GOOD}[kafka]\nsecurity_protocol = "{protocol}"\nssl_ca_file = "ca.pem"'
+    for content in (None, "", "no PEM\n"):
+        if content is not None:
+            (tmp_path / "ca.pem").write_text(content)
+        (problem,) = load_problems(write(tmp_path, text))
+        assert problem.startswith(f"[kafka] ssl_ca_file is {tmp_path}/ca.pem: ")
+        assert problem.endswith("; allowed: a file of PEM certificates that the node can read")
+    (tmp_path / "ca.pem").write_text(certificate())
+    assert load_config(write(tmp_path, text)).kafka.ssl_context().cert_store_stats()["x509_ca"] == 1
+
+
+def certificate() -> str:
+    key, name = ec.generate_private_key(ec.SECP256R1()), x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, "shop")])
+    from_time, to_time = datetime(2020, 1, 1, tzinfo=UTC), datetime(2120, 1, 1, tzinfo=UTC)
+    built = x509.CertificateBuilder(name, name, key.public_key(), 7, from_time, to_time)
+    signed = built.add_extension(x509.BasicConstraints(ca=True, path_length=None), critical=True).sign(key, SHA256())
+    return signed.public_bytes(Encoding.PEM).decode()
 
 
 CLUSTER = """
