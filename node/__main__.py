@@ -80,7 +80,12 @@ def check(config: ConfigPath) -> None:
 
     Prints a line for each mistake and exits 1, or a summary of what the node would do.
     """
+    from node.config_check import use_problems
+
     settings = loaded(config)
+    problems = use_problems(settings)
+    if problems:
+        fail(*(f"{config}: {printable(problem)}" for problem in problems))
     typer.echo(f"{config}: no mistakes")
     for name, value in _summary(settings):
         typer.echo(f"  {name:<13}{value}")

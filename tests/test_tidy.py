@@ -28,6 +28,7 @@ KERNEL = "node.kernel"
 WIRING = (
     "node.app",
     "node.warming",
+    "node.config_check",
     "node.stage_view",
     "node.clustering",
     "node.cluster_models",

@@ -187,11 +187,12 @@ def row(text: str, start: str) -> str:
 
 
 async def test_check_sums_up_a_good_file(tmp_path: Path) -> None:
-    (tmp_path / "good.toml").write_text(GOOD)
+    (tmp_path / "good.toml").write_text(f'{GOOD}[profile]\nspend = "sum(search.amount)"\n')
     ran = await headrace("check", "--config", str(tmp_path / "good.toml"))
     assert (ran.code, ran.err) == (0, "")
     assert "no mistakes" in ran.out.splitlines()[0]
     assert "amount (number)" in ran.out
+    assert row(ran.out, "  profile ") == "profile spend"
     assert "headrace.inferences, headrace.changelog, headrace.dead-letters" in ran.out
     assert os.listdir(tmp_path) == ["good.toml"]
 
@@ -206,6 +207,22 @@ async def test_each_mistake_is_a_line(tmp_path: Path, command: str) -> None:
         f"{path}: [cycle] evnts_max is not known; did you mean events_max?",
         f'{path}: [cycle] commit_interval_ms is "fast"; allowed: an integer from 1 to 10000',
     ]
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ('[profile]\nspend = "sum(search.none)"', "profile 'spend': "),
+        ('[profile]\nspend = "((("', "profile 'spend': "),
+        ('[profile]\nevents = "count(search)"', "profile 'events': this name is built in"),
+    ],
+)
+async def test_what_would_end_the_node_is_a_mistake(tmp_path: Path, text: str, expected: str) -> None:
+    path = tmp_path / "bad.toml"
+    path.write_text(f"{GOOD}{text}\n")
+    ran = await headrace("check", "--config", str(path))
+    assert (ran.code, ran.out, ran.err.count("\n")) == (1, "", 1)
+    assert ran.err.startswith(f"{path}: {expected}")
 
 
 async def test_check_without_the_file(tmp_path: Path) -> None:
