@@ -234,7 +234,8 @@ def _cluster_problems(sections: Mapping[str, Mapping[str, Any]], given: bool) ->
     needed = {field.name for field in msgspec.structs.fields(ClusterSection) if field.required}
     if given and needed <= sections["cluster"].keys():
         node, kafka = NodeSection(**sections["node"]), KafkaSection(**sections["kafka"])
-        yield from cluster_problems(ClusterSection(**sections["cluster"]), node.name, kafka)
+        http = HttpSection(**sections["http"])
+        yield from cluster_problems(ClusterSection(**sections["cluster"]), node.name, kafka, http)
 
 
 def _type_text_problems(types: Sequence[str], texts: Mapping[str, str]) -> Iterator[str]:

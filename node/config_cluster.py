@@ -6,11 +6,11 @@ from collections import Counter
 from collections.abc import Iterator
 from urllib.parse import urlsplit
 
-from node.config_sections import ClusterSection, KafkaSection
-from node.kernel.addresses import host_and_port, is_every_address, is_loopback
+from node.config_sections import ClusterSection, HttpSection, KafkaSection
+from node.kernel.addresses import clash, host_and_port, is_every_address, is_loopback
 
 
-def cluster_problems(cluster: ClusterSection, node: str, kafka: KafkaSection) -> Iterator[str]:
+def cluster_problems(cluster: ClusterSection, node: str, kafka: KafkaSection, http: HttpSection) -> Iterator[str]:
     yield from _address_problems(cluster)
     if node not in cluster.peers:
         names = ", ".join(cluster.peers)
@@ -18,8 +18,11 @@ def cluster_problems(cluster: ClusterSection, node: str, kafka: KafkaSection) ->
     for address, count in Counter(cluster.peers.values()).items():
         if count > 1:
             yield f'[cluster] peers has "{address}" {count} times; allowed: an address of its own for each node'
-    if cluster.listen == cluster.peer_listen:
-        yield f'[cluster] peer_listen is "{cluster.listen}", which is also listen; allowed: a port of its own'
+    if clash(cluster.listen, cluster.peer_listen):
+        yield f'[cluster] peer_listen is "{cluster.peer_listen}", which is also listen; allowed: a port of its own'
+    for field in ("listen", "peer_listen"):
+        if clash(f"{http.host}:{http.port}", address := getattr(cluster, field)):
+            yield f'[http] port is {http.port}, and [cluster] {field} is "{address}"; allowed: a port of its own'
     yield from _secret_problems(cluster)
     yield from _store_problems(cluster.snapshot_url)
     if kafka.partitions != "all":

@@ -27,3 +27,16 @@ def is_every_address(address: str) -> bool:
         return ipaddress.ip_address(host).is_unspecified
     except ValueError:
         return host == ""
+
+
+def clash(one: str, other: str) -> bool:
+    """Whether a machine can't listen on both. Port 0 is any free one."""
+    (host, port), (other_host, other_port) = (host_and_port(address) for address in (one, other))
+    if port != other_port or port == 0 or (":" in host) != (":" in other_host):
+        return False
+    same = _numeric(host) == _numeric(other_host)
+    return same or is_every_address(one) or is_every_address(other)
+
+
+def _numeric(host: str) -> str:
+    return "127.0.0.1" if host == "localhost" else host

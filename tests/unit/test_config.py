@@ -321,6 +321,18 @@ peer_listen = "127.0.0.1:7101"
         ("7200", "7100", '[cluster] peers has "127.0.0.1:7100" 2 times; allowed: an address of its own'),
         ("7200", "0", '[cluster] peers.n2 is "127.0.0.1:0"; allowed: a port from 1 to 65535'),
         ("7101", "7100", '[cluster] peer_listen is "127.0.0.1:7100", which is also listen; allowed'),
+        (
+            "127.0.0.1:7101",
+            "localhost:7100",
+            '[cluster] peer_listen is "localhost:7100", which is also listen; allowed',
+        ),
+        ("7101", "8080", '[http] port is 8080, and [cluster] peer_listen is "127.0.0.1:8080"; allowed: a port of its'),
+        ("[node]", "[http]\nport = 7100\n[node]", '[http] port is 7100, and [cluster] listen is "127.0.0.1:7100"; all'),
+        (
+            "[node]",
+            '[http]\nport = 7101\nhost = "0.0.0.0"\n[node]',
+            '[http] port is 7101, and [cluster] peer_listen is "127.0.0.1:7101"; allowed: a port of its own',
+        ),
         ("7101", "66666", '[cluster] peer_listen is "127.0.0.1:66666"; allowed: a port from 1 to 65535'),
         (
             '{ n1 = "127.0.0.1:7100", n2 = "127.0.0.1:7200" }',
@@ -339,6 +351,11 @@ def test_one_mistake_of_a_cluster_is_one_line(old: str, new: str, expected: str)
     assert text != CLUSTER
     (only,) = problems(GOOD + text)
     assert only.startswith(expected)
+
+
+@pytest.mark.parametrize("http", ['host = "127.0.0.2"\nport = 7101', "port = 0", 'host = "::1"\nport = 7101'])
+def test_a_port_may_be_taken_of_addresses_apart(http: str) -> None:
+    assert parse(f"{GOOD}{CLUSTER}[http]\n{http}").cluster is not None
 
 
 def test_a_node_of_a_cluster_takes_no_broker_that_cannot_fence() -> None:
