@@ -25,3 +25,7 @@ def _attempts(config: Config) -> Iterator[Callable[[], object]]:
         from tenants.expression import evaluate_profile
 
         yield partial(evaluate_profile, config.schema())
+    if config.cluster is not None and config.cluster.snapshot_url:
+        from replication.snapshot_store import look_up_driver
+
+        yield partial(look_up_driver, config.cluster.snapshot_url)

@@ -59,6 +59,27 @@ class SnapshotStoreStatistics:
     bytes_fetched: int
 
 
+def place_of(url: str) -> str:
+    """The URL without what may be secret."""
+    parts = urlsplit(url)
+    return f"{parts.scheme}://{parts.hostname or ''}{parts.path}"
+
+
+def look_up_driver(url: str) -> None:
+    """Nothing is asked of the store. Raises ConfigError when its driver is not here."""
+    with _driver_needed(url):
+        fsspec.get_filesystem_class(urlsplit(url).scheme)
+
+
+@contextmanager
+def _driver_needed(url: str) -> Iterator[None]:
+    try:
+        yield
+    except (ImportError, ValueError) as failure:
+        reason = f"cluster.snapshot_url: no driver for {place_of(url)} ({failure}); install the extra s3 for s3://"
+        raise ConfigError([reason]) from failure
+
+
 class SnapshotStore:
     """Raises ConfigError for a URL without a driver; StoreUnavailable when the store refuses or does not answer.
 
@@ -74,15 +95,10 @@ class SnapshotStore:
         clock: Clock,
         options: Mapping[str, Any] | None = None,
     ) -> None:
-        parts = urlsplit(url)
-        self.place = f"{parts.scheme}://{parts.hostname or ''}{parts.path}"
-        """The URL without what may be secret."""
-        try:
-            given = {"use_listings_cache": False, "skip_instance_cache": True, **(options or {})}
+        self.place = place_of(url)
+        given = {"use_listings_cache": False, "skip_instance_cache": True, **(options or {})}
+        with _driver_needed(url):
             self._files, root = fsspec.core.url_to_fs(url, **given)
-        except (ImportError, ValueError) as failure:
-            reason = f"cluster.snapshot_url: no driver for {self.place} ({failure}); install the extra s3 for s3://"
-            raise ConfigError([reason]) from failure
         self._root = f"{root.rstrip('/')}/{application}"
         self._changelog = changelog
         self._node = node

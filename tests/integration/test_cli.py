@@ -48,6 +48,14 @@ from node.serving.view import (
 
 ROOT = Path(__file__).parents[2]
 GOOD = '[events]\ntypes = ["search"]\n[events.fields]\namount = "number"\n'
+CLUSTER = """
+[node]
+name = "n1"
+[cluster]
+listen = "127.0.0.1:7100"
+peers = { n1 = "127.0.0.1:7100" }
+peer_listen = "127.0.0.1:7101"
+"""
 SECONDS_MAX = 30
 
 
@@ -215,6 +223,7 @@ async def test_each_mistake_is_a_line(tmp_path: Path, command: str) -> None:
         ('[profile]\nspend = "sum(search.none)"', "profile 'spend': "),
         ('[profile]\nspend = "((("', "profile 'spend': "),
         ('[profile]\nevents = "count(search)"', "profile 'events': this name is built in"),
+        (f'{CLUSTER}snapshot_url = "foo://bar/x"', "cluster.snapshot_url: no driver for foo://bar/x ("),
     ],
 )
 async def test_what_would_end_the_node_is_a_mistake(tmp_path: Path, text: str, expected: str) -> None:
@@ -223,6 +232,13 @@ async def test_what_would_end_the_node_is_a_mistake(tmp_path: Path, text: str, e
     ran = await headrace("check", "--config", str(path))
     assert (ran.code, ran.out, ran.err.count("\n")) == (1, "", 1)
     assert ran.err.startswith(f"{path}: {expected}")
+
+
+@pytest.mark.parametrize("url", ["file:///folder", "s3://bucket/x"])
+async def test_a_store_that_has_a_driver_is_not_asked_for_anything(tmp_path: Path, url: str) -> None:
+    (tmp_path / "good.toml").write_text(f'{GOOD}{CLUSTER}snapshot_url = "{url}"\n')
+    ran = await headrace("check", "--config", str(tmp_path / "good.toml"))
+    assert (ran.code, ran.err) == (0, "")
 
 
 async def test_check_without_the_file(tmp_path: Path) -> None:
