@@ -570,10 +570,17 @@ def _summary(config: Config) -> list[tuple[str, str]]:
         ("event types", ", ".join(events.types)),
         ("fields", fields or "none"),
         ("profile", ", ".join(config.profile) or "none"),
-        ("tenants", config.tenants.directory),
+        ("tenants", _watched_summary(Path(config.tenants.directory))),
         ("http", f"{config.http.host}:{config.http.port}"),
         ("cluster", _cluster_summary(config)),
     ]
+
+
+def _watched_summary(directory: Path) -> str:
+    there = directory.is_dir()
+    return (
+        str(directory) if there else f"{directory}, which is not there: no model is taken until it is made or mounted"
+    )
 
 
 def _cluster_summary(config: Config) -> str:

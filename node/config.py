@@ -321,7 +321,7 @@ def _with_absolute_paths(config: Config, folder: Path) -> Config:
 
 def _file_problems(config: Config) -> Iterator[str]:
     yield from _directory_problems("[node] data_dir", Path(config.node.data_dir))
-    yield from _directory_problems("[tenants] directory", Path(config.tenants.directory))
+    yield from _directory_problems("[tenants] directory", Path(config.tenants.directory), made=False)
     data, tenants = Path(config.node.data_dir), Path(config.tenants.directory)
     if data == tenants or data in tenants.parents or tenants in data.parents:
         yield f"[tenants] directory is {tenants} and [node] data_dir is {data}; allowed: neither inside the other"
@@ -329,8 +329,9 @@ def _file_problems(config: Config) -> Iterator[str]:
         yield from _problems_of(config.kafka.ssl_context)
 
 
-def _directory_problems(where: str, path: Path) -> Iterator[str]:
-    """A folder that is missing is made at start, so its nearest existing parent is what must be writable."""
+def _directory_problems(where: str, path: Path, made: bool = True) -> Iterator[str]:
+    """A folder that is `made` at start may be missing if its nearest existing parent is writable; another one is
+    awaited, as it may just not be mounted."""
     try:
         existing = nearest_existing(path)
     except OSError as error:
@@ -338,7 +339,7 @@ def _directory_problems(where: str, path: Path) -> Iterator[str]:
         return
     if not existing.is_dir():
         yield f"{where} is {path}, but {existing} is not a folder; allowed: a folder that the node can write"
-    elif not os.access(existing, os.W_OK | os.X_OK):
+    elif (made or existing == path) and not os.access(existing, os.W_OK | os.X_OK):
         yield f"{where} is {path}, but {existing} is not writable; allowed: a folder that the node can write"
 
 

@@ -338,8 +338,9 @@ class TenantsSection(Section, frozen=True):
     directory: Annotated[
         FilePath,
         Meta(
-            description="Watched for tenants' models; needs to be writable for status files. A relative path starts "
-            "at the config file's folder."
+            description="Watched for tenants' models; needs to be writable for status files. It is never made: while "
+            "it is missing, which may be a mount, no model is taken. A relative path starts at the config file's "
+            "folder."
         ),
     ] = "tenants"
     settle_ms: Annotated[

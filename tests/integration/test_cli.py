@@ -205,6 +205,16 @@ async def test_check_sums_up_a_good_file(tmp_path: Path) -> None:
     assert os.listdir(tmp_path) == ["good.toml"]
 
 
+async def test_a_watched_folder_that_is_not_there_is_told(tmp_path: Path) -> None:
+    (tmp_path / "good.toml").write_text(GOOD)
+    folder, missing = tmp_path / "tenants", ", which is not there: no model is taken until it is made or mounted"
+    for expected in (missing, ""):
+        ran = await headrace("check", "--config", str(tmp_path / "good.toml"))
+        assert (ran.code, row(ran.out, "  tenants ")) == (0, f"tenants {folder}{expected}")
+        assert folder.exists() == (expected == ""), "it is never made"
+        folder.mkdir(exist_ok=True)
+
+
 @pytest.mark.parametrize("command", ["check", "run"])
 async def test_each_mistake_is_a_line(tmp_path: Path, command: str) -> None:
     path = tmp_path / "bad.toml"

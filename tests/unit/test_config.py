@@ -247,6 +247,16 @@ def test_a_folder_that_cannot_be_made_is_a_mistake(tmp_path: Path, name: str) ->
     assert line.startswith("[node] data_dir is ")
 
 
+def test_a_watched_folder_may_be_a_mount_that_is_not_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    place = tmp_path / "mounts"
+    place.mkdir()
+    monkeypatch.setattr(os, "access", lambda path, _mode: path != place)  # root may write anywhere
+    load_config(write(tmp_path, f'{GOOD}[tenants]\ndirectory = "mounts/models"'))
+    for section, name in (("tenants", 'directory = "mounts"'), ("node", 'data_dir = "mounts/data"')):
+        (only,) = load_problems(write(tmp_path, f"{GOOD}[{section}]\n{name}"))
+        assert only.startswith(f"[{section}] {name.split()[0]} is ")
+
+
 def test_the_password_stays_out_of_the_config(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "secret").write_text("hunter2\n")
     monkeypatch.setenv("KAFKA_PASSWORD", "hunter2")
