@@ -304,7 +304,8 @@ class EventsSection(Section, frozen=True):
         Meta(
             max_length=limits.EVENT_FIELDS_MAX,
             description='Fields that manifests may name: `amount = "number"`, or with another path '
-            '`amount = { path = "basket.amount", type = "number" }`. What is not here is skipped unread.',
+            '`amount = { path = "basket.amount", type = "number" }`. What is not here is skipped unread: no window or '
+            "filter that uses it takes in an event.",
         ),
     ] = {}
 
