@@ -392,7 +392,7 @@ async def restore(config: Config, partition: int, source: str, say: Say) -> None
 
 @asynccontextmanager
 async def _source(config: Config, source: str, clock: SystemClock) -> AsyncIterator[Source | None]:
-    """Only a peer is asked with the secret: systemd takes it away from a unit that is stopped."""
+    """Only a peer is asked with the secret: a credential of systemd's is gone while the unit is stopped."""
     from replication.offline_restore import PeerSource, StoreSource
     from replication.snapshot_store import SnapshotStore
 

@@ -179,7 +179,11 @@ class KafkaSection(Section, frozen=True):
     ] = ""
     sasl_username: Annotated[Text, Meta(description="Needed with SASL_*.")] = ""
     sasl_password_file: Annotated[
-        Text, Meta(description="File that holds the password, readable only by the node; systemd credentials fit.")
+        Text,
+        Meta(
+            description="File that holds the password, readable by the node's user; a systemd credential is gone while "
+            "the unit is stopped."
+        ),
     ] = ""
     sasl_password_env: Annotated[
         Text, Meta(description="Environment variable that holds the password; visible to root in /proc.")
