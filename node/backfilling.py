@@ -250,7 +250,7 @@ class Backfilling:
                 fill,
                 floor_ms=history.floor_ms or fill.floor_ms,
                 starts=history.starts,
-                progress=history.progress,
+                progress={**fill.progress, **history.progress},
                 events=fill.events + len(history.events),
                 lost=fill.lost + history.lost,
             )
@@ -282,7 +282,7 @@ class Backfilling:
         else:
             tail.start = reached
         count = fill.events + sum(map(len, taken))
-        self._come_to(replace(fill, progress=dict(reached), events=count, done=done))
+        self._come_to(replace(fill, progress={**fill.progress, **reached}, events=count, done=done))
         return Taken(fill.groups, taken)
 
     def _come_to(self, fill: Fill) -> None:

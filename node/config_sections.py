@@ -90,7 +90,7 @@ class KafkaSection(Section, frozen=True):
             min_length=1,
             max_length=64,
             description="Source topics. They must be partitioned alike by customer: partition N of all of them is one "
-            "unit of work and state.",
+            "unit of work and state. One that is left out for a while goes on where it was left.",
         ),
     ] = ("events",)
     application: Annotated[

@@ -72,7 +72,9 @@ class PartitionState:
     committed: Mapping[str, int]
     """The counters as of the last commit."""
     progress: Mapping[str, int] = field(default_factory=dict)
-    """Of the newest frame submitted."""
+    """Of the topics that are read, in the newest frame submitted."""
+    progress_left: Mapping[str, int] = field(default_factory=dict)
+    """Of topics that were read before; frames hold it too."""
     submitted: float = 0.0
     layout_committed: int = -1
     """Id of the newest layout that a frame of this session carried."""
@@ -254,7 +256,7 @@ class Cycle:
         rows_fed = self._row_log.records(outcome.answers, state.plan or self._engine.plans(), state.counters)
         runs, event_time_ms = state.intervals.committing(decoded.events, state.counters)
         frame = Frame(
-            progress=polled.progress,
+            progress={**state.progress_left, **polled.progress},
             layout_id=state.layout.id,
             customers=[customer.encode() for customer in customers],
             rows=images(rows),
@@ -266,7 +268,7 @@ class Cycle:
             event_time_ms=event_time_ms,
             backfill=state.backfilling.committing(),
         )
-        return Outgoing(frame, inferences, letters, rows_fed)
+        return Outgoing(frame, inferences, letters, rows_fed, state.progress_left.keys())
 
 
 class _Reads:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -64,6 +64,8 @@ class Outgoing:
     inferences: list[tuple[bytes, bytes]] = field(default_factory=list)
     dead_letters: list[tuple[bytes | None, bytes | None, Headers]] = field(default_factory=list)
     rows: Sequence[tuple[bytes, bytes]] = ()
+    topics_left: Collection[str] = ()
+    """Of the frame's progress, topics that are not read any more: the group is told nothing of them."""
 
 
 class Outbox:
@@ -196,7 +198,7 @@ class Outbox:
             await _delivered(sent)
         sent += await self._enqueue(producer, self._topics.changelog, parts)
         if self.transactional:
-            await self._send_group_offsets(producer, outgoing.frame)
+            await self._send_group_offsets(producer, outgoing)
         # The client commits a transaction whose batches a broker refused: so all must be there first.
         frame_end = (await _delivered(sent))[-1]
         if self.transactional:
@@ -219,11 +221,15 @@ class Outbox:
             sent.append((future, batch))
         return sent
 
-    async def _send_group_offsets(self, producer: AIOKafkaProducer, frame: Frame) -> None:
+    async def _send_group_offsets(self, producer: AIOKafkaProducer, outgoing: Outgoing) -> None:
         now = self._clock.monotonic()
         if not self._traits.takes_group_offsets or now - self._offsets_sent < _GROUP_OFFSETS_SECONDS:
             return
-        offsets = {TopicPartition(topic, self._partition): offset for topic, offset in frame.progress.items()}
+        offsets = {
+            TopicPartition(topic, self._partition): offset
+            for topic, offset in outgoing.frame.progress.items()
+            if topic not in outgoing.topics_left
+        }
         if not offsets:
             return
         self._offsets_sent = now

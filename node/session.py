@@ -14,7 +14,7 @@ from node.backfilling import Backfilling, HistoryReader
 from node.backlog import Backlog, Versions
 from node.commit import Committer
 from node.cycle import Cycle, Engine, PartitionState
-from node.ingest.source import Source
+from node.ingest.source import Source, progress_left
 from node.intervals import Intervals
 from node.kernel.clock import Clock
 from node.kernel.errors import ChangelogCut, StateCorrupt
@@ -145,7 +145,7 @@ async def open_session(
         await _together(outbox.open(), changelog.connect(), source.connect())
         store, recovered = await _folded(parts.state, store, changelog)
         log.info("partition recovered", partition=origin.partition, **recovered.statistics())
-        state = await _state(store, parts, engine, origin.partition, clock)
+        state = await _state(store, parts, engine, origin, clock)
         await source.open(store.progress())
         committer = Committer(outbox, store, state.cache, steps)
         cycle = Cycle(engine, origin, source, committer, state, steps, clock)
@@ -184,12 +184,12 @@ async def _folded(state: StateFolder, store: StateStore, changelog: ChangelogRea
     return store, await changelog.fold_into(store)
 
 
-async def _state(store: StateStore, parts: Parts, engine: Engine, partition: int, clock: Clock) -> PartitionState:
+async def _state(store: StateStore, parts: Parts, engine: Engine, origin: Origin, clock: Clock) -> PartitionState:
     encoded = store.layout()
     layout = Layout.empty() if encoded is None else Layout.decode(encoded)
     backlog = Backlog(engine.runner, store, parts.versions, parts.bound, clock)
     await _restore(backlog, store)
-    counters = store.counters()
+    counters, progress, partition = store.counters(), store.progress(), origin.partition
     return PartitionState(
         layout,
         RowCache(store, layout, parts.cache_bytes),
@@ -198,7 +198,8 @@ async def _state(store: StateStore, parts: Parts, engine: Engine, partition: int
         Backfilling(parts.history(), store.backfill(), clock, partition),
         Counter(counters),
         counters,
-        store.progress(),
+        {topic: offset for topic, offset in progress.items() if topic in origin.topics},
+        progress_left(progress, origin.topics),
     )
 
 

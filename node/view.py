@@ -226,12 +226,13 @@ def _status(partition: PartitionView, now_ms: int) -> PartitionStatus:
     }
     if session is None:
         return told(**common)
-    cache = session.state.cache.statistics()
+    cache, left = session.state.cache.statistics(), session.state.progress_left
     return told(
         **common,
         delivery="exactly_once" if session.outbox.transactional else "at_least_once",
         lag=session.source.lag(),
-        progress=dict(session.store.progress()),
+        progress={topic: offset for topic, offset in session.store.progress().items() if topic not in left},
+        progress_left=dict(left),
         counters=dict(session.state.committed),
         step_seconds=session.steps.statistics(),
         backlog={

@@ -13,7 +13,7 @@ from aiokafka.errors import OffsetOutOfRangeError
 from node.kernel.broker import ClientOptions, broker_call, close_quietly
 from node.kernel.clock import Clock
 from node.kernel.errors import ProgressLost, TopicMissing
-from node.kernel.limits import MIB
+from node.kernel.limits import MIB, SOURCE_TOPICS_LEFT_MAX
 
 log = structlog.get_logger(__name__)
 
@@ -204,6 +204,18 @@ class Source:
         if self._consumer is not None:
             consumer, self._consumer = self._consumer, None
             await close_quietly("source", consumer.stop())
+
+
+def progress_left(progress: Mapping[str, int], topics: Collection[str]) -> dict[str, int]:
+    """The progress of topics that are not read any more, by which they go on should they come back.
+
+    SOURCE_TOPICS_LEFT_MAX of them at most. Frames hold these first, in this order, so that what left last is the last.
+    """
+    left = [entry for entry in progress.items() if entry[0] not in topics]
+    forgotten = [topic for topic, _ in left[:-SOURCE_TOPICS_LEFT_MAX]]
+    if forgotten:
+        log.warning("progress of former source topics forgotten", topics=forgotten, kept_max=SOURCE_TOPICS_LEFT_MAX)
+    return dict(left[-SOURCE_TOPICS_LEFT_MAX:])
 
 
 def in_order(runs: Mapping[int, list[Any]]) -> tuple[list[Any], list[int]]:

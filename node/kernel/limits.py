@@ -20,6 +20,8 @@ EVENT_TYPES_MAX = 256
 EVENT_FIELDS_MAX = 256
 NUMBER_MAGNITUDE_MAX = 1e15
 """A number beyond it can't be summed exactly in float64 and is a dead letter."""
+SOURCE_TOPICS_LEFT_MAX = 64
+"""Source topics out of the config whose progress is kept, should they come back; beyond, what left first goes."""
 EVENT_TIME_AGE_MS_MAX = 20 * 366 * 24 * 3600 * 1000
 EVENT_TIME_AHEAD_MS_MAX = 24 * 3600 * 1000
 """An event time further from the Kafka timestamp is absurd: a dead letter."""

@@ -397,6 +397,8 @@ class PartitionStatus(Body, frozen=True):
     """Events between the progress and the end of the source."""
     progress: dict[str, int] = {}
     """Source topic -> next offset."""
+    progress_left: dict[str, int] = {}
+    """The same of topics out of the config: where they go on should they come back."""
     counters: dict[str, int] = {}
     """Totals since the changelog began: `events`, `late`, `dead_letters <reason>`, `inferences <model>`, runs finished
     (`intervals <model>`)…"""

@@ -25,6 +25,7 @@ class EventReader:
     def __init__(
         self, options: ClientOptions, topics: Sequence[str], partition: int, decoder: EventDecoder, clock: Clock
     ) -> None:
+        self._topics = frozenset(topics)
         self._places = [TopicPartition(topic, partition) for topic in topics]
         self._decoder = decoder
         self._clock = clock
@@ -47,9 +48,10 @@ class EventReader:
 
     async def between(self, before: Mapping[str, int], after: Mapping[str, int]) -> EventColumns | None:
         """The events from offset `before` up to `after` of each topic, as a cycle that polled them had them; None if
-        some are not kept any more. A topic that is not in `before` begins at 0. Raises BrokerUnavailable."""
+        some are not kept any more or of a topic that is not read here. A topic that is not in `before` begins at 0.
+        Raises BrokerUnavailable."""
         runs: dict[int, list[Any]] = {}
-        whole = True
+        whole = all(after[topic] == before.get(topic, 0) for topic in after.keys() - self._topics)
         for number, place in enumerate(self._places):
             start, stop = before.get(place.topic, 0), after.get(place.topic, 0)
             whole &= start >= stop or (start >= self._starts[place] and stop <= self._ends[place])

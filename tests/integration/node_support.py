@@ -232,6 +232,13 @@ class Node(harness.Node):
         self.models = folder / "tenants"
         self.models.mkdir(parents=True, exist_ok=True)
 
+    def configure_topics(self, topics: Sequence[str]) -> None:
+        """Name other source topics in the config, for its next start."""
+        text, before = self.config.read_text(), f"topics = {json.dumps(self.topics)}"
+        assert before in text
+        self.topics = list(topics)
+        self.config.write_text(text.replace(before, f"topics = {json.dumps(self.topics)}"))
+
     def get(self, path: str) -> dict[str, Any]:
         with urllib.request.urlopen(self.url + path, timeout=10) as answer:
             found: dict[str, Any] = json.load(answer)

@@ -336,6 +336,37 @@ def test_several_source_topics_and_every_compression(make: Callable[..., Node]) 
     assert {one["topic"] for one in inferences} == set(node.topics)
 
 
+def test_a_source_topic_that_was_not_read_for_a_while_goes_on_where_it_was_left(make: Callable[..., Node]) -> None:
+    """Its events are counted once, and those that came meanwhile are not missed; one that was deleted hurts nobody."""
+    node = make(topics=3)
+    kept, left, gone = node.topics
+    drop(node.models, "shop/spend", linear(1), AMOUNT)
+    for place, topic in enumerate(node.topics):
+        node.kafka.produce(topic, [event("ann", number) for number in range(10 * place, 10 * place + 10)])
+    node.start()
+    node.inferences(30)
+    assert node.stop() == 0
+    node.kafka.delete(gone)
+    node.configure_topics([kept])
+    node.kafka.produce(kept, [event("ann", number) for number in range(30, 35)])
+    node.kafka.produce(left, [event("ann", number) for number in range(35, 40)])
+    node.start()
+    node.inferences(35)
+    (partition,) = wait_until(lambda: [one for one in node.status()["partitions"] if one["counters"]["events"] == 35])
+    assert partition["lag"] == 0
+    assert partition["progress"].keys() == {kept}
+    assert {topic: offset >= 10 for topic, offset in partition["progress_left"].items()} == {left: True, gone: True}
+    assert node.stop() == 0
+    node.configure_topics([left, kept])
+    node.start()
+    inferences = exactly_once(node.inferences(40), "spend")
+    assert sorted(one["outputs"]["score"] for one in inferences) == list(range(40))
+    node.kafka.produce(left, [event("ann", 40)])
+    assert len(node.inferences(41)) == 41
+    assert node.counter("events") == 41
+    assert not node.log_has("were refused"), "nothing is told of a topic that is not read"
+
+
 def test_sigterm_while_models_are_on_trial(make: Callable[..., Node]) -> None:
     """A node that still tries the models it found does not go through all of them first."""
     node = make()

@@ -154,6 +154,13 @@ def test_rows_computed_anew_are_the_same_and_a_changed_one_is_named(node: Node, 
     status = node.get("/v1/models/ads/use")["versions"][0]["consistency"]
     assert (status["share"], status["different"], status["compared"]) == (1.0, 0, found["compared"])
 
+    both = node.topics
+    node.configure_topics(both[:1])
+    found = checked(node, "ads/bid")
+    assert (found["different"], found["state_different"]) == (0, 0), "where a topic is not read, nothing is told"
+    assert found["unchecked"]
+    node.configure_topics(both)
+
     changed = tampered(node, "ads/use", "bid")
     found = checked(node, "ads/use", code=1)
     assert found["different"] == 1

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
@@ -338,6 +338,28 @@ def test_what_is_left_of_a_tail_is_taken_faster_than_events_come(monkeypatch: py
         return await finished(one, wanted)
 
     assert asyncio.run(run()) == asyncio.run(always(EVERY, rows))
+
+
+class TwoTopics(Log):
+    """Of a second topic the history is known to have been taken; then it leaves the config."""
+
+    async def read(self, fill: Fill, target: Mapping[str, int], events_max: int) -> History:
+        found = await super().read(fill, target, events_max)
+        return found if fill.progress else replace(found, progress={**found.progress, "left": 7})
+
+
+def test_what_was_taken_of_a_topic_that_leaves_the_config_is_not_forgotten() -> None:
+    """Should it come back, it is not taken again."""
+
+    async def run() -> Mapping[str, int]:
+        one = Node(TwoTopics(events_of(ROWS), events_max=5))
+        await one.cycle(plan(), 50)
+        await one.finish(plan(("new", ALL, ["spent"])))
+        (fill,) = one.store.backfill().fills
+        assert fill.done
+        return fill.progress
+
+    assert asyncio.run(run()) == {"t": len(ROWS), "left": 7}
 
 
 def test_history_that_is_gone_is_told() -> None:
