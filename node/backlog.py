@@ -17,6 +17,7 @@ from dataclasses import dataclass, field, replace
 from functools import partial
 
 from node.answer_times import AnswerTimes
+from node.kernel.chunks import with_names
 from node.kernel.clock import Clock
 from node.kernel.errors import BoundExceeded
 from node.kernel.limits import (
@@ -26,7 +27,7 @@ from node.kernel.limits import (
     WAITING_SWEPT_ROWS_MIN,
 )
 from node.kernel.ports import ModelRunner, StateStore
-from node.kernel.types import Floats, ModelName, ModelOutputs, ModelVersion, SequenceChunk, Triggers
+from node.kernel.types import EventNames, Floats, ModelName, ModelOutputs, ModelVersion, SequenceChunk, Triggers
 from node.waiting import Answering, Bound, Entry, Line, row_bytes
 
 Versions = Callable[[ModelName, str], ModelVersion | None]
@@ -63,12 +64,15 @@ class Backlog:
         store: StateStore,
         versions: Versions,
         bound: Callable[[ModelName], Bound],
+        names: EventNames,
         clock: Clock,
     ) -> None:
+        """`names` are the config's: those of waiting triggers from before chunks had names."""
         self._runner = runner
         self._store = store
         self._versions = versions
         self._bound = bound
+        self._names = names
         self._clock = clock
         self._lines: dict[str, Line] = {}
         """By `Triggers.line_name`."""
@@ -80,9 +84,10 @@ class Backlog:
     def restore(self, chunks: Iterable[SequenceChunk]) -> None:
         """Take over the unanswered chunks that the store holds, in order within each model.
 
-        Numbers of answered chunks are gone from the store, so they may be given again.
+        Numbers of answered chunks are gone from the store, so they may be given again. Raises StateCorrupt.
         """
-        for chunk in chunks:
+        for stored in chunks:
+            chunk = replace(stored, triggers=with_names(stored.triggers, self._names))
             line = self._line(chunk.triggers)
             held = len(line.entries) < CHUNKS_IN_FLIGHT_PER_MODEL_MAX
             entry = Entry.of(chunk, self._clock.now_ms(), held)
@@ -268,7 +273,7 @@ class Backlog:
 
     def _triggers(self, name: str, entry: Entry) -> Triggers:
         if entry.triggers is None:
-            entry.triggers = self._store.chunk(name, entry.number).triggers
+            entry.triggers = with_names(self._store.chunk(name, entry.number).triggers, self._names)
         return entry.triggers
 
     def _submit(self, line: Line, entry: Entry) -> bool:

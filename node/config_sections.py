@@ -90,7 +90,8 @@ class KafkaSection(Section, frozen=True):
             min_length=1,
             max_length=64,
             description="Source topics. They must be partitioned alike by customer: partition N of all of them is one "
-            "unit of work and state. One that is left out for a while goes on where it was left.",
+            "unit of work and state. The list may change in any way: one that is left out for a while goes on where it "
+            "was left, and triggers that wait keep their topic's name.",
         ),
     ] = ("events",)
     application: Annotated[
@@ -279,7 +280,8 @@ class EventsSection(Section, frozen=True):
         Meta(
             min_length=1,
             max_length=limits.EVENT_TYPES_MAX,
-            description="Event types that manifests may name. New ones go at the end.",
+            description="Event types that manifests may name. The list may change in any way: models that name one "
+            "that is gone are refused, but triggers that wait are still answered and keep its name.",
         ),
     ]
     type_texts: Annotated[

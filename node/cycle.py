@@ -118,7 +118,8 @@ class Cycle:
         self._state = state
         self._steps = steps
         self._clock = clock
-        self._row_log = RowLog(origin.topics, origin.schema.types)
+        self._names = origin.names
+        self._row_log = RowLog()
         self._idle = False
         """Nothing but an event, or the end of an interval, which may wait, can make work for the next cycle."""
 
@@ -163,7 +164,7 @@ class Cycle:
             triggering = where(decoded.events, wanted)
             reads = _Reads(plan, state.layout, rows, triggering.rows, triggering.times_ms, folded.values, tables)
             masks = {name: mask[wanted] for name, mask in selections.items()}
-            ordering = Ordering(plan, triggering, masks, reads, warming)
+            ordering = Ordering(plan, triggering, self._names, masks, reads, warming)
             work = [*ordering.ready(), *session_triggers(plan, state.layout, closed, tables, warming)]
         with steps.measure("trigger"):  # 7. Models answer, or their triggers go to the sequence log.
             seconds = engine.settings.deadline_seconds

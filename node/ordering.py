@@ -18,6 +18,7 @@ from node.kernel.types import (
     Aggregate,
     Bools,
     EventColumns,
+    EventNames,
     FeatureRows,
     Floats,
     Ints,
@@ -90,6 +91,7 @@ class Ordering:
         self,
         plan: FeaturePlan,
         events: EventColumns,
+        names: EventNames,
         selections: Mapping[ModelName, Bools],
         reads: Reads,
         warming: frozenset[ModelName] = frozenset(),
@@ -97,6 +99,7 @@ class Ordering:
         self._plan = plan
         self._warming = warming
         self._events = events
+        self._names = names
         self._selections = selections
         self._inputs = plan.inputs
         self._versions = {version.name: version for version in plan.models if version.name in selections}
@@ -168,6 +171,7 @@ class Ordering:
         return triggers_of(
             version,
             self._events,
+            self._names,
             self._selections[name],
             rows,
             *self._told(name),
@@ -190,6 +194,7 @@ class Ordering:
 def triggers_of(
     version: ModelVersion,
     events: EventColumns,
+    names: EventNames,
     mask: Bools,
     rows: FeatureRows,
     inputs: tuple[str, ...] = (),
@@ -215,4 +220,5 @@ def triggers_of(
         tables=tables,
         line=line,
         warming=warming,
+        event_names=names,
     )

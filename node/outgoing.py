@@ -13,7 +13,7 @@ from node.inferences import encode_inferences
 from node.ingest.dead_letter import Reason, dead_letter_record, model_failure_value
 from node.ingest.decode import Decoded
 from node.kernel.limits import COUNTERS_FORMER_MAX
-from node.kernel.types import OTHER, DeadLetter, EventSchema, ModelName
+from node.kernel.types import OTHER, DeadLetter, EventNames, EventSchema, ModelName
 
 LetterRecord = tuple[bytes | None, bytes | None, Headers]
 
@@ -26,6 +26,10 @@ class Origin:
     topics: Sequence[str]
     partition: int
     schema: EventSchema
+
+    @property
+    def names(self) -> EventNames:
+        return EventNames.of(self.topics, self.schema.types)
 
 
 def refused_letters(
@@ -64,7 +68,7 @@ def failed_letters(origin: Origin, answer: Answer) -> list[LetterRecord]:
         letter = DeadLetter(
             Reason.MODEL_FAILED,
             detail,
-            origin.topics[int(triggers.topics[row])] if triggers.kind == "event" else "",
+            triggers.event_names.topics[int(triggers.topics[row])] if triggers.kind == "event" else "",
             origin.partition,
             int(triggers.offsets[row]) if triggers.kind == "event" else -1,
             int(triggers.times_ms[row]),
@@ -77,9 +81,7 @@ def failed_letters(origin: Origin, answer: Answer) -> list[LetterRecord]:
 
 
 def answered_records(origin: Origin, answer: Answer) -> list[tuple[bytes, bytes]]:
-    return encode_inferences(
-        answer.version, answer.triggers, answer.outputs, origin.topics, origin.partition, origin.schema
-    )
+    return encode_inferences(answer.version, answer.triggers, answer.outputs, origin.partition)
 
 
 def counts(decoded: Decoded, answers: Sequence[Answer], shed: Counter[str], late: int) -> Counter[str]:

@@ -187,7 +187,7 @@ async def _folded(state: StateFolder, store: StateStore, changelog: ChangelogRea
 async def _state(store: StateStore, parts: Parts, engine: Engine, origin: Origin, clock: Clock) -> PartitionState:
     encoded = store.layout()
     layout = Layout.empty() if encoded is None else Layout.decode(encoded)
-    backlog = Backlog(engine.runner, store, parts.versions, parts.bound, clock)
+    backlog = Backlog(engine.runner, store, parts.versions, parts.bound, origin.names, clock)
     await _restore(backlog, store)
     counters, progress, partition = store.counters(), store.progress(), origin.partition
     return PartitionState(

@@ -311,11 +311,28 @@ TriggerKind: TypeAlias = Literal["event", "interval", "session"]
 
 
 @dataclass(frozen=True, slots=True)
+class EventNames:
+    """What the numbers of source topics and event types stand for: number -> name."""
+
+    topics: Mapping[int, str] = field(default_factory=dict)
+    types: Mapping[int, str] = field(default_factory=dict)
+
+    @staticmethod
+    def of(topics: Sequence[str], types: Sequence[str]) -> EventNames:
+        """Numbered by their places in the lists, as a config has them."""
+        return EventNames(dict(enumerate(topics)), dict(enumerate(types)))
+
+
+NO_NAMES: Final = EventNames()
+
+
+@dataclass(frozen=True, slots=True)
 class Triggers:
     """The triggers of one model in one micro-batch: parallel columns, one entry a trigger.
 
     Those of an interval are of no event: `times_ms` is the interval's end, the other integers say nothing. Nor are
     those of closed sessions: `times_ms` is the session's newest event's, `offsets` that of the event that began it.
+    `topics` and `types` are numbers in `event_names`, whatever the config says when the model answers.
     """
 
     name: ModelName
@@ -338,6 +355,8 @@ class Triggers:
     hold up the live one."""
     warming: bool = False
     """Some window that went into the rows is not filled from history yet, as the manifest asks for."""
+    event_names: EventNames = NO_NAMES
+    """Of those of events."""
 
     def __len__(self) -> int:
         return len(self.customers)

@@ -168,7 +168,7 @@ class Check:
         mask = np.zeros(len(triggering), np.bool_)
         mask[at] = True
         names = {
-            place: (rec.topics[rec.triggers.topics[row]], int(rec.triggers.offsets[row]))
+            place: (rec.triggers.event_names.topics[int(rec.triggers.topics[row])], int(rec.triggers.offsets[row]))
             for place, (rec, row) in members.items()
         }
         reads = _Reads(step, triggering, tables, recipe.ttls_ms, members, names, self._logged.given)

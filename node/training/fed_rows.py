@@ -7,7 +7,7 @@ name, so a reader skips the records of others unread.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Final
 
@@ -16,6 +16,7 @@ import numpy as np
 
 from node.kernel.errors import StateCorrupt
 from node.kernel.types import (
+    EventNames,
     FeatureRows,
     Floats,
     Ints,
@@ -32,8 +33,7 @@ _FORMAT: Final = 1
 
 @dataclass(frozen=True, slots=True)
 class FedRows:
-    """One model's triggers that were answered in one commit of a partition; `triggers.types` indexes `types`, and
-    `triggers.topics` indexes `topics`.
+    """One model's triggers that were answered in one commit of a partition.
 
     `commit` counts the partition's commits. `version` has answered: `triggers.version` unless the model fell back from
     that one. `marks`, of an interval run: how many events each customer had.
@@ -43,8 +43,6 @@ class FedRows:
     triggers: Triggers
     version: ModelVersion
     outputs: ModelOutputs
-    topics: tuple[str, ...]
-    types: tuple[str, ...]
     marks: Floats | None = None
 
     def __len__(self) -> int:
@@ -102,8 +100,8 @@ _decoder = msgspec.msgpack.Decoder(_Rows | _Described)
 
 def encode_rows(rows: FedRows) -> bytes:
     triggers = rows.triggers
-    topics, topic_names = _named(triggers.topics, rows.topics)
-    types, type_names = _named(triggers.types, rows.types)
+    topics, topic_names = _named(triggers.topics, triggers.event_names.topics)
+    types, type_names = _named(triggers.types, triggers.event_names.types)
     return _encoder.encode(
         _Rows(
             _FORMAT,
@@ -169,17 +167,20 @@ def _rows(found: _Rows) -> FedRows:
         found.inputs,
         _integers(found.fresh) if found.inputs else None,
         found.tables,
+        event_names=EventNames.of(found.topic_names, found.type_names),
     )
     version = ModelVersion(
         name, found.answered_by, "", (), found.features, found.outputs, "", 0, 0, labels=found.labels
     )
     outputs = ModelOutputs(_floats(found.values).reshape(count, len(found.outputs)), found.errors)
     marks = _floats(found.marks) if found.marks else None
-    return FedRows(found.commit, triggers, version, outputs, found.topic_names, found.type_names, marks)
+    return FedRows(found.commit, triggers, version, outputs, marks)
 
 
-def _named(codes: Ints, names: Sequence[str]) -> tuple[bytes, tuple[str, ...]]:
+def _named(codes: Ints, names: Mapping[int, str]) -> tuple[bytes, tuple[str, ...]]:
     """The codes as places among those names that occur: a reader need not have this node's config."""
+    if not names:  # of no event
+        return codes.tobytes(), ()
     present, places = np.unique(codes, return_inverse=True)
     return places.astype("<i8").tobytes(), tuple(names[code] for code in present.tolist())
 
@@ -199,6 +200,6 @@ def event_ids(rows: FedRows, partition: int) -> list[str]:
         head, times = f"{triggers.name}/{triggers.kind}", triggers.moments.tolist()
         return [f"{head}/{time}/{one}" for time, one in zip(times, triggers.customers, strict=True)]
     return [
-        f"{triggers.name}/{rows.topics[topic]}/{partition}/{offset}"
+        f"{triggers.name}/{triggers.event_names.topics[topic]}/{partition}/{offset}"
         for topic, offset in zip(triggers.topics.tolist(), triggers.offsets.tolist(), strict=True)
     ]

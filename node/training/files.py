@@ -9,7 +9,7 @@ them, since one would make a single NaN of all. A missing text is null.
 from __future__ import annotations
 
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
@@ -113,10 +113,10 @@ def record_batch(rows: FedRows, partition: int) -> pa.RecordBatch:
     columns: list[tuple[str, pa.DataType, Any]] = [
         ("key.inference", text, event_ids(rows, partition)),
         ("key.customer", text, list(triggers.customers)),
-        ("key.topic", text, _of_events(rows, _words(rows.topics, triggers.topics))),
+        ("key.topic", text, _words(rows, triggers.topics, triggers.event_names.topics)),
         ("key.partition", pa.int32(), np.full(count, partition, np.int32)),
-        ("key.offset", pa.int64(), _of_events(rows, triggers.offsets.tolist())),
-        ("key.type", text, _of_events(rows, _words(rows.types, triggers.types))),
+        ("key.offset", pa.int64(), triggers.offsets.tolist() if triggers.kind == "event" else [None] * count),
+        ("key.type", text, _words(rows, triggers.types, triggers.event_names.types)),
         ("key.time", pa.timestamp("ms", tz="UTC"), triggers.times_ms),
         ("key.commit", pa.int64(), np.full(count, rows.commit)),
         ("key.answered_by", text, [rows.version.version] * count),
@@ -141,13 +141,9 @@ def _array(values: Any, kind: pa.DataType) -> pa.Array:
     return pa.array(values, kind)
 
 
-def _words(names: Sequence[str], codes: np.ndarray) -> list[str]:
-    return [names[code] for code in codes.tolist()]
-
-
-def _of_events(rows: FedRows, values: list[Any]) -> list[Any]:
+def _words(rows: FedRows, codes: np.ndarray, names: Mapping[int, str]) -> list[str | None]:
     """An interval and a session have no event."""
-    return values if rows.triggers.kind == "event" else [None] * len(rows)
+    return [names[code] for code in codes.tolist()] if rows.triggers.kind == "event" else [None] * len(rows)
 
 
 def _metadata(rows: FedRows) -> Mapping[str, str]:

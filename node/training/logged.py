@@ -64,6 +64,6 @@ class Logged:
 def events_of(rows: FedRows) -> list[Event]:
     triggers = rows.triggers
     return [
-        (rows.topics[topic], offset)
+        (triggers.event_names.topics[topic], offset)
         for topic, offset in zip(triggers.topics.tolist(), triggers.offsets.tolist(), strict=True)
     ]

@@ -24,9 +24,7 @@ class RowLog:
     """Of one partition's session. It says what a version's rows follow from before the first of them, whenever that
     may have changed, and now and then, as the topic forgets what is old."""
 
-    def __init__(self, topics: Sequence[str], types: Sequence[str]) -> None:
-        self._topics = tuple(topics)
-        self._types = tuple(types)
+    def __init__(self) -> None:
         self._described: dict[str, int] = {}
         """Version -> the commit in which it was described last."""
         self._plan: FeaturePlan | None = None
@@ -46,7 +44,7 @@ class RowLog:
             return
         key = str(name).encode()
         yield from self._description(answer, plan, commit, key)
-        rows = FedRows(commit, answer.triggers, answer.version, answer.outputs, self._topics, self._types, answer.marks)
+        rows = FedRows(commit, answer.triggers, answer.version, answer.outputs, answer.marks)
         if at is not None:
             rows = picked(rows, at)
         kept = 0
@@ -86,8 +84,6 @@ def picked(rows: FedRows, at: Ints) -> FedRows:
         taken(rows.triggers, at),
         rows.version,
         ModelOutputs(rows.outputs.values[at], errors),
-        rows.topics,
-        rows.types,
         None if rows.marks is None else rows.marks[at],
     )
 

@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 from node_support import (
+    MANIFEST,
     TIME_MS,
     Kafka,
     Node,
@@ -365,6 +366,38 @@ def test_a_source_topic_that_was_not_read_for_a_while_goes_on_where_it_was_left(
     assert len(node.inferences(41)) == 41
     assert node.counter("events") == 41
     assert not node.log_has("were refused"), "nothing is told of a topic that is not read"
+
+
+def test_what_waits_is_told_by_its_topic_and_type_whatever_the_config_says_by_then(make: Callable[..., Node]) -> None:
+    """Killed with triggers waiting, and started with its topics in another order, and a topic and a type less."""
+    node = make(topics=3, cycle={"inference_deadline_ms": 0, "events_max": 40})
+    drop(node.models, "shop/spend", linear(1), AMOUNT, MANIFEST.replace('["', '["search", "'))
+    node.start()
+    node.live("shop/spend")
+    node.kafka.produce(node.topics[0], [event("first", 0)])
+    node.inferences(1)
+    for worker in workers(node):
+        os.kill(worker, signal.SIGSTOP)
+    expected = {}
+    for place, topic in enumerate(node.topics):
+        events = [event("ann", place + number, kind) for number in range(100) for kind in ("search", "transaction")]
+        node.kafka.produce(topic, events)
+        expected |= {(topic, offset): one for offset, one in enumerate(events, 0 if place else 1)}
+    wait_until(lambda: node.counter("events") == 601, "all events were taken")
+    assert node.backlog() > 400
+    node.kill()
+    _, second, third = node.topics
+    node.configure_topics([third, second])
+    text = node.config.read_text()
+    assert '["search", "transaction"]' in text
+    node.config.write_text(text.replace('["search", "transaction"]', '["transaction"]'))
+    node.start()
+    found = exactly_once(node.inferences(601), "spend")[1:]
+    assert {(one["topic"], one["offset"]) for one in found} == expected.keys()
+    for one in found:
+        sent = expected[one["topic"], one["offset"]]
+        assert one["id"] == f"shop/spend/{one['topic']}/0/{one['offset']}"
+        assert (one["type"], one["time"], one["outputs"]["score"]) == (sent["type"], sent["time"], sent["amount"])
 
 
 def test_sigterm_while_models_are_on_trial(make: Callable[..., Node]) -> None:

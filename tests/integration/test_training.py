@@ -196,5 +196,5 @@ def tampered(node: Node, model: str, column: str) -> str:
         await producer.stop()
 
     asyncio.run(send())
-    topic, offset = rows.topics[fed.topics[at[0]]], fed.offsets[at[0]]
+    topic, offset = fed.event_names.topics[int(fed.topics[at[0]])], fed.offsets[at[0]]
     return f"{model}/{topic}/{record.partition}/{offset}"

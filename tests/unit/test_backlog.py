@@ -13,11 +13,21 @@ from hypothesis import strategies as st
 from node.backlog import Backlog, Settled
 from node.kernel.clock import ManualClock
 from node.kernel.errors import BoundExceeded
-from node.kernel.types import FeatureRows, Frame, ModelName, ModelOutputs, ModelVersion, SequenceChunk, Triggers
+from node.kernel.types import (
+    EventNames,
+    FeatureRows,
+    Frame,
+    ModelName,
+    ModelOutputs,
+    ModelVersion,
+    SequenceChunk,
+    Triggers,
+)
 from node.state.memory import MemoryStore
 from node.triggers import Outcome, run_triggers
 from node.waiting import Bound
 
+EVENTS = EventNames.of(["events"], ["buy"])
 NAMES = (ModelName("ads", "bid"), ModelName("risk", "score"))
 
 
@@ -47,6 +57,12 @@ class ManualRunner:
 
 def version(name: ModelName, sha: str = "a" * 64) -> ModelVersion:
     return ModelVersion(name, sha, "b" * 64, ("buy",), ("x",), ("score",), "predict", 0, 1000)
+
+
+def backlog_of(runner: ManualRunner, store: MemoryStore, clock: ManualClock | None = None) -> Backlog:
+    return Backlog(
+        runner, store, lambda name, sha: version(name, sha), lambda _: Bound(10_000), EVENTS, clock or ManualClock()
+    )
 
 
 def triggers(name: ModelName, first: int, count: int, sha: str = "a" * 64) -> Triggers:
@@ -80,7 +96,7 @@ async def _every_trigger(steps: list[tuple[str, int, int]], room: int) -> None:
     offset = 0
 
     def fresh() -> Backlog:
-        made = Backlog(runner, store, lambda name, sha: version(name, sha), lambda name: Bound(10_000), ManualClock())
+        made = backlog_of(runner, store)
         made.restore(store.chunks(10_000))
         made.pump()
         return made
@@ -125,7 +141,7 @@ async def _every_trigger(steps: list[tuple[str, int, int]], room: int) -> None:
 async def test_over_its_bound_a_line_sheds_by_policy_and_counts(policy: str, left: list[int]) -> None:
     store, name = MemoryStore(), NAMES[0]
     bound = Bound(4, policy)  # type: ignore[arg-type]
-    backlog = Backlog(ManualRunner(0), store, lambda *_: version(name), lambda _: bound, ManualClock())
+    backlog = Backlog(ManualRunner(0), store, lambda *_: version(name), lambda _: bound, EVENTS, ManualClock())
     settled = Settled()
     chunks = [backlog.append(version(name), triggers(name, first, 4), None, settled) for first in (0, 4)]
     commit(store, settled, 1, [chunk for chunk in chunks if chunk is not None])
@@ -136,7 +152,7 @@ async def test_over_its_bound_a_line_sheds_by_policy_and_counts(policy: str, lef
 
 async def test_triggers_of_a_deleted_model_are_shed_and_counted() -> None:
     store, name = MemoryStore(), NAMES[0]
-    backlog = Backlog(ManualRunner(), store, lambda *_: None, lambda _: Bound(100), ManualClock())
+    backlog = Backlog(ManualRunner(), store, lambda *_: None, lambda _: Bound(100), EVENTS, ManualClock())
     appended = Settled()
     chunk = backlog.append(version(name), triggers(name, 0, 3), None, appended)
     assert chunk is not None
@@ -151,9 +167,7 @@ async def test_triggers_of_a_deleted_model_are_shed_and_counted() -> None:
 
 async def test_a_commit_waits_for_no_model_that_is_behind() -> None:
     runner, (slow, quick) = ManualRunner(), NAMES
-    backlog = Backlog(
-        runner, MemoryStore(), lambda name, sha: version(name, sha), lambda _: Bound(10_000), ManualClock()
-    )
+    backlog = backlog_of(runner, MemoryStore())
     await run_triggers(backlog, [(version(slow), triggers(slow, 0, 1))], Settled(), 0.0)
     work = [(version(name), triggers(name, 1, 1)) for name in NAMES]
     cycle = asyncio.ensure_future(run_triggers(backlog, work, backlog.settle(), 3600.0))
@@ -166,7 +180,7 @@ async def test_a_commit_waits_for_no_model_that_is_behind() -> None:
 
 async def test_a_commit_waits_for_no_slow_model_while_quick_ones_of_another_tenant_wait_with_it() -> None:
     clock, runner, (slow, quick) = ManualClock(), ManualRunner(), NAMES
-    backlog = Backlog(runner, MemoryStore(), lambda name, sha: version(name, sha), lambda _: Bound(10_000), clock)
+    backlog = backlog_of(runner, MemoryStore(), clock)
 
     async def cycle(names: tuple[ModelName, ...], answered: ModelName, after: float) -> list[ModelName]:
         work = [(version(name), triggers(name, 0, 1)) for name in names]

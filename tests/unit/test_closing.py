@@ -366,18 +366,18 @@ def test_a_session_is_named_by_when_it_began_in_inferences_chunks_and_training_r
     ((version, triggers),) = session_triggers(partition.plan, partition.layout, folding.closed, NO_TABLES)
     outputs = ModelOutputs(np.ones((1, len(version.outputs))))
     began, newest = START_MS + 9 * MINUTE_MS, START_MS + 10 * MINUTE_MS
-    ((key, record),) = encode_inferences(version, triggers, outputs, ("events",), 7, SCHEMA)
+    ((key, record),) = encode_inferences(version, triggers, outputs, 7)
     assert key == b"a"
     named = f"shop/short/session/{began}/a"
     assert f'{{"id":"{named}",'.encode() in record
     assert f'"customer":"a","session":{began},"partition":7,"time":{newest},'.encode() in record
     assert b"answered_by" not in record
-    ((_, record),) = encode_inferences(replace(version, version="cd" * 32), triggers, outputs, ("events",), 7, SCHEMA)
+    ((_, record),) = encode_inferences(replace(version, version="cd" * 32), triggers, outputs, 7)
     assert f'"version":"{triggers.version}"'.encode() in record
     assert f'"answered_by":"{"cd" * 32}","outputs"'.encode() in record
     read = decode_chunk(encode_chunk(SequenceChunk(3, triggers))).triggers
     assert (read.kind, read.moments.tolist(), read.times_ms.tolist()) == ("session", [began], [newest])
     answer = Answer(version, triggers, outputs)
-    fed = decode(encode_rows(FedRows(1, answer.triggers, version, outputs, ("events",), SCHEMA.types)))
+    fed = decode(encode_rows(FedRows(1, answer.triggers, version, outputs)))
     assert isinstance(fed, FedRows)
     assert event_ids(fed, 7) == [named]

@@ -92,7 +92,8 @@ class Parts:
         pool = ModelPool(WarmServer(SandboxSettings(), clock), fetch, clock, Supervisor(), parallel=1)
         layout = layout or Layout.empty()
         cache = RowCache(store, layout, 1 << 20)
-        backlog = Backlog(pool, store, lambda *_: None, lambda _: Bound(1), clock)
+        origin = Origin("node", ("events",), 0, config.schema())
+        backlog = Backlog(pool, store, lambda *_: None, lambda _: Bound(1), origin.names, clock)
         history = TopicHistory({}, ("events",), 0, EventDecoder(config.events), clock)
         backfilling = Backfilling(history, store.backfill(), clock, 0)
         intervals = Intervals(pool, store, clock, 0)
@@ -109,7 +110,6 @@ class Parts:
             settings,
             unfit=lambda version, reason: self.unfit.append((version, reason)),
         )
-        origin = Origin("node", ("events",), 0, config.schema())
         self.cycle = Cycle(engine, origin, source, Committer(outbox, store, cache, steps), self.state, steps, clock)
 
 

@@ -15,7 +15,7 @@ from node.backlog import Answer
 from node.config import parse_config
 from node.kernel.errors import ExportFailed, StateCorrupt
 from node.kernel.limits import RECORD_BYTES_MAX
-from node.kernel.types import FeatureRows, ModelName, ModelOutputs, ModelVersion, Triggers
+from node.kernel.types import EventNames, FeatureRows, ModelName, ModelOutputs, ModelVersion, Triggers
 from node.training.fed_rows import Described, FedRows, decode, encode_rows
 from node.training.files import TrainingFiles
 from node.training.row_log import RowLog
@@ -47,12 +47,13 @@ def answer(count: int, log_rows: float = 1.0, bits=None, texts=None, errors=None
         NAME, version.version, tuple(f"c{place}" for place in places), places % 2, places * 3, places % 2,
         places * 1000, FeatureRows(version.features, np.ascontiguousarray(numbers[:, :features]), texts or {}),
         inputs=("models.x.y.z",), fresh=places % 2, tables={"products": "0123456789ab"},
+        event_names=EventNames.of(["t0", "t1"], ["buy", "see"]),
     )  # fmt: skip
     return Answer(version, triggers, ModelOutputs(np.ascontiguousarray(numbers[:, features:]), errors or {}))
 
 
 def logged(answers, log=None, counters=None):
-    log = log or RowLog(["t0", "t1"], ["buy", "see"])
+    log = log or RowLog()
     return [decode(value) for _, value in log.records(answers, plan(), counters or Counter(commits=7))]
 
 
@@ -121,7 +122,7 @@ def test_what_is_too_large_for_a_record_is_split_and_a_row_that_is_alone_so_is_c
 
 
 def test_what_a_version_means_is_said_again_when_it_may_have_changed() -> None:
-    log, counters = RowLog(["t0", "t1"], ["buy", "see"]), Counter(commits=1)
+    log, counters = RowLog(), Counter(commits=1)
     same = plan()
     kinds = []
     for commit, used in ((1, same), (2, same), (3, plan()), (4, same), (5 + 1024, same)):

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from node.inferences import encode_inferences
-from node.kernel.types import EventSchema, FeatureRows, ModelName, ModelOutputs, ModelVersion, Triggers
+from node.kernel.types import EventNames, FeatureRows, ModelName, ModelOutputs, ModelVersion, Triggers
 
 # Without lone surrogates: decoding refuses those.
 texts = st.text(st.characters(exclude_categories=["Cs"]), min_size=1, max_size=12)
@@ -18,7 +18,7 @@ numbers = st.floats(allow_infinity=False)
 
 
 @st.composite
-def answers(draw: st.DrawFn) -> tuple[ModelVersion, Triggers, ModelOutputs, list[str], EventSchema]:
+def answers(draw: st.DrawFn) -> tuple[ModelVersion, Triggers, ModelOutputs, list[str], list[str]]:
     count, outputs = draw(st.integers(0, 6)), draw(st.lists(texts, min_size=1, max_size=3, unique=True))
     labels = tuple(draw(st.lists(texts, min_size=1, max_size=4))) if len(outputs) == 1 and draw(st.booleans()) else ()
     value = st.one_of(st.integers(-1, len(labels)).map(float), st.floats()) if labels else numbers
@@ -40,18 +40,19 @@ def answers(draw: st.DrawFn) -> tuple[ModelVersion, Triggers, ModelOutputs, list
         integers(2**53),
         FeatureRows(("x",), np.zeros((count, 1))),
         tables=draw(st.dictionaries(texts, texts, max_size=2)),
+        event_names=EventNames.of(topics, types),
     )
     errors = dict.fromkeys(draw(st.sets(st.integers(0, 5), max_size=2)) & set(range(count)), "failed")
     outputs_found = ModelOutputs(values.reshape(count, len(outputs)), errors)
-    return version, triggers, outputs_found, topics, EventSchema(tuple(types), {})
+    return version, triggers, outputs_found, topics, types
 
 
 @given(answers())
 def test_every_record_is_the_json_of_its_trigger(
-    given_: tuple[ModelVersion, Triggers, ModelOutputs, list[str], EventSchema],
+    given_: tuple[ModelVersion, Triggers, ModelOutputs, list[str], list[str]],
 ) -> None:
-    version, triggers, outputs, topics, schema = given_
-    records = encode_inferences(version, triggers, outputs, topics, 3, schema)
+    version, triggers, outputs, topics, types = given_
+    records = encode_inferences(version, triggers, outputs, 3)
     rows = [row for row in range(len(triggers)) if row not in outputs.errors]
     assert len(records) == len(rows)
     for (key, value), row in zip(records, rows, strict=True):
@@ -69,7 +70,7 @@ def test_every_record_is_the_json_of_its_trigger(
             "topic": topic,
             "partition": 3,
             "offset": offset,
-            "type": schema.types[triggers.types[row]],
+            "type": types[triggers.types[row]],
             "time": int(triggers.times_ms[row]),
         }
 

@@ -18,6 +18,7 @@ from node.kernel.tables import NO_TABLES
 from node.kernel.types import (
     Aggregate,
     EventColumns,
+    EventNames,
     EventSchema,
     FeatureRows,
     ModelName,
@@ -40,6 +41,7 @@ from tenants.staged_plan import StagedPlan
 from tenants.staged_plan import plan_of as staged_plan_of
 
 SCHEMA = EventSchema(("buy", "view"), {"amount": "number"})
+EVENTS = EventNames.of(["events"], SCHEMA.types)
 A, B, C = ModelName("t", "a"), ModelName("t", "b"), ModelName("t", "c")
 STORED, COUNT = -1.0, 5
 
@@ -95,8 +97,9 @@ def run(
 
     async def cycle() -> Outcome:
         selections = {name: np.ones(COUNT, np.bool_) for name in versions} if masks is None else masks
-        ordering = Ordering(plan, events(), selections, Reads())
-        backlog = Backlog(runner, MemoryStore(), lambda name, _: versions[name], lambda _: Bound(10_000), ManualClock())
+        ordering = Ordering(plan, events(), EVENTS, selections, Reads())
+        bound = Bound(10_000)
+        backlog = Backlog(runner, MemoryStore(), lambda name, _: versions[name], lambda _: bound, EVENTS, ManualClock())
         return await run_triggers(backlog, ordering.ready(), Settled(), seconds, ordering)
 
     return asyncio.run(cycle())
@@ -115,7 +118,7 @@ def test_each_takes_what_the_one_before_gave_for_the_same_event() -> None:
     assert found[B].triggers.inputs == ("models.t.a.score",)
     assert found[C].triggers.fresh is not None
     assert found[C].triggers.fresh.tolist() == [1] * COUNT
-    record = encode_inferences(found[B].version, found[B].triggers, found[B].outputs, ["e"], 0, SCHEMA)[0][1]
+    record = encode_inferences(found[B].version, found[B].triggers, found[B].outputs, 0)[0][1]
     assert json.loads(record)["inputs"] == {"models.t.a.score": "fresh"}
 
 
@@ -126,7 +129,7 @@ def test_what_fails_or_is_of_another_event_is_the_stored_one_and_the_inference_s
     answer = next(answer for answer in outcome.answers if answer.version.name == B)
     # Of A's two events, 1 and 3, the first failed.
     assert answer.triggers.rows.numbers[:, 0].tolist() == [STORED, STORED, STORED, 4.0, STORED]
-    records = encode_inferences(answer.version, answer.triggers, answer.outputs, ["e"], 0, SCHEMA)
+    records = encode_inferences(answer.version, answer.triggers, answer.outputs, 0)
     told = [json.loads(value)["inputs"]["models.t.a.score"] for _, value in records]
     assert told == ["stored", "stored", "stored", "fresh", "stored"]
     again = decode_chunk(encode_chunk(SequenceChunk(0, answer.triggers))).triggers
@@ -202,9 +205,9 @@ def beside(
 
     async def cycle() -> Outcome:
         selections = divided(plan, events(), {name: np.ones(COUNT, np.bool_) for name in versions})
-        ordering = Ordering(plan, events(), selections, Reads())
+        ordering = Ordering(plan, events(), EVENTS, selections, Reads())
         bound = Bound(2 if kind == "shadow" else 10_000)  # chunks are no larger
-        backlog = Backlog(runner, MemoryStore(), lambda name, _: versions[name], lambda _: bound, ManualClock())
+        backlog = Backlog(runner, MemoryStore(), lambda name, _: versions[name], lambda _: bound, EVENTS, ManualClock())
         return await run_triggers(backlog, ordering.ready(), Settled(), 0.2, ordering, shadows)
 
     return plan, staged, asyncio.run(cycle()), shadows

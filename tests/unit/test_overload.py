@@ -21,6 +21,7 @@ from node.kernel.chunks import decode_chunk, encode_chunk
 from node.kernel.clock import ManualClock
 from node.kernel.errors import BoundExceeded
 from node.kernel.types import (
+    EventNames,
     FeatureRows,
     Frame,
     ModelName,
@@ -35,6 +36,7 @@ from node.triggers import run_triggers
 from node.waiting import Bound, row_bytes
 from replication.frame import FrameAssembler, encode_frame
 
+EVENTS = EventNames.of(["events"], ["buy"])
 NAMES = (ModelName("ads", "bid"), ModelName("ads", "rank"), ModelName("risk", "score"))
 SWEPT_ROWS_MIN, SWEPT_CHUNKS, PASSED_CHUNKS_MAX = 3, 4, 2
 PIECE_MAX = 8
@@ -112,7 +114,7 @@ class Scene:
         if self.offset:
             self.backlog.close()
         self.runner.open.clear()
-        self.backlog = Backlog(self.runner, self.store, lambda name, _: version(name), self.bound, self.clock)
+        self.backlog = Backlog(self.runner, self.store, lambda name, _: version(name), self.bound, EVENTS, self.clock)
         self.backlog.restore(self.store.chunks(100_000))
         self.backlog.pump()
 
@@ -270,7 +272,7 @@ def backlog_of(*bounds: Bound, clock: ManualClock | None = None, room: int = 0) 
     found = dict(zip(NAMES, bounds, strict=False))
     runner = ManualRunner(room)
     clock = clock or ManualClock()
-    return Backlog(runner, store, lambda name, _: version(name), lambda name: found[name], clock), store
+    return Backlog(runner, store, lambda name, _: version(name), lambda name: found[name], EVENTS, clock), store
 
 
 def append(backlog: Backlog, store: MemoryStore, settled: Settled, *wanted: Triggers) -> None:

@@ -13,7 +13,16 @@ from node.cycle import _pinned
 from node.kernel.chunks import decode_chunk, encode_chunk
 from node.kernel.errors import ManifestError, TableUnavailable
 from node.kernel.tables import NO_TABLES, TableColumn, TableSchema, TableSet
-from node.kernel.types import EventColumns, EventSchema, FeatureRows, ModelName, SequenceChunk, StagedVersion, StageKind
+from node.kernel.types import (
+    EventColumns,
+    EventNames,
+    EventSchema,
+    FeatureRows,
+    ModelName,
+    SequenceChunk,
+    StagedVersion,
+    StageKind,
+)
 from node.ordering import triggers_of
 from node.staging import blind_shadows, divided, table_readers
 from tenants.definitions import NOTHING_SHARED
@@ -33,6 +42,7 @@ SCHEMA = EventSchema(
     ("buy",), {"sku": "text", "shop": "number", "amount": "number"}, tables={"products": PRODUCTS, "shops": SHOPS}
 )
 NAME = ModelName("a", "m")
+EVENTS = EventNames.of(["events"], SCHEMA.types)
 
 
 def parse(text: str) -> object:
@@ -167,7 +177,7 @@ def test_a_models_versions_are_those_of_the_tables_it_reads(tmp_path: Path) -> N
     assert versions == {"shops": "v7"}
     given = events(["a"], [1.0])
     triggers = triggers_of(
-        plan.models[0], given, np.ones(1, np.bool_), rows_of(plan, tables, ["a"], [1.0]), tables=versions
+        plan.models[0], given, EVENTS, np.ones(1, np.bool_), rows_of(plan, tables, ["a"], [1.0]), tables=versions
     )
     assert decode_chunk(encode_chunk(SequenceChunk(3, triggers))).triggers.tables == versions
 
