@@ -25,7 +25,7 @@ MODEL = ".joblib"
 STATUS = ".status.json"
 TENANT_FILE = "tenant.toml"
 IGNORED_MAX = 256
-_LETTERS = "a-z, 0-9, '_' and '-' only, at most 63 of them"
+_LETTERS = "a-z, 0-9, '_' and '-' only, at most 63 of them, the first a letter or digit"
 
 Signature: TypeAlias = tuple[int, int, int, int]
 """Device, inode, size and modification time: what changes when a file does."""
@@ -49,6 +49,8 @@ class Scan:
     """Tenants in whose folders not everything was looked at: what is missing of theirs may be there."""
     ignored: tuple[str, ...] = ()
     """One printable line for each name that can't be taken, at most IGNORED_MAX."""
+    ignored_of: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    """Tenant -> the first of those lines that are about its folder."""
 
 
 def scan(root: Path, known: Collection[str] = ()) -> Scan:
@@ -75,11 +77,13 @@ class _Found:
     places: list[tuple[str, int, int]] = field(default_factory=list)
     unseen: set[str] = field(default_factory=set)
     ignored: list[str] = field(default_factory=list)
+    ignored_of: dict[str, list[str]] = field(default_factory=dict)
 
     def scan(self) -> Scan:
         places, ignored = tuple(sorted(self.places)), tuple(self.ignored[:IGNORED_MAX])
         halves, unseen = frozenset(self.halves), frozenset(self.unseen)
-        return Scan(self.pairs, halves, self.tenants, self.features, places, unseen, ignored)
+        ignored_of = {tenant: tuple(lines) for tenant, lines in self.ignored_of.items() if tenant in self.tenants}
+        return Scan(self.pairs, halves, self.tenants, self.features, places, unseen, ignored, ignored_of)
 
     def place(self, name: str, found: os.stat_result) -> None:
         self.places.append((name, found.st_dev, found.st_ino))
@@ -110,14 +114,21 @@ class _Found:
 
     def _not_all(self, tenant: str, problem: str) -> None:
         self.unseen.add(tenant)
-        self.ignored.append(f"{tenant}/{problem}")
+        self._ignore(tenant, problem)
+
+    def _ignore(self, tenant: str, problem: str) -> None:
+        line = f"{tenant}/{problem}"
+        self.ignored.append(line)
+        lines = self.ignored_of.setdefault(tenant, [])
+        if len(lines) < limits.TENANT_NAMES_IGNORED_MAX:
+            lines.append(line)
 
     def _take(self, tenant: str, files: Mapping[str, Signature]) -> None:
         stems = {name.removesuffix(suffix) for name in files for suffix in (MANIFEST, MODEL) if name.endswith(suffix)}
         for stem in sorted(stems):
             if not is_name(stem):
                 # Such as bytes that are no UTF-8: what comes here as a name is written to files and topics as text.
-                self.ignored.append(f"{tenant}/{printable(stem)}: a model is named with {_LETTERS}; rename its files")
+                self._ignore(tenant, f"{printable(stem)}: a model is named with {_LETTERS}; rename its files")
                 continue
             manifest, model = files.get(stem + MANIFEST), files.get(stem + MODEL)
             if manifest is not None and model is not None:

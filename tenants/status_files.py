@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 
@@ -24,7 +25,7 @@ FEATURES = "features"
 class StatusFiles:
     """Written as things are at that moment; one that could not be written is known by its name, and written later.
 
-    `told` gives what a file is to say, None where there is nobody to tell. Calls for one file are made one at a time.
+    `told` gives what a file is to say, None where there is to be none. Calls for one file are made one at a time.
     """
 
     def __init__(self, root: Path, clock: Clock, told: Callable[[ModelName], Mapping[str, object] | None]) -> None:
@@ -42,7 +43,7 @@ class StatusFiles:
         known = name in self._unwritten
         self._unwritten.discard(name)
         if told is None:
-            return
+            return await self.remove(name)
         try:
             content = status_content({**told, "written_at_ms": self._clock.now_ms()})
             await asyncio.to_thread(folder.write_status, self._root, name, content)
@@ -51,6 +52,11 @@ class StatusFiles:
                 self._unwritten.add(name)  # the tenant's folder: full, read-only or just removed
             if not known:
                 log.warning("status file not written", model=str(name), error=str(error))
+
+    async def remove(self, name: ModelName) -> None:
+        self._unwritten.discard(name)
+        with contextlib.suppress(OSError):
+            await asyncio.to_thread(folder.remove_status, self._root, name)
 
     async def again(self, tenants: Collection[str]) -> None:
         """Write what could not be written, of these tenants: others have gone."""

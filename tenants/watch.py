@@ -169,6 +169,7 @@ class ModelWatcher:
         self._trials = Trials(server, blobs.get, clock, supervisor, whom)
         self._statuses = StatusFiles(settings.root, clock, self._status)
         self._settings_told: dict[str, Mapping[str, object]] = {}
+        self._ignored_of: Mapping[str, tuple[str, ...]] = {}
         self._saved = b""
         self._counters = _Counters()
         self._nothing_new = False
@@ -306,6 +307,7 @@ class ModelWatcher:
             self._places = found.places
             self._rearm.set()
         now = self._clock.monotonic()
+        await self._tell_ignored(found)
         await self._take_tenants(found, now)
         await self._take_features(found, now)
         for name, signatures in found.pairs.items():
@@ -371,6 +373,7 @@ class ModelWatcher:
         first = self._at_start is not None and self._at_start.tenants.get(tenant) == signature
         if signature is None:
             self._settings_told.pop(tenant, None)
+            await self._statuses.write(ModelName(tenant, SETTINGS))
             return TenantSeen(TenantSettings(tenant), "", first)
         seen = None
         try:
@@ -492,8 +495,7 @@ class ModelWatcher:
                 entry = self._snapshot.models.get(name)
                 if entry is not None and entry.newest is not None:
                     continue  # others use its outputs: it goes once they don't
-                with contextlib.suppress(OSError):
-                    await asyncio.to_thread(folder.remove_status, self._settings.root, name)
+                await self._statuses.remove(name)
         for tenant in watched_tenants - found.tenants.keys() - found.unseen:
             if self._settled(f"{tenant}/{TENANT_FILE}", "gone", now):
                 await self._apply(registry.TenantGone(tenant))
@@ -584,15 +586,33 @@ class ModelWatcher:
     def _status(self, name: ModelName) -> Mapping[str, object] | None:
         """What its status file is to say now."""
         if name.model == SETTINGS:
-            return self._settings_told.get(name.tenant)
+            return self._tenant_status(name.tenant)
         if name.model == FEATURES:
             return registry.features_status(self._snapshot, name.tenant)
         there = name in self._snapshot.models and name in self._snapshot.watched
         return registry.status(self._snapshot, name) if there else None
 
+    def _tenant_status(self, tenant: str) -> Mapping[str, object] | None:
+        """None without a tenant.toml and anything in the folder that is not taken."""
+        settings, ignored = self._settings_told.get(tenant), self._ignored_of.get(tenant, ())
+        if settings is None and not ignored:
+            return None
+        return {**(settings or {"state": "live", "problems": ()}), "ignored": ignored}
+
+    async def _tell_ignored(self, found: Scan) -> None:
+        """To each tenant of which that changed: the names in its folder that are not taken."""
+        before, self._ignored_of = self._ignored_of, found.ignored_of
+        for tenant, signature in found.tenants.items():
+            settings_known = signature is None or tenant in self._settings_told  # else told with these
+            if settings_known and before.get(tenant, ()) != found.ignored_of.get(tenant, ()):
+                await self._statuses.write(ModelName(tenant, SETTINGS))
+
     async def _write_unwritten(self, tenants: Collection[str]) -> None:
         """Of `tenants`, whose folders are there; without any, the directory may just not be mounted."""
-        if self._statuses.unwritten and tenants:
+        if not tenants:
+            return
+        self._settings_told = {tenant: told for tenant, told in self._settings_told.items() if tenant in tenants}
+        if self._statuses.unwritten:
             async with self._applying:
                 await self._statuses.again(tenants)
 

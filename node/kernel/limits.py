@@ -185,6 +185,8 @@ VERSIONS_PER_TENANT_MAX = 2 * MODELS_PER_TENANT_MAX
 """Twice the models: while versions are swapped, rows of the old ones still run."""
 TENANT_FOLDER_ENTRIES_MAX = 4096
 """Directory entries looked at in one tenant's watched folder."""
+TENANT_NAMES_IGNORED_MAX = 16
+"""Of a tenant's folder, that its status file names, the first; once these are mended, the next."""
 ISOLATION_CALLS_MAX = 256
 """Calls spent on finding the bad rows of one failed batch; rows not cleared by then get its error."""
 PUBLISH_RETRY_MS_MIN = 200

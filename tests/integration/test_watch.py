@@ -274,6 +274,23 @@ async def test_a_name_that_is_no_text_stops_nobody(node: Node) -> None:
     assert any("udcff" in line for line in node.watcher.statistics().ignored)
 
 
+async def test_a_tenant_hears_of_a_name_that_can_not_be_taken_until_it_is_mended(node: Node) -> None:
+    await node.start(rescan_ms=100)
+    upper, settings = ModelName("ads", "Upper"), ModelName("ads", "tenant")
+    node.drop(upper, model=model_file())
+    await until(lambda: "ads/Upper: a model is named with a-z" in str(node.status(settings).get("ignored")))
+    assert (node.status(settings)["state"], node.status(upper)) == ("live", {})
+    (node.root / "ads" / "tenant.toml").write_text("weight = 2.5\nwieght = 3\n")
+    await until(lambda: node.status(settings)["state"] == "refused")
+    assert len(node.status(settings)["ignored"]) == 1  # type: ignore[arg-type]
+    for suffix in (".toml", ".joblib"):
+        (node.root / "ads" / f"Upper{suffix}").rename(node.root / "ads" / f"bid{suffix}")
+    await until(lambda: node.status(settings)["ignored"] == [])
+    await until(lambda: BID in node.live())
+    (node.root / "ads" / "tenant.toml").unlink()
+    await until(lambda: node.status(settings) == {})
+
+
 async def test_the_model_file_of_a_refused_manifest_is_not_copied(node: Node) -> None:
     await node.start()
     node.drop(BID, manifest=b'on = ["transaction"]\n[features]\namount = "event.amont"\n', model=model_file())

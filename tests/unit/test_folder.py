@@ -35,6 +35,20 @@ def test_lines_about_names_are_bounded(tmp_path: Path) -> None:
     assert len(folder.scan(tmp_path).ignored) <= 256
 
 
+def test_each_tenant_has_lines_of_its_own_however_many_another_one_has(tmp_path: Path) -> None:
+    for tenant, count in (("ads", 1000), ("mail", 1)):
+        (tmp_path / tenant).mkdir()
+        for number in range(count):
+            (tmp_path / tenant / f"X{number}.toml").touch()
+    pair(tmp_path, "shop")
+    told = folder.scan(tmp_path).ignored_of
+    assert {tenant: len(lines) for tenant, lines in told.items()} == {"ads": 16, "mail": 1}
+    assert told["mail"] == (
+        "mail/X0: a model is named with a-z, 0-9, '_' and '-' only, at most 63 of them, the first a letter or digit;"
+        " rename its files",
+    )
+
+
 def pair(root: Path, tenant: str, model: str = "m") -> ModelName:
     (root / tenant).mkdir(exist_ok=True)
     for suffix in (folder.MANIFEST, folder.MODEL):
