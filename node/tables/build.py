@@ -3,7 +3,7 @@
 A process of its own: parsing what somebody uploaded is C++ at work on foreign bytes, takes memory that should be given
 back, and must not hold up the node's loop. Memory needed: the largest column, and the keys' width and 24 bytes a row.
 
-stdout has JSON lines: `{"rows": n}` while it reads, then `{"built": …}` or `{"problems": […]}`.
+stdout has JSON lines: `{"rows": n}` while it reads, then `{"built": …}`, `{"problems": […]}` or `{"disk": "…"}`.
 """
 
 from __future__ import annotations
@@ -68,10 +68,12 @@ class Report(msgspec.Struct, frozen=True, omit_defaults=True):
     rows: int = 0
     built: Built | None = None
     problems: tuple[str, ...] = ()
+    disk: str = ""
+    """Why the disk refused."""
 
 
 def build(order: Order, say: Callable[[int], None] = lambda rows: None) -> Built:
-    """Write the version; `say` hears how many rows are read. Raises TableRefused."""
+    """Write the version; `say` hears how many rows are read. Raises TableRefused, OSError from the disk."""
     wish = Wish(order.key, order.columns, order.types, order.defaults, order.before)
     read = read_table(Path(order.source), order.format, wish)
     batches, schema = read.batches, read.schema
@@ -221,6 +223,8 @@ def main() -> int:
     except (MemoryError, pa.ArrowMemoryError):
         memory = f"the table needs more than the {order.memory_mb} MB of [tables] build_memory_mb to be built"
         report = Report(problems=(f"{memory}; raise it, or take fewer columns",))
+    except OSError as failure:
+        report = Report(disk=str(failure))
     _say(report)
     return 0
 

@@ -88,6 +88,7 @@ class _Report(msgspec.Struct, frozen=True):
     rows: int = 0
     built: _Built | None = None
     problems: tuple[str, ...] = ()
+    disk: str = ""
 
 
 class TableService:
@@ -143,7 +144,7 @@ class TableService:
     async def put(self, name: str, source: Path, wish: FileWish) -> TableVersion:
         """Check and build `source`, which is in the folder of its `upload`, and wish for it.
 
-        Raises TableRefused, and what the ledger raises.
+        Raises TableRefused, StoreUnavailable, and what the ledger raises.
         """
         before = self.ledger.tables().get(name)
         self._check_unfed(before)
@@ -277,6 +278,8 @@ class TableService:
             report = msgspec.json.decode(line, type=_Report)
             if report.problems:
                 raise TableRefused(report.problems)
+            if report.disk:
+                raise StoreUnavailable(f"table {name} can't be built: {report.disk}; free or repair the disk")
             if report.built is not None:
                 return report.built
             self.building[name] = report.rows

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from node.kernel.clock import ManualClock
-from node.kernel.errors import BoundExceeded, TableRefused
+from node.kernel.errors import BoundExceeded, StoreUnavailable, TableRefused
 from node.kernel.supervise import Supervisor
 from node.kernel.table_versions import Feed, Table, TableVersion
 from node.kernel.tables import TableSchema
@@ -16,7 +16,7 @@ from node.tables.changes import Changes
 from node.tables.feeds import Fed, since
 from node.tables.library import TableLibrary
 from node.tables.local import LocalTables
-from node.tables.service import Files, TableService
+from node.tables.service import Files, FileWish, TableService
 from node.tables.version_file import MENDED
 
 FEED = Feed("rows", TableSchema("sku", "text", {}).encode(), 1000)
@@ -72,6 +72,18 @@ async def test_changes_to_a_version_whose_file_is_not_here_say_so(tmp_path: Path
         (folder / "file").write_bytes(Changes(TableSchema.decode(FEED.schema)).line(b"a", b"{}"))
         with pytest.raises(TableRefused, match=f"a table's file {'a' * 64} can't be read: .*; {MENDED}"):
             await service.put_changes("one", folder / "file", feed, base, (2,))
+
+
+async def test_a_disk_that_is_full_while_a_table_is_built_is_told_as_that(tmp_path: Path) -> None:
+    service = service_in(tmp_path)
+    async with service.upload("one") as folder:
+        (folder / "file").write_text("sku,price\na,1\n")
+        (folder / "built").symlink_to("/dev/full")
+        with pytest.raises(
+            StoreUnavailable, match=r"table one can't be built: .*No space left on device; free or repair"
+        ):
+            await service.put("one", folder / "file", FileWish("csv", "sku"))
+    assert (service.ledger.tables(), service.building) == ({}, {})
 
 
 def fed_table(passed: bool) -> Table:
