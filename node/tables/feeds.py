@@ -60,6 +60,8 @@ class Fed:
     """When last, by the monotonic clock."""
     refused: int = 0
     problems: deque[str] = field(default_factory=lambda: deque(maxlen=TABLE_FEED_PROBLEMS_MAX))
+    rowless: bool = False
+    """Whether the topic, looked at from its beginning up to `offsets`, had no row."""
     reason: str = ""
     """Why it is not fed now."""
     rests_until: float = 0.0
@@ -158,6 +160,7 @@ class TableFeeds:
         fed.behind = sum(end - at for end, at in zip_longest(ends, seen, fillvalue=0))
         if seen and not fed.behind:
             fed.caught_up = self._clock.monotonic()
+            _check_rows(feed, fed)
             return False
         if base is not None and (self._missed(fed, base) or later(starts, base.offsets)):
             log.info("table is fed from the beginning of its topic", table=table.name, topic=feed.topic)
@@ -168,8 +171,8 @@ class TableFeeds:
             if rows:
                 await self._service.put_changes(table.name, folder / "file", feed, base, ends)
         fed.offsets, fed.behind, fed.caught_up = ends, 0, self._clock.monotonic()
-        if not rows and base is None:
-            raise TableRefused([f"topic {feed.topic} has no rows"])
+        fed.rowless = not rows and base is None
+        _check_rows(feed, fed)
         return True
 
     def _missed(self, fed: Fed, base: TableVersion) -> bool:
@@ -242,6 +245,11 @@ class TableFeeds:
             started = self._clock.monotonic()
             yield records
             await asyncio.sleep((self._clock.monotonic() - started) * _REST_FACTOR)
+
+
+def _check_rows(feed: Feed, fed: Fed) -> None:
+    if fed.rowless:
+        raise TableRefused([f"topic {feed.topic} has no rows; the table is fed once it has"])
 
 
 def _lines(records: Sequence[Any], end: int, changes: Changes, file: BinaryIO, fed: Fed) -> int:

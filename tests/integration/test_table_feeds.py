@@ -249,6 +249,28 @@ async def test_an_empty_topic_keeps_no_other_table_from_being_fed(
         await until(lambda: running_feeds.rows("empty") == 1, "the first row of the other")
 
 
+@pytest.mark.parametrize("value", [None, b"not a row"])
+async def test_why_a_table_has_no_version_is_told_until_it_has_one(
+    kafka: str, topics: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, value: bytes | None
+) -> None:
+    """Of a topic that is empty, or has records that are no rows only."""
+    monkeypatch.setattr("node.tables.feeds._FAILED_SECONDS", 0.1)
+    topic = await topics.create("rows")
+    if value is not None:
+        await sent(kafka, topic, "a", value)
+    async with feeding(tmp_path, kafka, monkeypatch) as running_feeds:
+        await running_feeds.follow("one", topic)
+        await until(lambda: "has no rows" in running_feeds.fed("one").reason, "why there is no version")
+        for _ in range(2):
+            looked = running_feeds.fed("one").caught_up
+            await until(lambda at=looked: running_feeds.fed("one").caught_up != at, "the next look at it")
+            assert "has no rows" in running_feeds.fed("one").reason
+        assert running_feeds.fed("one").refused == int(value is not None)
+        await sent(kafka, topic, "a")
+        await until(lambda: running_feeds.rows("one") == 1, "the first row")
+        await until(lambda: not running_feeds.fed("one").reason, "that all is well")
+
+
 async def test_a_client_that_reads_no_more_is_replaced(
     kafka: str, topics: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
