@@ -341,7 +341,7 @@ def sandbox_report(config: ConfigPath, as_json: AsJson = False) -> None:
     from node.app import sandbox_report as probe
     from node.logs import configure_logging
 
-    settings = loaded(config)
+    settings = loaded(config, secrets=False)
     configure_logging("console", "warning", settings.node.name)
     report = _operate(probe(settings))
     if as_json:
@@ -361,7 +361,7 @@ def drain(node: NodeName, config: ConfigPath, wait: Wait = False, wait_s: WaitSe
     """
     from node import cluster_console
 
-    _operate(cluster_console.drain(loaded(config), node, wait_s if wait else 0, typer.echo))
+    _operate(cluster_console.drain(loaded(config, secrets=False), node, wait_s if wait else 0, typer.echo))
 
 
 @app.command()
@@ -369,7 +369,7 @@ def undrain(node: NodeName, config: ConfigPath) -> None:
     """Let a drained node own partitions again."""
     from node import cluster_console
 
-    _operate(cluster_console.undrain(loaded(config), node, typer.echo))
+    _operate(cluster_console.undrain(loaded(config, secrets=False), node, typer.echo))
 
 
 @app.command()
@@ -382,7 +382,7 @@ def join(
     """
     from node import cluster_console
 
-    _operate(cluster_console.join(loaded(config), node, raft_address, wait_s if wait else 0, typer.echo))
+    _operate(cluster_console.join(loaded(config, secrets=False), node, raft_address, wait_s if wait else 0, typer.echo))
 
 
 @app.command()
@@ -398,7 +398,7 @@ def leave(
     """
     from node import cluster_console
 
-    _operate(cluster_console.leave(loaded(config), node, dead, wait_s, typer.echo))
+    _operate(cluster_console.leave(loaded(config, secrets=False), node, dead, wait_s, typer.echo))
 
 
 @app.command("accept-loss")
@@ -435,7 +435,7 @@ def settings(
         "moves_max": moves_max,
         "builds_max": builds_max,
     }
-    _operate(cluster_console.settings(loaded(config), changes, typer.echo))
+    _operate(cluster_console.settings(loaded(config, secrets=False), changes, typer.echo))
 
 
 @app.command()
@@ -443,7 +443,7 @@ def snapshot(partitions: PartitionNumbers = None, *, config: ConfigPath) -> None
     """Take a snapshot of partitions now, or of all: on each node that has them."""
     from node import cluster_console
 
-    _operate(cluster_console.snapshot(loaded(config), partitions or (), typer.echo))
+    _operate(cluster_console.snapshot(loaded(config, secrets=False), partitions or (), typer.echo))
 
 
 @app.command()
@@ -454,7 +454,7 @@ def verify(partitions: PartitionNumbers = None, *, config: ConfigPath, as_json: 
     """
     from node import cluster_console
 
-    if not _operate(cluster_console.verify(loaded(config), partitions or (), as_json, typer.echo)):
+    if not _operate(cluster_console.verify(loaded(config, secrets=False), partitions or (), as_json, typer.echo)):
         raise typer.Exit(1)
 
 

@@ -116,7 +116,7 @@ def _change(config: Path, url: str, change: Callable[[Config, str], str]) -> Non
     """Ask the node for it and print the line that tells how it went."""
     from node.table_console import url_of
 
-    settings = loaded(config)
+    settings = loaded(config, secrets=False)
     try:
         typer.echo(change(settings, url or url_of(settings)))
     except HeadraceError as error:

@@ -354,6 +354,37 @@ async def test_an_answer_that_is_no_node_is_one_line() -> None:
             assert (ran.code, ran.out, ran.err.count("\n")) == (1, "", 1)
 
 
+SASL = """
+[kafka]
+security_protocol = "SASL_SSL"
+sasl_mechanism = "PLAIN"
+sasl_username = "node"
+sasl_password_env = "KAFKA_NO_SUCH"
+"""
+FOR_RUNNING_NODES = (
+    *(("drain", "n2"), ("undrain", "n2"), ("join", "n2", "127.0.0.1:7200"), ("leave", "n2"), ("settings",)),
+    *(("snapshot",), ("verify",), ("table", "rollback", "prices"), ("table", "drop", "prices")),
+)
+
+
+async def test_no_command_for_running_nodes_needs_the_password_of_kafka(tmp_path: Path) -> None:
+    """Whoever says it may have no right to that, and it is not used."""
+    path = tmp_path / "node.toml"
+    path.write_text(GOOD + SASL + CLUSTER.replace("7101", "1"))
+    everything = await asyncio.gather(*(headrace(*command, "--config", str(path)) for command in FOR_RUNNING_NODES))
+    for command, ran in zip(FOR_RUNNING_NODES, everything, strict=True):
+        assert (ran.code, ran.out, ran.err.count("\n")) == (1, "", 1), command
+        expected = f"{tmp_path}/data/operator-token can't be read" if command[0] == "table" else "127.0.0.1:1 can't be"
+        assert ran.err.startswith(expected), command
+
+
+async def test_a_secret_of_the_cluster_that_is_gone_is_a_line(tmp_path: Path) -> None:
+    path = tmp_path / "node.toml"
+    path.write_text(f'{GOOD}{CLUSTER}secret_env = "CLUSTER_NO_SUCH"\n')
+    ran = await headrace("undrain", "n2", "--config", str(path))
+    assert ran == (1, "", "[cluster] secret_env is CLUSTER_NO_SUCH; allowed: a variable that is set\n")
+
+
 async def test_help_and_version() -> None:
     ran = await headrace("--version")
     assert (ran.code, ran.out.startswith("headrace")) == (0, True)
