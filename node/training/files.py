@@ -38,11 +38,11 @@ class _Open:
 
 class TrainingFiles:
     """Writes `<version>.parquet` files into a folder that is there, whole, once `finish` has been called, and not
-    before. Raises ExportFailed, also for a folder that is there already."""
+    before; without rows there is none. Raises ExportFailed, also for a folder that is there already."""
 
     def __init__(self, folder: Path) -> None:
-        self._folder = folder
-        self._made = folder.with_name(f".{folder.name}.part")
+        self._folder = folder.resolve()
+        self._made = self._folder.parent / f".{self._folder.name}.part"
         self._open: dict[tuple[str, ...], _Open] = {}
         """By version and columns: a model that comes later may turn into an input of one that is there."""
 
@@ -82,10 +82,11 @@ class TrainingFiles:
             one.writer.close()
         told = {one.file: one.rows for one in self._open.values()}
         self._open = {}
-        try:
-            self._made.rename(self._folder)
-        except OSError as failure:
-            raise ExportFailed(f"{self._folder} can't be made: {failure.strerror}") from None
+        if told:
+            try:
+                self._made.rename(self._folder)
+            except OSError as failure:
+                raise ExportFailed(f"{self._folder} can't be made: {failure.strerror}") from None
         return told
 
     def _opened(self, version: str, schema: pa.Schema) -> _Open:

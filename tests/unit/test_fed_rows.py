@@ -143,6 +143,15 @@ def test_damaged_records_and_folders_that_are_there_are_refused(tmp_path: Path) 
     with TrainingFiles(folder) as files:
         files.add(rows, 0)  # and it is not finished
     assert list(tmp_path.iterdir()) == []
+    with TrainingFiles(folder) as files:
+        assert files.finish() == {}
+    assert list(tmp_path.iterdir()) == [], "or the same command would be refused once there are rows"
+
+
+@pytest.mark.parametrize("place", [".", "..", "/", "none/.."])
+def test_a_folder_without_a_name_of_its_own_is_there_already(place: str) -> None:
+    with pytest.raises(ExportFailed, match="is there already"), TrainingFiles(Path(place)):
+        pass
 
 
 def test_times_are_said_in_three_ways() -> None:
