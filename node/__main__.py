@@ -136,10 +136,11 @@ def models(url: Url = NODE_URL, as_json: AsJson = False) -> None:
     from node import console
 
     try:
+        answer = console.fetch_models(url)
         if as_json:
-            typer.echo(console.fetch(url, "/v1/models"))
+            typer.echo(console.as_json(answer))
         else:
-            console.show(*console.models_view(console.fetch_object(url, "/v1/models")))
+            console.show(*console.models_view(answer))
     except HeadraceError as error:
         fail(str(error))
 

@@ -13,6 +13,7 @@ from collections.abc import Iterable, Mapping
 from datetime import UTC, datetime
 from http import HTTPStatus
 from typing import Any
+from urllib.parse import quote
 
 import msgspec
 from rich.console import Console, RenderableType
@@ -20,6 +21,7 @@ from rich.table import Table
 from rich.text import Text
 
 from node.kernel.errors import HeadraceError, printable
+from node.kernel.limits import MODEL_PAGES_MAX
 
 ANSWER_BYTES_MAX = 64 * 1024 * 1024
 ANSWER_SECONDS_MAX = 10.0
@@ -47,9 +49,7 @@ def answer_of(
     url: str, path: str, method: str = "GET", sent: bytes | None = None, headers: Mapping[str, str] | None = None
 ) -> bytes:
     """The body of what a node answers at `url` + `path`. Raises NodeUnreachable."""
-    address = url.rstrip("/") + path
-    if not address.startswith(("http://", "https://")):
-        raise NodeUnreachable(f"{printable(url)} is no address of a node; give one such as http://127.0.0.1:8080")
+    address = checked(url) + path
     opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
     try:
         request = urllib.request.Request(address, sent, dict(headers or {}), method=method)
@@ -63,6 +63,14 @@ def answer_of(
     except (OSError, ValueError, http.client.HTTPException) as error:
         raise NodeUnreachable(f"no node answers at {address}: {printable(str(error) or repr(error))}") from error
     return body
+
+
+def checked(url: str) -> str:
+    """Without a slash at its end. Raises NodeUnreachable for what is no address of a node."""
+    address = url.rstrip("/")
+    if not address.startswith(("http://", "https://")):
+        raise NodeUnreachable(f"{printable(url)} is no address of a node; give one such as http://127.0.0.1:8080")
+    return address
 
 
 def _problem_detail(error: urllib.error.HTTPError) -> str:
@@ -79,6 +87,19 @@ def fetch_object(url: str, path: str) -> dict[str, Any]:
         return msgspec.json.decode(body, type=dict[str, Any])
     except ValueError as error:
         raise NodeUnreachable(f"{url} answered with something else than a node's JSON: {error}") from error
+
+
+def fetch_models(url: str) -> dict[str, Any]:
+    """All pages of /v1/models as one, with `next` where there are more than MODEL_PAGES_MAX. Raises NodeUnreachable."""
+    models: list[Any] = []
+    answer: dict[str, Any] = {"next": None}
+    for _ in range(MODEL_PAGES_MAX):
+        after = answer.get("next")
+        answer = fetch_object(url, "/v1/models" + (f"?after={quote(str(after), safe='/')}" if after else ""))
+        models += answer.get("models", ())
+        if not answer.get("next"):
+            break
+    return {**answer, "models": models}
 
 
 def fetch_cluster(url: str) -> dict[str, Any] | None:
@@ -303,6 +324,10 @@ def models_view(answer: Mapping[str, Any]) -> list[RenderableType]:
         )
         reasons.extend(Text(f"{name}: {_text(reason)}", style="yellow") for reason in model.get("reasons", ()))
         reasons.extend(_history(name, model.get("backfill") or {}))
+    if answer.get("next"):
+        reasons.append(
+            Text(f"there are more, after {_text(answer['next'])}: ask for /v1/models?after=", style="yellow")
+        )
     return [models, *reasons]
 
 

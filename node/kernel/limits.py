@@ -254,6 +254,8 @@ HTTP_PATH_BYTES_MAX = 2 * KIB
 HTTP_QUERY_BYTES_MAX = 2 * KIB
 HTTP_MODELS_MAX = 1000
 """Model versions in one answer; it says where to go on."""
+MODEL_PAGES_MAX = 100
+"""Of such answers, that the command line asks for."""
 METRIC_SERIES_MAX = 1000
 """Of one metric; what is beyond is added up under the label `_other`."""
 

@@ -17,6 +17,7 @@ from http_support import MemoryView
 from node.config import HttpSection
 from node.kernel.clock import ManualClock
 from node.kernel.errors import NotFound
+from node.kernel.limits import HTTP_MODELS_MAX
 from node.kernel.types import ModelName
 from node.serving.cluster import (
     ClusterAgreement,
@@ -277,6 +278,23 @@ async def test_models_as_tables(url: str) -> None:
     )
     assert row(ran.out, "ads/click ").startswith("ads/click refused")
     assert r"ads/click: no such\nfield: [red]x" in ran.out
+
+
+async def test_models_of_all_pages_are_shown() -> None:
+    class Many(OneNode):
+        def models(self) -> Sequence[ModelInfo]:
+            every, one = range(2 * HTTP_MODELS_MAX + 1), super().models()[0]
+            return [msgspec.structs.replace(one, sha256=f"{number:064x}") for number in every]
+
+    server = HttpServer(Many(), HttpSection(port=0), ManualClock())
+    await server.start()
+    try:
+        ran = await headrace("models", "--json", "--url", f"http://{server.address}")
+    finally:
+        await server.stop()
+    answer = msgspec.json.decode(ran.out, type=Models)
+    assert [int(model.sha256, 16) for model in answer.models] == list(range(2 * HTTP_MODELS_MAX + 1))
+    assert answer.next is None
 
 
 async def test_a_share_is_explained(url: str) -> None:
