@@ -13,14 +13,14 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
-from urllib.parse import quote, urlencode
+from urllib.parse import quote, urlencode, urlsplit
 
 import msgspec
 from rich.console import Console, RenderableType
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 from rich.text import Text
 
-from node.console import NodeUnreachable, _add, _count, _table, _text, fetch_object
+from node.console import NodeUnreachable, _add, _count, _table, _text, checked, fetch_object
 from node.kernel.errors import HeadraceError, TableRefused, printable
 from node.kernel.limits import MIB, TABLE_UPLOAD_MS_MAX
 
@@ -148,32 +148,53 @@ def _ask(
     """Raises TableRefused with the node's reasons, NodeUnreachable."""
     from node.serving.operator_token import read_token
 
-    host = url.rstrip("/").removeprefix("http://")
     headers = {"Authorization": f"Bearer {read_token(Path(config.node.data_dir))}", "Content-Length": str(size)}
-    connection = http.client.HTTPConnection(host, timeout=TABLE_UPLOAD_MS_MAX / 1000)
+    address = checked(url)
     try:
-        # Refused before all was sent: the answer says why.
-        with contextlib.suppress(BrokenPipeError, ConnectionResetError):
-            connection.request(method, path, body=body, headers=headers)
-        answer = connection.getresponse()
-        content = answer.read(16 * MIB)
-    except (OSError, http.client.HTTPException) as failure:
+        with contextlib.closing(_connection(address)) as connection:
+            # Refused before all was sent: the answer says why.
+            with contextlib.suppress(BrokenPipeError, ConnectionResetError):
+                connection.request(method, urlsplit(address).path + path, body=body, headers=headers)
+            answer = connection.getresponse()
+            content = answer.read(16 * MIB)
+    except (OSError, ValueError, http.client.HTTPException) as failure:
         raise NodeUnreachable(f"no node answers at {url}: {printable(str(failure) or repr(failure))}") from None
-    finally:
-        connection.close()
-    told: dict[str, Any] = msgspec.json.decode(content)
+    told = _told(content)
+    if told is None:
+        reason = f"{url} answered {answer.status} {answer.reason}, with something else than a node's JSON"
+        raise NodeUnreachable(printable(reason))
     if answer.status == 200:
         return told
     raise TableRefused([printable(str(line)) for line in (told.get("reasons") or [told.get("detail", answer.reason)])])
 
 
+def _connection(address: str) -> http.client.HTTPConnection:
+    parts = urlsplit(address)
+    kind = http.client.HTTPSConnection if parts.scheme == "https" else http.client.HTTPConnection
+    return kind(parts.netloc, timeout=TABLE_UPLOAD_MS_MAX / 1000)
+
+
+def _told(content: bytes) -> dict[str, Any] | None:
+    """None for what is no JSON object, such as the page of a proxy."""
+    try:
+        return msgspec.json.decode(content, type=dict[str, Any])
+    except ValueError:
+        return None
+
+
 def _when_live(url: str, name: str, answer: Mapping[str, Any], wait_s: float) -> str:
     deadline, version = time.monotonic() + wait_s, answer["version"]
+    waited = bool(answer.get("live"))
     while True:
         tables = {table["name"]: table for table in fetch_object(url, "/v1/tables").get("tables", ())}
         table = tables.get(name, {})
         if table.get("live") == version:
             return f"{name}: version {version} with {_count(answer.get('rows'))} rows is live"
+        waiting = [one["version"] for one in table.get("versions", ()) if one["state"] == "passed"]
+        if waited and version not in waiting:  # before it was seen to wait, the node may not have heard of it yet
+            reason = "a newer one was put, or the table was dropped"
+            raise TableNotLive(f"{name}: version {version} is neither live nor waiting any more: {reason}")
+        waited = version in waiting
         if time.monotonic() > deadline:
             waits = ", ".join(table.get("waits_for", ())) or "the leader"
             raise TableNotLive(f"{name}: version {version} is put and not live yet; it waits for {waits}")
