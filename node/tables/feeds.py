@@ -48,6 +48,19 @@ _REST_FACTOR: Final = 1 / TABLE_FEED_SHARE_MAX - 1
 Offsets = tuple[int, ...]
 
 
+def _no_problems() -> deque[str]:
+    return deque(maxlen=TABLE_FEED_PROBLEMS_MAX)
+
+
+@dataclass(slots=True)
+class _Made:
+    """What records came to."""
+
+    rows: int = 0
+    refused: int = 0
+    problems: deque[str] = field(default_factory=_no_problems)
+
+
 @dataclass(slots=True)
 class Fed:
     """How one table is fed by this node."""
@@ -59,7 +72,7 @@ class Fed:
     caught_up: float | None = None
     """When last, by the monotonic clock."""
     refused: int = 0
-    problems: deque[str] = field(default_factory=lambda: deque(maxlen=TABLE_FEED_PROBLEMS_MAX))
+    problems: deque[str] = field(default_factory=_no_problems)
     rowless: bool = False
     """Whether the topic, looked at from its beginning up to `offsets`, had no row."""
     reason: str = ""
@@ -80,6 +93,12 @@ class Fed:
             return True
         self.offsets, self.caught_up, self.lost_since = (), None, None
         return False
+
+    def take(self, made: _Made, ends: Offsets, now: float) -> None:
+        """All up to `ends` is looked at: what was refused is counted only now, as a try that fails is made anew."""
+        self.offsets, self.behind, self.caught_up = ends, 0, now
+        self.refused += made.refused
+        self.problems.extend(made.problems)
 
 
 class TableFeeds:
@@ -167,11 +186,11 @@ class TableFeeds:
             base = None
         async with self._service.upload(table.name) as folder:
             begin = since(() if base is None else base.offsets, starts)
-            rows = await self._write(folder / "file", feed, fed, consumer, places, begin, ends)
-            if rows:
+            made = await self._write(folder / "file", feed, fed.offsets, consumer, places, begin, ends)
+            if made.rows:
                 await self._service.put_changes(table.name, folder / "file", feed, base, ends)
-        fed.offsets, fed.behind, fed.caught_up = ends, 0, self._clock.monotonic()
-        fed.rowless = not rows and base is None
+        fed.take(made, ends, self._clock.monotonic())
+        fed.rowless = not made.rows and base is None
         _check_rows(feed, fed)
         return True
 
@@ -212,31 +231,32 @@ class TableFeeds:
         self,
         path: Path,
         feed: Feed,
-        fed: Fed,
+        known: Offsets,
         consumer: AIOKafkaConsumer,
         places: Sequence[TopicPartition],
         begin: Offsets,
         ends: Offsets,
-    ) -> int:
-        """Changes between these offsets as lines of a file; how many."""
+    ) -> _Made:
+        """Changes between these offsets as lines of a file; what is refused before `known` has been counted."""
+        made = _Made()
         if begin == ends:  # assigned and taken back before the client has looked, its fetching would end for good
-            return 0
-        changes, rows = Changes(TableSchema.decode(feed.schema)), 0
+            return made
+        changes = Changes(TableSchema.decode(feed.schema))
         with path.open("wb") as file:
             consumer.assign(places)
             for place, start in zip(places, begin, strict=True):
                 consumer.seek(place, start)
             try:
-                for place, end in zip(places, ends, strict=True):
+                for place, counted, end in zip(places, since(known, (0,) * len(ends)), ends, strict=True):
                     async for records in self._records(consumer, place, end):
-                        rows += _lines(records, end, changes, file, fed)
+                        _add_lines(records, counted, end, changes, file, made)
                         if file.tell() > self._service.upload_bytes_max:
                             raise TableRefused(
                                 [f"what topic {feed.topic} has is over [tables] upload_mb_max; raise it"]
                             )
             finally:
                 consumer.unsubscribe()  # of a topic that is deleted it would ask thousands of times a second
-        return rows
+        return made
 
     async def _records(self, consumer: AIOKafkaConsumer, place: TopicPartition, end: int) -> AsyncIterator[list[Any]]:
         """Each poll's, with a rest after what was made of it."""
@@ -252,18 +272,17 @@ def _check_rows(feed: Feed, fed: Fed) -> None:
         raise TableRefused([f"topic {feed.topic} has no rows; the table is fed once it has"])
 
 
-def _lines(records: Sequence[Any], end: int, changes: Changes, file: BinaryIO, fed: Fed) -> int:
-    rows = 0
+def _add_lines(records: Sequence[Any], counted: int, end: int, changes: Changes, file: BinaryIO, made: _Made) -> None:
     for record in records:
         if record.offset >= end:
             continue
         try:
             file.write(changes.line(record.key, record.value))
-            rows += 1
+            made.rows += 1
         except RecordRefused as refusal:
-            fed.refused += 1
-            fed.problems.append(f"partition {record.partition}, offset {record.offset}: {refusal}")
-    return rows
+            if record.offset >= counted:
+                made.refused += 1
+                made.problems.append(f"partition {record.partition}, offset {record.offset}: {refusal}")
 
 
 def since(offsets: Offsets, starts: Offsets) -> Offsets:

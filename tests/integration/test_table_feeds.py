@@ -208,7 +208,7 @@ async def feeding(
         await asyncio.gather(running_feeds, return_exceptions=True)
 
 
-async def sent(kafka: str, topic: str, key: str, value: bytes = b'{"price":1}') -> None:
+async def sent(kafka: str, topic: str, key: str, value: bytes | None = b'{"price":1}') -> None:
     async with AIOKafkaProducer(bootstrap_servers=[kafka]) as producer:
         await producer.send_and_wait(topic, value, key=key.encode())
 
@@ -269,6 +269,29 @@ async def test_why_a_table_has_no_version_is_told_until_it_has_one(
         await sent(kafka, topic, "a")
         await until(lambda: running_feeds.rows("one") == 1, "the first row")
         await until(lambda: not running_feeds.fed("one").reason, "that all is well")
+
+
+async def test_a_record_that_is_no_row_is_counted_once_however_often_it_is_read(
+    kafka: str, topics: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("node.tables.feeds._FAILED_SECONDS", 0.1)
+    topic = await topics.create("rows")
+    await sent(kafka, topic, "a", b"not a row")
+    await sent(kafka, topic, "a", None)
+    async with feeding(tmp_path, kafka, monkeypatch) as running_feeds:
+        await running_feeds.follow("one", topic)
+        await until(lambda: "can't be empty" in running_feeds.fed("one").reason, "why there is no version")
+        for _ in range(2):
+            tried = running_feeds.fed("one").rests_until
+            await until(lambda at=tried: running_feeds.fed("one").rests_until != at, "the next try")
+        await sent(kafka, topic, "b")
+        await until(lambda: running_feeds.fed("one").offsets == (3,), "the first row")
+        assert running_feeds.fed("one").refused == len(running_feeds.fed("one").problems) == 1, "each try reads it"
+        await sent(kafka, topic, "a", b"not a row")
+        await until(lambda: running_feeds.fed("one").refused == 2, "the second that is no row")
+        await sent(kafka, topic, "c")
+        await until(lambda: running_feeds.fed("one").offsets == (5,), "the second row")
+        assert running_feeds.fed("one").refused == len(running_feeds.fed("one").problems) == 2, "no version was past it"
 
 
 async def test_a_client_that_reads_no_more_is_replaced(
