@@ -468,9 +468,10 @@ def sandbox_status(report: SandboxReport) -> SandboxStatus:
 
 
 def _cost(version: VersionStatistics) -> ModelCost:
+    learned = version.calls > 0  # else it is what the scheduler assumes of any model
     return ModelCost(
-        ms_per_call=version.seconds_per_call * 1000,
-        ms_per_row=version.seconds_per_row * 1000,
+        ms_per_call=version.seconds_per_call * 1000 if learned else None,
+        ms_per_row=version.seconds_per_row * 1000 if learned else None,
         cpu_seconds=version.cpu_seconds,
         calls=version.calls,
         rows=version.rows,

@@ -77,7 +77,7 @@ class Endpoints:
         routes = (
             Route("/healthz", "Whether the process lives", self._health, Health),
             Route("/readyz", "Whether the node does its work; else why not", self._readiness, Readiness),
-            Route("/metrics", "Figures for Prometheus", self._metrics_text, None),
+            Route("/metrics", "Figures for Prometheus", self._metrics_text, None, content_type="text/plain"),
             Route("/v1/status", "The node, its partitions and tenants", self._status, NodeStatus),
             Route(
                 "/v1/cluster",

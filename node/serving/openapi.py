@@ -50,7 +50,8 @@ def _operations(route: Route) -> dict[str, Any]:
     if route.method != "GET":
         method, changes = route.method.lower(), _operation(route)
         named = {"operationId": f"{method}_{changes['operationId']}", "security": [{"operator": []}]}
-        return {method: {**changes, **named}}
+        sent = {"requestBody": {"required": True, "content": {route.takes: {}}}} if route.takes else {}
+        return {method: {**changes, **sent, **named}}
     if route.change is None:
         return {"get": _operation(route)}
     change, reads = route.change, _operation(route)
@@ -70,16 +71,16 @@ def _operations(route: Route) -> dict[str, Any]:
 
 
 def _operation(route: Route) -> dict[str, Any]:
-    content = (
-        {"text/plain": {"schema": {"type": "string"}}}
-        if route.answer is None
-        else {JSON_TYPE: {"schema": {"$ref": _REFERENCE.format(name=route.answer.__name__)}}}
-    )
+    if route.answer is None:
+        schema = {"type": "object" if route.content_type == JSON_TYPE else "string"}
+    else:
+        schema = {"$ref": _REFERENCE.format(name=route.answer.__name__)}
     return {
         "summary": route.summary,
         "operationId": "_".join(re.findall(r"[a-z]+", route.template.replace("v1", ""))),
         "parameters": [*_path_parameters(route), *_query_parameters(route)],
-        "responses": {"200": {"description": "OK", "content": content}} | _problems((*_ANYWHERE, *route.statuses)),
+        "responses": {"200": {"description": "OK", "content": {route.content_type: {"schema": schema}}}}
+        | _problems((*_ANYWHERE, *route.statuses)),
     }
 
 

@@ -91,13 +91,17 @@ class Route:
     summary: str
     handler: Callable[[Call], Awaitable[Reply]]
     answer: type[msgspec.Struct] | None
-    """The body; None for another content type than JSON."""
+    """The body; None for one that no struct describes."""
     query: type[msgspec.Struct] = NoQuery
     statuses: tuple[HTTPStatus, ...] = ()
     """Of problems that only this route gives."""
     change: Change | None = None
     method: str = "GET"
     """Another needs the node's token, and has the body as it comes."""
+    content_type: str = JSON_TYPE
+    """Of the answer."""
+    takes: str = ""
+    """Content type of a body that must be sent; '': none. Not of a `change`, whose body is JSON."""
 
     @property
     def methods(self) -> tuple[str, ...]:

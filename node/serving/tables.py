@@ -130,7 +130,16 @@ class TableEndpoints:
         path = "/v1/tables/{table}"
         return (
             Route("/v1/tables", "Tables, their versions and schemas", self._list, Tables),
-            Route(path, "Put a file as a table's next version", self._put, TablePut, PutQuery, refused, method="PUT"),
+            Route(
+                path,
+                "Put a file as a table's next version",
+                self._put,
+                TablePut,
+                PutQuery,
+                refused,
+                method="PUT",
+                takes="application/octet-stream",
+            ),
             Route(path, "Drop a table", self._drop, TableDropped, statuses=refused, method="DELETE"),
             Route(
                 f"{path}/rollback",

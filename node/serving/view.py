@@ -84,7 +84,7 @@ class CustomerInferences(Body, frozen=True):
 
 
 class ModelCost(Body, frozen=True):
-    """Learned from the calls so far; null before the first."""
+    """Learned from the calls so far; times are null before the first."""
 
     ms_per_call: float | None = None
     ms_per_row: float | None = None
@@ -548,7 +548,7 @@ class TenantStatus(Body, frozen=True):
     cpu_seconds: float = 0.0
     """Of its worker, since the node started."""
     cpu_share: float | None = None
-    """Of all tenants' CPU time lately, 0 to 1."""
+    """Of all tenants' CPU time since the node started, 0 to 1; of late: /v1/tenants/{tenant}/share."""
     calls: int = 0
     rows_queued: int = 0
     restarts: int = 0

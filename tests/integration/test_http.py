@@ -143,6 +143,15 @@ async def test_openapi_describes_every_path_and_body(client: aiohttp.ClientSessi
     assert len(set(operations)) == len(operations)
 
 
+@pytest.mark.parametrize("path", PATHS)
+async def test_openapi_says_of_what_type_an_answer_is(
+    client: aiohttp.ClientSession, server: HttpServer, path: str
+) -> None:
+    document = (await ask(client, server, "/v1/openapi.json")).json()
+    answer = await ask(client, server, path)
+    assert document["paths"][path]["get"]["responses"]["200"]["content"].keys() == {answer.content_type}
+
+
 def _references(part: Any) -> set[str]:
     if isinstance(part, dict):
         own = {part["$ref"]} if isinstance(part.get("$ref"), str) else set()

@@ -58,6 +58,10 @@ def test_a_table_is_put_flipped_rolled_back_and_dropped(node: Node, tmp_path: Pa
     wait_until(
         lambda: status_file(node.models, "shop/price")["state"] == "live", "the refused model is looked at again"
     )
+    (model,) = node.get("/v1/models")["models"]
+    assert (model["cost"]["calls"], model["cost"]["ms_per_call"], model["cost"]["ms_per_row"]) == (0, None, None)
+    put = node.get("/v1/openapi.json")["paths"]["/v1/tables/{table}"]["put"]
+    assert put["requestBody"] == {"required": True, "content": {"application/octet-stream": {}}}
 
     node.kafka.produce(node.topics[0], [event("ann", 1, channel="c3"), event("ann", 2, channel="zz"), event("bob", 3)])
     assert outputs(node, 3) == [(1001.0, first), (7007.0, first), (7007.0, first)]
