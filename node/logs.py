@@ -19,7 +19,7 @@ VALUE_DEPTH_MAX = 8
 """Values nested deeper in a log entry are shown as their type only."""
 
 _SECRET_KEY = re.compile(r"passw|secret|token|credential|authorization|api_?key|private_key", re.IGNORECASE)
-_URL_SECRET = re.compile(r"(://)[^/\s@]+@")
+_WORD = re.compile(r"\S+")
 _QUIET = {
     **dict.fromkeys(("kafka", "aiohttp.access", "asyncio", "watchfiles", "pysyncobj"), logging.WARNING),
     "aiokafka": logging.CRITICAL,
@@ -91,7 +91,8 @@ def _masked(key: str, value: Any, depth: int) -> Any:
     if _SECRET_KEY.search(key) and value not in (None, "") and not isinstance(value, bool):
         return MASK
     if isinstance(value, str):
-        return _URL_SECRET.sub(rf"\1{MASK}@", value).encode(errors="replace").decode()
+        masked = _WORD.sub(_without_user, value) if "://" in value else value
+        return masked.encode(errors="replace").decode()
     if isinstance(value, bytes):
         return _masked(key, repr(value), depth)
     if isinstance(value, int | float | None):
@@ -103,3 +104,10 @@ def _masked(key: str, value: Any, depth: int) -> Any:
     if isinstance(value, list | tuple | set | frozenset):
         return [_masked(key, inner, depth - 1) for inner in value]
     return _masked(key, repr(value), depth)
+
+
+def _without_user(word: re.Match[str]) -> str:
+    """Masked up to the last '@': a password may have one in it, and '/' as well. Rather too much than too little."""
+    before, mark, after = word[0].partition("://")
+    _, at, rest = after.rpartition("@")
+    return f"{before}{mark}{MASK}@{rest}" if at else word[0]

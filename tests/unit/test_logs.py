@@ -70,6 +70,23 @@ def test_secrets_are_masked(stream: io.StringIO, log_format: Any) -> None:
     assert "https://***@host/path" in stream.getvalue()
 
 
+@pytest.mark.parametrize(
+    ("text", "masked"),
+    [
+        ("s3://key:pa/ss@host/b", "s3://***@host/b"),
+        ("to 's3://key:p@ss@host/b' and on", "to 's3://***@host/b' and on"),
+        ("a://u:x@h b://u:/@y@h\nann@shop", "a://***@h b://***@h\nann@shop"),
+        ("a://u:x@h,b://u:y@i", "a://***@i"),
+        ("see https://host/path, or ask ann@shop", "see https://host/path, or ask ann@shop"),
+        ("://" * 20_000 + "x", "://" * 20_000 + "x"),
+        ("a:" * 50_000 + "://", "a:" * 50_000 + "://"),
+    ],
+    ids=["slash", "at", "words", "list", "plain", "long", "longer"],
+)
+def test_a_password_in_a_url_may_have_any_sign_but_a_blank(text: str, masked: str) -> None:
+    assert mask_secrets(None, "", {"event": text, "in": [text]}) == {"event": masked, "in": [masked]}
+
+
 deep = st.recursive(
     st.none() | st.booleans() | st.integers() | st.text() | st.binary() | st.floats(),
     lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=3) | st.integers(), inner, max_size=3),
