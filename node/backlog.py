@@ -84,7 +84,7 @@ class Backlog:
     def restore(self, chunks: Iterable[SequenceChunk]) -> None:
         """Take over the unanswered chunks that the store holds, in order within each model.
 
-        Numbers of answered chunks are gone from the store, so they may be given again. Raises StateCorrupt.
+        Numbers of answered chunks are gone from the store, so they may be given again. Raises TopicMissing.
         """
         for stored in chunks:
             chunk = replace(stored, triggers=with_names(stored.triggers, self._names))

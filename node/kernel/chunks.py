@@ -15,7 +15,7 @@ from typing import Final
 import msgspec
 import numpy as np
 
-from node.kernel.errors import StateCorrupt
+from node.kernel.errors import StateCorrupt, TopicMissing
 from node.kernel.limits import EVENT_TYPES_MAX
 from node.kernel.types import NO_NAMES, EventNames, FeatureRows, Ints, ModelName, SequenceChunk, TriggerKind, Triggers
 
@@ -111,13 +111,13 @@ def decode_chunk(data: bytes) -> SequenceChunk:
 
 
 def with_names(triggers: Triggers, configured: EventNames) -> Triggers:
-    """Those of a chunk from before chunks had names have the config's. Raises StateCorrupt if it has too few."""
+    """Those of a chunk from before chunks had names have the config's. Raises TopicMissing if it has too few."""
     if triggers.kind != "event" or triggers.event_names != NO_NAMES:
         return triggers
     try:
         _check(triggers.topics, triggers.types, configured)
     except ValueError as failure:
-        raise StateCorrupt(
+        raise TopicMissing(
             f"triggers of {triggers.name} wait in the sequence log since a release that kept no names with them, and "
             f"{failure}: put [kafka] topics and [events] types back as they were until the log is empty"
         ) from failure

@@ -109,7 +109,8 @@ class BrokerUnavailable(HeadraceError):
 
 
 class TopicMissing(HeadraceError):
-    """A topic the node needs does not exist and may not be created; create it, the node goes on by itself."""
+    """A topic the node needs does not exist and may not be created, or triggers that wait are of one that the config
+    has no more; the text says which, and what to do."""
 
 
 class TopicUnfit(HeadraceError):

@@ -16,7 +16,7 @@ from node.backlog import Answer, Backlog
 from node.ingest.dead_letter import Reason
 from node.kernel.chunks import decode_chunk, encode_chunk
 from node.kernel.clock import ManualClock
-from node.kernel.errors import StateCorrupt
+from node.kernel.errors import StateCorrupt, TopicMissing
 from node.kernel.types import (
     EventNames,
     EventSchema,
@@ -155,7 +155,7 @@ def test_one_whose_places_the_config_has_no_more_says_what_to_put_back(
     topics: list[str], types: list[str], what: str
 ) -> None:
     encoded = without_names(SequenceChunk(0, triggers([0, 1, 2], [1, 0, 1])))
-    with pytest.raises(StateCorrupt, match=rf"{NAME} wait.*{what} .*put \[kafka\] topics"):
+    with pytest.raises(TopicMissing, match=rf"{NAME} wait.*{what} .*put \[kafka\] topics"):
         Waiting(topics, types, encoded).backlog()
 
 
