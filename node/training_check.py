@@ -44,6 +44,8 @@ async def check(config: Config, wanted: Wanted, rows_max: int) -> Consistency:
     """Compare, and keep what was found for the model's status. Raises ExportFailed, BrokerUnavailable, TopicMissing,
     StateCorrupt, FrameCorrupt, ManifestError."""
     clock, data = SystemClock(), Path(config.node.data_dir)
+    verdicts = Verdicts(data)
+    verdicts.try_folder()
     found = Consistency(str(wanted.model), clock.now_ms(), wanted.from_ms, wanted.to_ms)
     options = client_options(config.kafka, "headrace-check")
     checking = _Checking(config, wanted, rows_max, options, clock, found, data)
@@ -58,7 +60,7 @@ async def check(config: Config, wanted: Wanted, rows_max: int) -> Consistency:
                 else:
                     checking.nothing(partition, logged)
                 bar.update(task, completed=100 * (partition + 1))
-    Verdicts(data).put(wanted.model, found)
+    verdicts.put(wanted.model, found)
     return found
 
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Final
 
@@ -28,15 +30,25 @@ class Verdicts:
     def path(self, name: ModelName) -> Path:
         return self._folder / f"{name.tenant}.{name.model}.json"
 
+    def try_folder(self) -> None:
+        """Raises ExportFailed when nothing can be kept here: better known before what is to be kept is computed."""
+        with self._writing(), tempfile.TemporaryFile(dir=self._folder):
+            pass
+
     def put(self, name: ModelName, found: Consistency) -> None:
         """Raises ExportFailed."""
-        try:
-            self._folder.mkdir(parents=True, exist_ok=True)
+        with self._writing():
             handle, made = tempfile.mkstemp(prefix=".new-", dir=self._folder)
             with os.fdopen(handle, "wb") as file:
                 file.write(msgspec.json.encode(found))
             os.chmod(made, 0o644)
             Path(made).replace(self.path(name))
+
+    @contextmanager
+    def _writing(self) -> Iterator[None]:
+        try:
+            self._folder.mkdir(parents=True, exist_ok=True)
+            yield
         except OSError as failure:
             raise ExportFailed(f"{self._folder} can't be written: {failure.strerror}") from None
 

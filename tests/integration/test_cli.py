@@ -403,6 +403,15 @@ async def test_a_secret_of_the_cluster_that_is_gone_is_a_line(tmp_path: Path) ->
     assert ran == (1, "", "[cluster] secret_env is CLUSTER_NO_SUCH; allowed: a variable that is set\n")
 
 
+async def test_a_check_that_could_not_be_kept_is_not_begun(tmp_path: Path) -> None:
+    path, data = tmp_path / "node.toml", tmp_path / "data"
+    path.write_text(f'{GOOD}[kafka]\nbootstrap = ["127.0.0.1:1"]\n')
+    data.mkdir()
+    (data / "consistency").write_text("a file in the folder's place")
+    ran = await headrace("check-training", "ads/bid", "--config", str(path))
+    assert ran == (1, "", f"{data}/consistency can't be written: File exists\n")
+
+
 async def test_help_and_version() -> None:
     ran = await headrace("--version")
     assert (ran.code, ran.out.startswith("headrace")) == (0, True)
