@@ -600,7 +600,8 @@ class NodeStatus(Body, frozen=True):
 class NodeView(Protocol):
     """The node, as the HTTP API sees it: committed state only, and never a long wait on the event loop.
 
-    Reads of a customer raise NotFound (unknown customer or model), StoreUnavailable, StateCorrupt.
+    Reads of a customer raise NotFound (unknown customer or model), StoreUnavailable, StateCorrupt; of its features also
+    TableUnavailable.
     """
 
     def status(self) -> NodeStatus:
