@@ -93,6 +93,8 @@ class Backlog:
             entry = Entry.of(chunk, self._clock.now_ms(), held)
             self._add(line, entry, chunk.triggers)
             line.next_number = chunk.number + 1
+        for lines in self._tenants.values():  # before any of it is handed out and can't be given up any more
+            self._trim(lines)
 
     def _line(self, triggers: Triggers) -> Line:
         line = self._lines.get(triggers.line_name)
@@ -185,12 +187,11 @@ class Backlog:
         """Give up what is over the bound: it was lowered, or a restart has forgotten what was given up before."""
         bound = self._bound(lines[0].model)
         while bound.filled(sum(line.rows for line in lines), sum(line.bytes for line in lines)) > 1:
-            longest = sorted(lines, key=lambda line: bound.filled(line.rows, line.bytes), reverse=True)
-            found = next(((line, oldest) for line in longest if (oldest := line.oldest()) is not None), None)
-            if found is None:
+            longest = max(lines, key=lambda line: bound.filled(line.rows, line.bytes))
+            oldest = longest.oldest()
+            if oldest is None:
                 return
-            line, oldest = found
-            line.give_up(oldest, "overload")
+            longest.give_up(oldest, "overload")
 
     def _drop_given_up(self, line: Line, settled: Settled) -> None:
         """Take off the head what nothing of waits any more."""
