@@ -326,7 +326,7 @@ def _file_problems(config: Config) -> Iterator[str]:
     if data == tenants or data in tenants.parents or tenants in data.parents:
         yield f"[tenants] directory is {tenants} and [node] data_dir is {data}; allowed: neither inside the other"
     if config.kafka.ssl_ca_file:
-        yield from _problems_of(config.kafka.ssl_context)
+        yield from problems_of(config.kafka.ssl_context)
 
 
 def _directory_problems(where: str, path: Path, made: bool = True) -> Iterator[str]:
@@ -353,10 +353,11 @@ def _secret_problems(config: Config) -> Iterator[str]:
     if config.cluster is not None:
         readers.append(config.cluster.secret)
     for read in readers:
-        yield from _problems_of(read)
+        yield from problems_of(read)
 
 
-def _problems_of(read: Callable[[], object]) -> Sequence[str]:
+def problems_of(read: Callable[[], object]) -> Sequence[str]:
+    """What a ConfigError says that it raises."""
     try:
         read()
     except ConfigError as error:

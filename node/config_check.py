@@ -5,19 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from functools import partial
 
+from node.config import problems_of
 from node.config_sections import Config
-from node.kernel.errors import ConfigError
 
 
 def use_problems(config: Config) -> list[str]:
     """Each mistake that would end `headrace run`, one line. Nothing is imported for what the config does not use."""
-    problems: list[str] = []
-    for attempt in _attempts(config):
-        try:
-            attempt()
-        except ConfigError as error:
-            problems += error.problems
-    return problems
+    return [problem for attempt in _attempts(config) for problem in problems_of(attempt)]
 
 
 def _attempts(config: Config) -> Iterator[Callable[[], object]]:
