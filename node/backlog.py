@@ -20,12 +20,7 @@ from node.answer_times import AnswerTimes
 from node.kernel.chunks import with_names
 from node.kernel.clock import Clock
 from node.kernel.errors import BoundExceeded
-from node.kernel.limits import (
-    CHUNKS_IN_FLIGHT_PER_MODEL_MAX,
-    SETTLED_ROWS_MAX,
-    WAITING_PASSED_CHUNKS_MAX,
-    WAITING_SWEPT_ROWS_MIN,
-)
+from node.kernel.limits import CHUNKS_IN_FLIGHT_PER_MODEL_MAX, SETTLED_ROWS_MAX
 from node.kernel.ports import ModelRunner, StateStore
 from node.kernel.types import EventNames, Floats, ModelName, ModelOutputs, ModelVersion, SequenceChunk, Triggers
 from node.waiting import Answering, Bound, Entry, Line, row_bytes
@@ -160,7 +155,7 @@ class Backlog:
         entry = Entry.of(chunk, chunk.queued_ms)
         if answering is not None:
             entry.answering, entry.runs_on = answering, version
-            answering.add_done_callback(lambda _: self.changed.set())
+            self._watch(answering)
         self._add(line, entry, triggers)
         self._drop_given_up(line, settled)
         return chunk
@@ -222,7 +217,7 @@ class Backlog:
                 rows += line.entries[0].rows
                 self._drop_head(line, settled)
                 self._drop_given_up(line, settled)
-            if line.given_up > line.rows + WAITING_SWEPT_ROWS_MIN or line.passed > WAITING_PASSED_CHUNKS_MAX:
+            if line.sweep_due:
                 self._sweep(line, settled)
         return settled
 
@@ -290,8 +285,11 @@ class Backlog:
             return False
         entry.triggers = triggers
         line.hand_out(version, answer)
-        answer.add_done_callback(lambda _: self.changed.set())
+        self._watch(answer)
         return True
+
+    def _watch(self, answering: Answering) -> None:
+        answering.add_done_callback(lambda _: self.changed.set())
 
     def close(self) -> None:
         for line in self._lines.values():

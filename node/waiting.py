@@ -19,7 +19,7 @@ from typing import TypeAlias
 
 import numpy as np
 
-from node.kernel.limits import WAITING_PASSED_CHUNKS_MAX, WAITING_SWEPT_CHUNKS
+from node.kernel.limits import WAITING_PASSED_CHUNKS_MAX, WAITING_SWEPT_CHUNKS, WAITING_SWEPT_ROWS_MIN
 from node.kernel.types import Ints, ModelName, ModelOutputs, ModelVersion, OverloadPolicy, SequenceChunk, Triggers
 
 Answering: TypeAlias = asyncio.Future[ModelOutputs]
@@ -159,7 +159,7 @@ class Line:
         self._settle(entry)
 
     def hand_out(self, version: ModelVersion, answering: Answering) -> None:
-        """The first that nobody works on is answered by `version` from here on."""
+        """What `first_idle` gave is answered by `version` from here on."""
         entry = self.idle.popleft()
         entry.answering, entry.runs_on = answering, version
         self.working.append(entry)
@@ -214,6 +214,11 @@ class Line:
         """The entry of that chunk, if it is here still; numbers have no gaps."""
         place = number - self.entries[0].number if self.entries else -1
         return self.entries[place] if 0 <= place < len(self.entries) else None
+
+    @property
+    def sweep_due(self) -> bool:
+        """Whether so much was given up behind the head that it is to be taken out."""
+        return self.given_up > self.rows + WAITING_SWEPT_ROWS_MIN or self.passed > WAITING_PASSED_CHUNKS_MAX
 
     @property
     def passed(self) -> int:

@@ -14,7 +14,6 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from node import backlog as backlog_module
 from node import waiting as waiting_module
 from node.backlog import Backlog, Settled
 from node.kernel.chunks import decode_chunk, encode_chunk
@@ -208,9 +207,8 @@ class Scene:
 @contextlib.contextmanager
 def small_sweeps() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(backlog_module, "WAITING_SWEPT_ROWS_MIN", SWEPT_ROWS_MIN)
-        for module in (backlog_module, waiting_module):
-            patch.setattr(module, "WAITING_PASSED_CHUNKS_MAX", PASSED_CHUNKS_MAX)
+        patch.setattr(waiting_module, "WAITING_SWEPT_ROWS_MIN", SWEPT_ROWS_MIN)
+        patch.setattr(waiting_module, "WAITING_PASSED_CHUNKS_MAX", PASSED_CHUNKS_MAX)
         patch.setattr(waiting_module, "WAITING_SWEPT_CHUNKS", SWEPT_CHUNKS)
         yield
 
