@@ -264,3 +264,14 @@ def test_what_is_rolled_back_early_could_not_have_been_promoted_by_the_rows_that
         0, STAGE.rows_min, figures.errors, STAGE.rows_min, 0, figures.compared + left, figures.agreed + left
     )
     assert judge(STAGE, whole, 1e9).decision == "roll back", "though all the rest was right"
+
+
+def test_what_a_condition_just_allows_is_not_rolled_back_early() -> None:
+    for hundredth in range(101):
+        stage = Stage("shadow", rows_min=100, agreement_min=(100 - hundredth) / 100, error_rate_max=hundredth / 100)
+        failed = Figures(0, rows=hundredth, errors=hundredth)
+        apart = Figures(0, rows=hundredth, compared=hundredth, agreed=0)
+        early = {judge(stage, figures, 0).decision for figures in (failed, apart) if hundredth < 100}
+        assert "roll back" not in early, hundredth
+        more = Figures(0, rows=hundredth + 1, errors=hundredth + 1)
+        assert hundredth >= 99 or judge(stage, more, 0).decision == "roll back", hundredth
