@@ -222,6 +222,7 @@ def set_quota(
     rows_s_max: Annotated[float | None, typer.Option(help="Rows a second on each node; 0: any number.")] = None,
     models_max: Annotated[int | None, typer.Option(help="Models.")] = None,
     stored_bytes_max: Annotated[int | None, typer.Option(help="Bytes of each customer's row for its outputs.")] = None,
+    window_bytes_max: Annotated[int | None, typer.Option(help="Bytes of each customer's row for its windows.")] = None,
 ) -> None:
     """Set some of a tenant's quotas, on a running node and in its cluster, from now on.
 
@@ -234,6 +235,7 @@ def set_quota(
         "rows_s_max": rows_s_max,
         "models_max": models_max,
         "stored_bytes_max": stored_bytes_max,
+        "window_bytes_max": window_bytes_max,
     }
     changes: dict[str, float | None] = {name: value for name, value in given.items() if value is not None}
     if not changes:

@@ -401,6 +401,7 @@ class Tenants:
             asked={name: value for name, value in found.settings.asked.items() if name in QUOTAS},
             models=found.models,
             stored_bytes=found.stored_bytes,
+            window_bytes=found.window_bytes,
             refused=dict(found.refused),
         )
 
@@ -505,6 +506,7 @@ def _tenant_service(
         tenants.rows_s_max,
         tenants.models_max,
         tenants.stored_bytes_max,
+        tenants.window_bytes_max,
     )
     settings = ServiceSettings(
         watch=WatchSettings(

@@ -33,11 +33,14 @@ from node.kernel.limits import (
     BACKFILL_RETRY_MS,
     BACKFILL_TAIL_BEGINS,
     BACKFILL_TAIL_EVENTS_MAX,
+    ROW_REDUCTION_MS_MIN,
+    ROW_REDUCTIONS_MAX,
 )
 from node.kernel.ports import FeaturePlan
-from node.kernel.types import Aggregate, EventColumns, Floats, ModelName, Statistics
+from node.kernel.types import Aggregate, EventColumns, Floats, ModelName, RowNeeds, Statistics
 from node.state.fold import filters_of, fold
 from node.state.layout import Layout
+from node.state.reduction import reduced
 
 log = structlog.get_logger(__name__)
 
@@ -111,6 +114,7 @@ class Backfilling:
         """
         wanted = self._wanted_of(plan)
         layout, added = self._planned(plan, layout, wanted)
+        self._forget(layout)
         self._fills += added
         self._changed |= bool(added)
         self._wanted = wanted
@@ -123,6 +127,25 @@ class Backfilling:
     def previewed(self, plan: FeaturePlan, layout: Layout) -> Layout:
         """What `grown` gives, while nothing changes. Raises BoundExceeded."""
         return self._planned(plan, layout, self._wanted_of(plan))[0]
+
+    def reduced(self, layout: Layout, needs: RowNeeds) -> Layout:
+        """The layout without what is not needed, if it was not reduced a short while ago; while nothing changes."""
+        now_ms, last = self._clock.now_ms(), layout.base
+        if last is not None and 0 <= now_ms - last.at_ms < ROW_REDUCTION_MS_MIN:
+            return layout
+        return layout if len(layout.past) >= ROW_REDUCTIONS_MAX else reduced(layout, needs, now_ms)
+
+    def _forget(self, layout: Layout) -> None:
+        """Fills of windows that are gone."""
+        kept = [number for number, fill in enumerate(self._fills) if not layout.numbered.keys().isdisjoint(fill.groups)]
+        if len(kept) == len(self._fills):
+            return
+        self._fills = [self._fills[number] for number in kept]
+        self._changed = True
+        if self._of in kept:
+            self._of = kept.index(self._of)
+        else:
+            self._read_for(-1)
 
     def _wanted_of(self, plan: FeaturePlan) -> dict[ModelName, dict[Aggregate, int]]:
         now_ms = self._clock.now_ms()
@@ -191,11 +214,14 @@ class Backfilling:
         self._layout = layout
         of = next((n for n, fill in enumerate(self._fills) if not fill.done and self._active(fill, layout)), -1)
         if of != self._of:
-            self._of, self._tail = of, None
-            if self._reading is not None:
-                self._reading.cancel()
-                self._ending, self._reading = self._reading, None
+            self._read_for(of)
         self.warming = frozenset(name for name in self._wanted if self._waits(name, layout))
+
+    def _read_for(self, of: int) -> None:
+        self._of, self._tail = of, None
+        if self._reading is not None:
+            self._reading.cancel()
+            self._ending, self._reading = self._reading, None
 
     def _waits(self, name: ModelName, layout: Layout) -> bool:
         for aggregate in self._wanted[name]:

@@ -292,7 +292,7 @@ def _versions(catalog: Catalog, node: str) -> Iterator[AgreedVersion]:
                 version.report,
                 version.state,
                 node in catalog.holders.get(version.blob, {}),
-                version.served_revision > 0,
+                version is model.fallback,
                 version.reason,
                 version.stage,
                 version.who,

@@ -425,6 +425,16 @@ class TenantsSection(Section, frozen=True):
             "Times the customers, that is what they take on disk and in every standby.",
         ),
     ] = 4096
+    window_bytes_max: Annotated[
+        int,
+        Meta(
+            ge=0,
+            le=limits.WINDOW_BYTES_MAX,
+            description="Of each customer's row, for the windows that one tenant's models and shared features ask for: "
+            "a count over 30 days takes 128. A row has room for 32768: at the default no tenant alone fills it for the "
+            "others. Windows take memory, disk and CPU time for each customer.",
+        ),
+    ] = 8192
     allow: Annotated[
         tuple[Literal["xgboost", "lightgbm"], ...],
         Meta(description="Further libraries whose models may load: each widens what a model file can reach."),

@@ -26,7 +26,6 @@ from node.ingest.source import Polled, Source
 from node.interval_rows import write_marks
 from node.intervals import Intervals
 from node.kernel.clock import Clock
-from node.kernel.errors import BoundExceeded
 from node.kernel.limits import IDLE_POLL_MS
 from node.kernel.ports import FeaturePlan, ModelRunner, Shadows
 from node.kernel.tables import NO_TABLES, TableSet
@@ -212,17 +211,15 @@ class Cycle:
             self._grow(state.backfilling.opened(state.layout))
         if state.plan is not None and plan is state.newest:
             return state.plan
-        state.newest, refused = plan, ""
+        state.newest = plan
         add_up_former(state.counters, running(plan))
-        try:
-            grown = state.backfilling.grown(plan, state.layout)
-        except BoundExceeded:
-            plan, unfit = with_room(plan, state.layout, state.backfilling.previewed, state.plan)
-            grown = state.backfilling.grown(plan, state.layout)
-            refused = self._tell_unfit(unfit)
-        state.plan, state.refused = plan, refused
+        fills = state.backfilling
+        room = with_room(plan, state.layout, fills.previewed, fills.reduced, state.plan)
+        grown = fills.grown(room.plan, room.layout)
+        refused = self._tell_unfit(room.unfit) if room.unfit else ""
+        state.plan, state.refused = room.plan, refused
         self._grow(grown)
-        return plan
+        return room.plan
 
     def _tell_unfit(self, unfit: Mapping[ModelName, str]) -> str:
         """What the partition says of models without room; those who look after them hear it too."""

@@ -22,8 +22,9 @@ from node.kernel.types import (
     StoredOutput,
     Triggers,
 )
+from node.kernel.windows import Accumulator, Input
 from node.state.codec import unpack_images
-from node.state.layout import Accumulator, Input, Layout
+from node.state.layout import Layout
 from node.state.outputs import read_output
 from node.state.reads import read
 

@@ -56,7 +56,7 @@ def user() -> str:
 def lines(answer: Mapping[str, Any]) -> list[str]:
     """A line for each limit as it holds now, and by whom it is so."""
     quota, asked = answer.get("quota", {}), answer.get("asked", {})
-    used = {"models_max": answer.get("models"), "stored_bytes_max": answer.get("stored_bytes")}
+    has = {"models_max": "models", "stored_bytes_max": "stored_bytes", "window_bytes_max": "window_bytes"}
     told = []
     for name in QUOTAS:
         value = answer.get("limits", {}).get(name)
@@ -64,8 +64,8 @@ def lines(answer: Mapping[str, Any]) -> list[str]:
         notes = [f"quota {quota[name]:g}" if name in quota else "as the config allows all tenants"]
         if name in asked:
             notes.append(f"its tenant.toml asks for {asked[name]:g}")
-        if used.get(name) is not None:
-            notes.append(f"it has {used[name]:g}")
+        if name in has:
+            notes.append(f"it has {answer.get(has[name], 0):g}")
         if refused := answer.get("refused", {}).get(name):
             notes.append(f"{refused} models were refused")
         told.append(f"{name} = {shown} ({', '.join(notes)})")

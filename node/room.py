@@ -1,23 +1,40 @@
-"""Which models of a plan run in one partition: its rows never get shorter, and may have no room for all of them."""
+"""Which models of a plan run in one partition: its rows may have no room for all of them."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from typing import TypeAlias
 
 from node.kernel.errors import BoundExceeded
 from node.kernel.ports import FeaturePlan
-from node.kernel.types import ModelName
+from node.kernel.types import ModelName, RowNeeds
 from node.staging import running
 from node.state.layout import Layout
 
 Grown: TypeAlias = Callable[[FeaturePlan, Layout], Layout]
 """The layout with what a plan needs, that very one if it has all of it. Raises BoundExceeded."""
+Reduced: TypeAlias = Callable[[Layout, RowNeeds], Layout]
+"""The layout without what is not needed; that very one if nothing may go now."""
 
 
-def room_problem(plan: FeaturePlan, layout: Layout, grown: Grown) -> str:
-    """Why rows have no room for what the plan needs; '' when they have."""
-    return _tried(plan, layout, grown)[1]
+@dataclass(frozen=True, slots=True)
+class Room:
+    """`unfit` says of models why rows have no room for them; `plan` is that of the others, and `layout` what they are
+    to be given their slots in."""
+
+    plan: FeaturePlan
+    layout: Layout
+    unfit: Mapping[ModelName, str]
+
+
+def room_problem(plan: FeaturePlan, layout: Layout, grown: Grown, reduce: Reduced, needs: RowNeeds) -> str:
+    """Why rows have no room for what the plan needs beside `needs`; '' when they have."""
+    reason = _tried(plan, layout, grown)[1]
+    if not reason:
+        return ""
+    least = reduce(layout, needs | plan.needs)
+    return reason if least is layout else _tried(plan, least, grown)[1]
 
 
 def _tried(plan: FeaturePlan, layout: Layout, grown: Grown) -> tuple[Layout, str]:
@@ -27,24 +44,28 @@ def _tried(plan: FeaturePlan, layout: Layout, grown: Grown) -> tuple[Layout, str
         return layout, str(failure)
 
 
-def with_room(
-    plan: FeaturePlan, layout: Layout, grown: Grown, before: FeaturePlan | None
-) -> tuple[FeaturePlan, dict[ModelName, str]]:
-    """The plan of those of its models that there is room for, and why there is none for each of the others.
+def with_room(plan: FeaturePlan, layout: Layout, grown: Grown, reduce: Reduced, before: FeaturePlan | None) -> Room:
+    """Those of the plan's models that there is room for. Where it is short, slots of what nothing needs any more are
+    taken back first.
 
     Models whose state rows hold already come first. In place of a live model without room goes on what `before` has of
     it, and no staged version of a model that does not run at all.
     """
+    if not _tried(plan, layout, grown)[1]:
+        return Room(plan, layout, {})
+    layout = reduce(layout, plan.needs if before is None else plan.needs | before.needs)
+    if not _tried(plan, layout, grown)[1]:
+        return Room(plan, layout, {})
     names = running(plan)
     alone = {name: plan.only([name]) for name in names}
     unfit: dict[ModelName, str] = {}
-    first = layout
-    for name in sorted(names, key=lambda name: _tried(alone[name], first, grown) != (first, "")):
-        layout, reason = _tried(alone[name], layout, grown)
+    held = tried = layout
+    for name in sorted(names, key=lambda name: _tried(alone[name], held, grown) != (held, "")):
+        tried, reason = _tried(alone[name], tried, grown)
         if reason:
             unfit[name] = reason
     going_on = set() if before is None else {version.name for version in before.models}
     ended = unfit.keys() - going_on
     kept = {name for name in names if name not in unfit}
     kept -= {staged.key for name, staged in plan.staged.items() if name in ended}
-    return plan.only(kept, before), unfit
+    return Room(plan.only(kept, before), layout, unfit)

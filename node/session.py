@@ -19,7 +19,7 @@ from node.intervals import Intervals
 from node.kernel.clock import Clock
 from node.kernel.errors import ChangelogCut, StateCorrupt
 from node.kernel.ports import FeaturePlan, StateStore
-from node.kernel.types import ModelName, Statistics
+from node.kernel.types import ModelName, RowNeeds, Statistics
 from node.outbox import Outbox
 from node.outgoing import Origin
 from node.room import room_problem
@@ -108,7 +108,9 @@ class PartitionSession:
 
     def room_problem(self, plan: FeaturePlan) -> str:
         """Why the partition's rows have no room for what the plan needs; '' when they have."""
-        return room_problem(plan, self.state.layout, self.state.backfilling.previewed)
+        state, fills = self.state, self.state.backfilling
+        needs = RowNeeds() if state.newest is None else state.newest.needs
+        return room_problem(plan, state.layout, fills.previewed, fills.reduced, needs)
 
     async def finish(self) -> None:
         """Let the last commit end. Raises what it raised."""

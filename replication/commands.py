@@ -240,6 +240,7 @@ class QuotaLimits(Struct, frozen=True, forbid_unknown_fields=True):
     rows_s_max: Annotated[float, Meta(ge=0, le=limits.ROWS_PER_SECOND_MAX)] | None = None
     models_max: Annotated[int, Meta(ge=0, le=limits.MODELS_PER_TENANT_MAX)] | None = None
     stored_bytes_max: Annotated[int, Meta(ge=0, le=limits.STORED_BYTES_MAX)] | None = None
+    window_bytes_max: Annotated[int, Meta(ge=0, le=limits.WINDOW_BYTES_MAX)] | None = None
 
 
 class SetQuota(_Command, frozen=True, kw_only=True, tag="quota"):

@@ -139,6 +139,12 @@ class Definitions:
         nodes = self._nodes(manifest)
         return frozenset(manifest.aggregates) | {node.aggregate for node in nodes if isinstance(node, AggregateValue)}
 
+    def aggregates_of(self, owner: str) -> frozenset[Aggregate]:
+        """Those of all features that the tenant shares, whether anybody uses them or not."""
+        own = [feature for feature in self.features.values() if feature.offer.owner == owner]
+        nodes = [node for feature in own for node in walk(feature.expression)]
+        return frozenset(node.aggregate for node in nodes if isinstance(node, AggregateValue))
+
     def stored_outputs(self, manifest: Manifest) -> frozenset[StoredOutput]:
         """Other models' outputs that it uses, also through shared features; names as in expressions."""
         nodes = self._nodes(manifest)

@@ -14,6 +14,7 @@ from node.kernel.errors import ManifestError
 from node.kernel.types import EventSchema
 from tenants.definitions import replaced
 from tenants.manifest import Manifest
+from tenants.quotas import window_problem
 from tenants.registry import Action, FeaturesSeen, Shared, Snapshot, Step, WriteFeaturesStatus, prospect
 
 _Value = TypeVar("_Value")
@@ -31,6 +32,8 @@ def seen(snapshot: Snapshot, event: FeaturesSeen, schema: EventSchema) -> Step:
         return _accepted(snapshot, snapshot, tenant)
     try:
         definitions = replaced(snapshot.definitions, tenant, text, _users(snapshot), schema)
+        if problem := window_problem(snapshot, definitions, tenant, schema):
+            raise ManifestError([problem])
     except ManifestError as error:
         return refused(snapshot, tenant, error.problems)
     if shared is not None:

@@ -33,6 +33,7 @@ from node.kernel.types import (
     ModelName,
     ModelSource,
     ModelVersion,
+    RowNeeds,
     StagedVersion,
     StoredOutput,
     Texts,
@@ -502,6 +503,10 @@ class CompiledFeatures:
         return self._models
 
     @property
+    def needs(self) -> RowNeeds:
+        return needs_of(self._models, self._aggregates)
+
+    @property
     def staged(self) -> Mapping[ModelName, StagedVersion]:
         """None; see `tenants.staged_plan`."""
         return {}
@@ -622,6 +627,11 @@ class FeatureBatch:
         }
         gathering = _Gathering(values, list(wanted.values()))
         return {name: gathering.rows(columns, within) for name, (columns, within) in wanted.items()}
+
+
+def needs_of(models: Iterable[ModelVersion | Manifest], aggregates: Iterable[Aggregate]) -> RowNeeds:
+    outputs = frozenset(StoredOutput(model.name, output) for model in models for output in model.outputs)
+    return RowNeeds(frozenset(aggregates), outputs)
 
 
 def _closing(models: Iterable[ModelVersion]) -> set[Aggregate]:

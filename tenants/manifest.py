@@ -30,6 +30,7 @@ from node.kernel.limits import (
     WAITING_ROWS_MAX,
     WEIGHT_MAX,
     WEIGHT_MIN,
+    WINDOW_BYTES_MAX,
     WINDOW_MS_MAX,
 )
 from node.kernel.types import (
@@ -79,7 +80,7 @@ _LONG_KEY: Final = re.compile(rf"(?<![A-Za-z0-9_-]){_KEY_PART}(?:[ \t]*+\.[ \t]*
 
 TENANT_LIMITS: Final = (
     *("weight", "memory_mb", "rows_queued_max", "rows_waiting_max", "mb_waiting_max", "age_waiting_max"),
-    *("rows_s_max", "models_max", "stored_bytes_max"),
+    *("rows_s_max", "models_max", "stored_bytes_max", "window_bytes_max"),
 )
 """What a tenant may set and an operator may cap, as it is called in `tenant.toml`."""
 _TENANT_KEYS: Final = (*TENANT_LIMITS, "overload")
@@ -88,7 +89,7 @@ _NO_LIMIT: Final = {"age_waiting_max", "rows_s_max"}
 _FRACTIONS: Final = {"weight", "rows_s_max"}
 """The others are whole numbers."""
 _TENANT_FILE: Final = "tenant.toml"
-_SLOT_BYTES: Final = 8
+SLOT_BYTES: Final = 8
 
 
 def is_name(text: str) -> bool:
@@ -135,7 +136,7 @@ class Manifest:
     @property
     def stored_bytes(self) -> int:
         """What its newest outputs take in each customer's row: a slot each, one for the time, one for the version."""
-        return (2 + len(self.outputs)) * _SLOT_BYTES
+        return (2 + len(self.outputs)) * SLOT_BYTES
 
     @property
     def aggregates(self) -> tuple[Aggregate, ...]:
@@ -198,6 +199,7 @@ class TenantCaps:
     rows_s_max: float = 0.0
     models_max: int = MODELS_PER_TENANT_MAX
     stored_bytes_max: int = STORED_BYTES_MAX
+    window_bytes_max: int = WINDOW_BYTES_MAX
 
     def limits(self) -> Mapping[str, float]:
         """By the names of TENANT_LIMITS."""
@@ -211,6 +213,7 @@ class TenantCaps:
             "rows_s_max": self.rows_s_max,
             "models_max": self.models_max,
             "stored_bytes_max": self.stored_bytes_max,
+            "window_bytes_max": self.window_bytes_max,
         }
 
 
@@ -219,8 +222,8 @@ class TenantSettings:
     """`tenant.toml` after the operator's caps and quota.
 
     `age_waiting_max` is in ms; 0 is no limit for it and `rows_s_max` (rows a second of all its models on one node).
-    What waits is bounded in each partition, `stored_bytes_max` is of each customer's row. `asked` is what the tenant
-    has set itself, as it wrote it.
+    What waits is bounded in each partition, `stored_bytes_max` and `window_bytes_max` are of each customer's row.
+    `asked` is what the tenant has set itself, as it wrote it.
     """
 
     tenant: str
@@ -233,6 +236,7 @@ class TenantSettings:
     rows_s_max: float = 0.0
     models_max: int = MODELS_PER_TENANT_MAX
     stored_bytes_max: int = STORED_BYTES_MAX
+    window_bytes_max: int = WINDOW_BYTES_MAX
     overload: OverloadPolicy = "shed_oldest"
     asked: Mapping[str, float] = field(default_factory=dict)
 
@@ -514,6 +518,7 @@ def _limits(reader: _Reader) -> dict[str, float]:
         "mb_waiting_max": (1, WAITING_MB_MAX),
         "models_max": (0, MODELS_PER_TENANT_MAX),
         "stored_bytes_max": (0, STORED_BYTES_MAX),
+        "window_bytes_max": (0, WINDOW_BYTES_MAX),
     }
     found: dict[str, float] = {}
     for name in TENANT_LIMITS:

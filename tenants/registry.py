@@ -118,6 +118,8 @@ class Entry:
     staged: Staged | None = None
     history: tuple[StageChange, ...] = ()
     """The last changes, the newest last."""
+    reserve: tuple[Manifest, ...] = ()
+    """Of the catalog's versions that do not run here and may come to."""
 
     @property
     def empty(self) -> bool:
@@ -163,7 +165,7 @@ class Shared:
 
     def has_fallback(self, name: ModelName) -> bool:
         """Whether a version was live before that may be again."""
-        return any(known.state == "retired" and known.served for known in self.versions.get(name, {}).values())
+        return any(known.fallback for known in self.versions.get(name, {}).values())
 
     def newest(self, name: ModelName) -> str:
         """The version of the model that was put last, unless it was taken back; '' without one."""
@@ -213,6 +215,13 @@ class Snapshot:
         """What runs beside the live versions, in order of the models' names."""
         entries = (entry.staged for _, entry in sorted(self.models.items()) if entry.live is not None)
         return tuple((staged.beside, staged.manifest) for staged in entries if staged is not None)
+
+    @property
+    def reserve(self) -> tuple[Manifest, ...]:
+        """What does not run and may come to, in place of what does: customers' rows keep what they hold for it."""
+        entries = [entry for _, entry in sorted(self.models.items())]
+        previous = [entry.previous.manifest for entry in entries if entry.previous is not None]
+        return (*previous, *(manifest for entry in entries for manifest in entry.reserve))
 
     def on_trial(self, name: ModelName, version: str) -> bool:
         newest = self.models[name].newest if name in self.models else None

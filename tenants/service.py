@@ -25,7 +25,7 @@ from tenants.judging import Judging
 from tenants.manifest import Manifest, TenantSettings
 from tenants.pool import ModelPool
 from tenants.pool_statistics import PoolStatistics
-from tenants.quotas import models_of
+from tenants.quotas import models_of, window_bytes_of
 from tenants.registry import Shared, Snapshot
 from tenants.sandbox import SandboxReport, SandboxSettings
 from tenants.shared_names import taken_as_number
@@ -64,12 +64,14 @@ class TenantPrinted:
 
 @dataclass(frozen=True, slots=True)
 class QuotaReport:
-    """`settings` hold now; `models` count, their outputs take `stored_bytes` of each customer's row."""
+    """`settings` hold now; `models` count, their outputs take `stored_bytes` of each customer's row, and the windows it
+    asks for `window_bytes`."""
 
     quota: Quota
     settings: TenantSettings
     models: int
     stored_bytes: int
+    window_bytes: int
     refused: Mapping[str, int]
     """Quota -> pairs refused because of it, since the node started."""
 
@@ -105,6 +107,7 @@ class TenantService:
         self._blobs = blobs
         self._live: tuple[tuple[ModelVersion, Manifest], ...] = ()
         self._beside: tuple[tuple[StagedVersion, Manifest], ...] = ()
+        self._reserve: tuple[Manifest, ...] = ()
         self._definitions = NOTHING_SHARED
         self._timer = clock.monotonic
         self._plan = plan_of((), (), schema, NOTHING_SHARED)
@@ -281,7 +284,9 @@ class TenantService:
         snapshot = self.watcher.snapshot
         models = models_of(snapshot, tenant)
         quota, settings = snapshot.quotas.get(tenant, Quota()), snapshot.settings(tenant)
-        return QuotaReport(quota, settings, len(models), sum(models.values()), self.watcher.refusals(tenant))
+        windows = window_bytes_of(snapshot, tenant, self._schema)
+        refused = self.watcher.refusals(tenant)
+        return QuotaReport(quota, settings, len(models), sum(models.values()), windows, refused)
 
     def overload(self, name: ModelName) -> OverloadPolicy:
         """What of the model's waiting triggers goes when it falls behind: as its live version's manifest says, or else
@@ -317,6 +322,10 @@ class TenantService:
             self._live, self._beside, self._definitions = snapshot.live, snapshot.beside, snapshot.definitions
             self.feature_costs.add(self._plan.compiled.shared_costs())
             self._plan = plan_of(self._live, self._beside, self._schema, self._definitions, self._timer)
+            self._reserve = ()
+        if snapshot.reserve != self._reserve:
+            self._reserve = snapshot.reserve
+            self._plan = self._plan.with_reserve(self._reserve, self._definitions)
         self._versions.keep(self._running(snapshot))
         self.runner.observe(snapshot)
         self.judging.changed.set()

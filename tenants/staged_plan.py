@@ -15,22 +15,31 @@ from node.kernel.types import (
     ModelName,
     ModelSource,
     ModelVersion,
+    RowNeeds,
     StagedVersion,
     StoredOutput,
 )
 from tenants.definitions import Definitions
-from tenants.features import CompiledFeatures, compile_plan
+from tenants.features import CompiledFeatures, compile_plan, needs_of
 from tenants.manifest import Manifest
 from tenants.registry import under_key
+
+NO_NEEDS = RowNeeds()
 
 
 class StagedPlan:
     """A `FeaturePlan`: live models are its models, and rows can be had of staged ones too, by their keys."""
 
     def __init__(
-        self, compiled: CompiledFeatures, live: Sequence[ModelVersion], beside: Sequence[StagedVersion]
+        self,
+        compiled: CompiledFeatures,
+        live: Sequence[ModelVersion],
+        beside: Sequence[StagedVersion],
+        reserve: RowNeeds = NO_NEEDS,
     ) -> None:
+        """`reserve` is for versions that are not in the plan and may come into it."""
         self.compiled = compiled
+        self._reserve = reserve
         self._models = tuple(live)
         self._staged = {staged.version.name: staged for staged in beside}
         own = {staged.key: staged.version.name for staged in beside}
@@ -51,6 +60,15 @@ class StagedPlan:
     @property
     def aggregates(self) -> tuple[Aggregate, ...]:
         return self.compiled.aggregates
+
+    @property
+    def needs(self) -> RowNeeds:
+        return needs_of(self._models, self.compiled.aggregates) | self._reserve
+
+    def with_reserve(self, manifests: Sequence[Manifest], definitions: Definitions) -> StagedPlan:
+        """The same plan, where these versions may come into it."""
+        asked = frozenset[Aggregate]().union(*map(definitions.aggregates, manifests))
+        return StagedPlan(self.compiled, self._models, [*self._staged.values()], needs_of(manifests, asked))
 
     @property
     def staged(self) -> Mapping[ModelName, StagedVersion]:

@@ -7,6 +7,7 @@ tenant's settings. Two wishes of one model count in the order in which the catal
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Mapping
 from dataclasses import replace
 from typing import TypeVar
@@ -188,6 +189,7 @@ def agreed(snapshot: Snapshot, before: Shared, event: Agreed, schema: EventSchem
         live, unserved = _agreed_live(entry, before, shared, event, schema, (definitions, unchanged))
         staged = _agreed_staged(entry, live, shared, event, schema, (definitions, unchanged))
         after = Entry(name, live, newest, unserved, staged=staged, history=event.models.histories.get(name, ()))
+        after = replace(after, reserve=_agreed_reserve(entry, after, shared, schema, (definitions, unchanged)))
         actions.extend(_swapped(entry, after))
         if not after.empty:
             models[name] = after
@@ -303,6 +305,26 @@ def _agreed_staged(
     if agreed.stage >= len(staged.manifest.rollout) or unlike(live.version, staged.version):
         return None
     return replace(staged, stage=agreed.stage, since_ms=agreed.at_ms, who=agreed.who, reason=agreed.reason)
+
+
+def _agreed_reserve(
+    before: Entry, entry: Entry, shared: Shared, schema: EventSchema, defined: tuple[Definitions, bool]
+) -> tuple[Manifest, ...]:
+    """Beside a live version: what is to follow it, or would again, and what this node can't run. One that can't be read
+    here is left out."""
+    if entry.live is None and entry.unserved is None:
+        return ()
+    definitions, unchanged = defined
+    running = {one.version.version for one in (entry.live, entry.staged) if one is not None}
+    known = {manifest.text: manifest for manifest in before.reserve if unchanged or not manifest.shared_values}
+    found: list[Manifest] = []
+    for version in shared.versions.get(entry.name, {}).values():
+        if version.version in running or not (version.fallback or version.state in ("passed", "staged", "live")):
+            continue
+        manifest = known.get(version.manifest.encode())
+        with contextlib.suppress(ManifestError):
+            found.append(manifest or read_version(version, schema, definitions.resolver(entry.name.tenant)).manifest)
+    return tuple(found)
 
 
 def _same_text(one: AgreedVersion | None, other: AgreedVersion) -> bool:

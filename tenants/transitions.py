@@ -374,7 +374,7 @@ def _checked(snapshot: Snapshot, name: ModelName, manifest: bytes, schema: Event
     _check_place(snapshot, name)
     shared = snapshot.definitions.resolver(name.tenant)
     parsed = parse_manifest(f"{name.model}.toml", name.tenant, name.model, manifest, schema, shared)
-    check_quota(snapshot, parsed)
+    check_quota(snapshot, parsed, schema)
     problems = sharing.problems(parsed, neighbours(snapshot))
     if problems:
         raise ManifestError(problems)

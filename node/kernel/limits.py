@@ -55,6 +55,13 @@ FRAME_BYTES_MAX = 1024 * MIB
 
 ROW_SLOTS_MAX = 4096
 """32 KiB a customer; a manifest that would need more is refused."""
+ROW_REDUCTION_MS_MIN = 600_000
+"""Between two times that slots are taken back from a partition's rows: each time the cached rows are converted, and
+those that are stored are read at half the speed until they change."""
+ROW_REDUCTIONS_MAX = 65_536
+"""Of a partition for ever: each leaves about half a kilobyte in the layout."""
+LAYOUTS_CARRIED_MAX = 64
+"""Earlier layouts of which it is remembered where their slots are now: 16 KiB each."""
 ROW_CACHE_BYTES_MAX = 256 * MIB
 """Of each partition; the operator sets less or more in the config."""
 WINDOW_MS_MAX = 400 * 24 * 3600 * 1000
@@ -101,6 +108,8 @@ MODELS_PER_TENANT_MAX = 64
 ROWS_PER_SECOND_MAX = 1e7
 STORED_BYTES_MAX = ROW_SLOTS_MAX * 8
 """Of each customer's row, for the outputs of one tenant's models."""
+WINDOW_BYTES_MAX = ROW_SLOTS_MAX * 8
+"""Of each customer's row, for the windows that one tenant asks for."""
 MEMORY_MB_MIN = 64
 MEMORY_MB_MAX = 1_048_576
 WEIGHT_MIN = 1e-3

@@ -23,6 +23,7 @@ from node.kernel.types import (
     ModelOutputs,
     ModelSource,
     ModelVersion,
+    RowNeeds,
     SequenceChunk,
     StagedVersion,
     StoredOutput,
@@ -138,6 +139,11 @@ class FeaturePlan(Protocol):
     @property
     def stored_models(self) -> tuple[ModelVersion, ...]:
         """Models whose outputs the row must hold; all live models."""
+        ...
+
+    @property
+    def needs(self) -> RowNeeds:
+        """What rows must go on holding: for its models, and for what may run in their place, as after a rollback."""
         ...
 
     @property

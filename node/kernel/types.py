@@ -93,6 +93,21 @@ class StoredOutput:
 
 
 @dataclass(frozen=True, slots=True)
+class RowNeeds:
+    """What customers' rows must go on holding: of models that run, and of versions that may in their place."""
+
+    aggregates: frozenset[Aggregate] = frozenset()
+    outputs: frozenset[StoredOutput] = frozenset()
+
+    @property
+    def models(self) -> frozenset[ModelName]:
+        return frozenset(output.name for output in self.outputs)
+
+    def __or__(self, other: RowNeeds) -> RowNeeds:
+        return RowNeeds(self.aggregates | other.aggregates, self.outputs | other.outputs)
+
+
+@dataclass(frozen=True, slots=True)
 class EventSchema:
     """What the operator declared of the events: all that a manifest may name."""
 
@@ -441,8 +456,8 @@ class AgreedVersion:
     state: Literal["passed", "staged", "live", "retired", "quarantined"]
     here: bool
     """Whether this node has the model file and has verified it."""
-    served: bool = False
-    """Whether it has ever been live."""
+    fallback: bool = False
+    """Whether it is live again once the live one fails."""
     reason: str = ""
     """Why it is in its state, as whoever brought it there said."""
     stage: int = 0
@@ -451,7 +466,7 @@ class AgreedVersion:
     at_ms: int = 0
 
 
-QUOTAS: Final = ("weight", "memory_mb", "rows_s_max", "models_max", "stored_bytes_max")
+QUOTAS: Final = ("weight", "memory_mb", "rows_s_max", "models_max", "stored_bytes_max", "window_bytes_max")
 """What an operator may set for one tenant: names of limits in its `tenant.toml`."""
 
 
@@ -459,7 +474,8 @@ QUOTAS: Final = ("weight", "memory_mb", "rows_s_max", "models_max", "stored_byte
 class Quota:
     """What an operator allows one tenant in place of what [tenants] allows all; None: that holds.
 
-    `rows_s_max` is rows a second on each node, 0: any number. `stored_bytes_max` is of each customer's row.
+    `rows_s_max` is rows a second on each node, 0: any number. `stored_bytes_max` and `window_bytes_max` are of each
+    customer's row.
     """
 
     weight: float | None = None
@@ -467,6 +483,7 @@ class Quota:
     rows_s_max: float | None = None
     models_max: int | None = None
     stored_bytes_max: int | None = None
+    window_bytes_max: int | None = None
     who: str = ""
     at_ms: int = 0
     """Who set it last, and when."""

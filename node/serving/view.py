@@ -18,6 +18,7 @@ from node.kernel.limits import (
     STORED_BYTES_MAX,
     WEIGHT_MAX,
     WEIGHT_MIN,
+    WINDOW_BYTES_MAX,
 )
 from node.kernel.types import QUOTAS, ModelName, ModelVersion, Schedule
 
@@ -513,6 +514,7 @@ class QuotaChange(Struct, frozen=True, forbid_unknown_fields=True):
     rows_s_max: Annotated[float, Meta(ge=0, le=ROWS_PER_SECOND_MAX)] | UnsetType | None = UNSET
     models_max: Annotated[int, Meta(ge=0, le=MODELS_PER_TENANT_MAX)] | UnsetType | None = UNSET
     stored_bytes_max: Annotated[int, Meta(ge=0, le=STORED_BYTES_MAX)] | UnsetType | None = UNSET
+    window_bytes_max: Annotated[int, Meta(ge=0, le=WINDOW_BYTES_MAX)] | UnsetType | None = UNSET
     who: Annotated[str, Meta(min_length=1, max_length=64, pattern="^[ -~]*$")] = "operator"
     """Noted beside the quota."""
 
@@ -538,6 +540,8 @@ class TenantQuota(Body, frozen=True):
     """That are live or about to be."""
     stored_bytes: int
     """Of each customer's row, for their outputs."""
+    window_bytes: int
+    """Of each customer's row, for the windows that it asks for."""
     refused: dict[str, int]
     """Quota -> pairs of files refused because of it, since the node started; their status files say more."""
 

@@ -10,7 +10,7 @@ import numpy as np
 from node.kernel.limits import KIB
 from node.kernel.ports import StateStore
 from node.kernel.types import Bools, Floats, Ints, Statistics
-from node.state.codec import unpack_images
+from node.state.codec import converted, unpack_images
 from node.state.layout import Layout
 
 _ABSENT = -1
@@ -51,23 +51,23 @@ class RowCache:
         self._unapplied = None
 
     def grow(self, layout: Layout) -> None:
-        """Go on under a layout that the present one grew into; cached rows are padded."""
+        """Go on under a layout that the present one became; cached rows are converted."""
+        before, self._layout = self._layout, layout
         rows_max = max(1, self._cache_bytes // (layout.slots * 8))
-        held, old = len(self._owners), self._layout.slots
+        held = len(self._owners)
         if self._unapplied is not None:
             customers, rows = self._unapplied
-            padded = np.repeat(layout.initial[:, None], len(customers), axis=1)
-            padded[1:old] = rows[1:]
-            self._unapplied = (customers, padded)
+            self._unapplied = (customers, converted(layout, before.id, rows.T).T)
         if held > rows_max:
-            unapplied, self._layout = self._unapplied, layout
+            unapplied = self._unapplied
             self.clear()
             self._unapplied = unapplied
             return
         matrix = np.empty((max(held, min(len(self._matrix), rows_max)), layout.slots))
-        matrix[:held] = layout.initial
-        matrix[:held, 1:old] = self._matrix[:held, 1:]
-        self._layout, self._matrix, self._rows_max = layout, matrix, rows_max
+        for first in range(0, held, _ROWS_FIRST):  # a few at a time: the matrix may be most of the node's memory
+            part = slice(first, min(held, first + _ROWS_FIRST))
+            matrix[part] = converted(layout, before.id, self._matrix[part])
+        self._matrix, self._rows_max = matrix, rows_max
         used = np.zeros(len(matrix), np.bool_)
         used[:held] = self._used[:held]
         self._used = used

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from node.kernel.errors import StateCorrupt
-from node.kernel.types import Floats
+from node.kernel.types import Floats, Ints
 from node.state.layout import Layout, header
 
 _SLOT_BYTES = 8
@@ -50,42 +50,41 @@ def unpack_images(layout: Layout, stored: Sequence[bytes | None]) -> Floats:
     size = layout.slots * _SLOT_BYTES
     if stored and {None if row is None else len(row) for row in stored} == {size}:
         found = np.frombuffer(b"".join(stored), "<f8").reshape(len(stored), layout.slots)  # type: ignore[arg-type]
-        if not _of_layout(found, layout.id):  # a growth may add no slot
-            _check_headers(found, layout)
-        copied = found.copy()
-        copied[:, :1] = header(layout.id)
-        return copied
+        if (found[:, 0].view("<u8") == header(layout.id).view("<u8")[0]).all():
+            return found.copy()
     rows = np.tile(layout.initial, (len(stored), 1))
     places: dict[int, list[int]] = {}
     for place, row in enumerate(stored):
         if row is not None:
             places.setdefault(len(row), []).append(place)
     for length, at in places.items():
-        _put(layout, rows, at, b"".join(stored[place] for place in at), length)  # type: ignore[misc]
+        _put(layout, rows, np.array(at), b"".join(stored[place] for place in at), length)  # type: ignore[misc]
     return rows
 
 
-def _put(layout: Layout, rows: Floats, at: list[int], joined: bytes, length: int) -> None:
+def _put(layout: Layout, rows: Floats, at: Ints, joined: bytes, length: int) -> None:
+    """Rows of one length, which may be of several layouts."""
     slots, rest = divmod(length, _SLOT_BYTES)
     if rest or slots not in layout.sizes:
         raise StateCorrupt(
             f"a stored row of {length} bytes is not one of layout {layout.id} or of an earlier one; {_ADVICE}"
         )
     found = np.frombuffer(joined, "<f8").reshape(len(at), slots)
-    _check_headers(found, layout)
-    rows[at, 1:slots] = found[:, 1:]
+    headers = found[:, 0].view("<u8")
+    for written in np.unique(headers):
+        layout_id = int(written) & 0xFFFFFFFF
+        known = layout_id <= layout.id and header(layout_id).view("<u8")[0] == written
+        if not known or layout.sizes[layout_id] != slots:
+            raise StateCorrupt(f"a stored row's header does not name a layout of its length; {_ADVICE}")
+        these = headers == written
+        layout.carry(layout_id, found[these], rows, at[these])
 
 
-def _of_layout(found: Floats, layout_id: int) -> bool:
-    return bool((found[:, 0].view("<u8") == header(layout_id).view("<u8")[0]).all())
-
-
-def _check_headers(found: Floats, layout: Layout) -> None:
-    """Raises StateCorrupt unless each of `found` [customers, slots] is of the layout, or of one it grew from."""
-    slots = found.shape[1]
-    known = [header(number).view("<u8")[0] for number, size in enumerate(layout.sizes) if size == slots]
-    if not np.isin(found[:, 0].view("<u8"), known).all():
-        raise StateCorrupt(f"a stored row's header does not name a layout of its length; {_ADVICE}")
+def converted(layout: Layout, layout_id: int, written: Floats) -> Floats:
+    """float64 [customers, slots] of rows [customers, slots then] of an earlier layout."""
+    rows = np.tile(layout.initial, (len(written), 1))
+    layout.carry(layout_id, written, rows, np.arange(len(written)))
+    return rows
 
 
 def sequence_key(line: str, number: int) -> bytes:

@@ -9,7 +9,8 @@ from functools import cached_property
 import numpy as np
 
 from node.kernel.types import ANY_EVENT, EVENT_TIME, Bools, Column, EventColumns, Floats, Ints
-from node.state.layout import SKETCH_WORDS, Accumulator, Input, Layout
+from node.kernel.windows import SKETCH_WORDS, Accumulator, Input
+from node.state.layout import Layout
 from node.state.planes import PlaneSet
 from node.state.segments import Segments, Words
 

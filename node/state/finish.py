@@ -7,7 +7,8 @@ import math
 import numpy as np
 
 from node.kernel.types import EVENT_TIME, Aggregate, Floats
-from node.state.layout import PLANES, SKETCH_WORDS, Accumulator, Input, Kind, Layout
+from node.kernel.windows import PLANES, SKETCH_WORDS, Accumulator, Input, Kind
+from node.state.layout import Layout
 from node.state.planes import PlaneIndex
 
 _BITS = 64 * SKETCH_WORDS

@@ -1,8 +1,10 @@
 """(P) The layout of a customer's row: which float64 slot holds what.
 
 A row is a header slot and then, generation by generation, what each growth of the layout added: *groups* of
-windowed accumulators, pivots, stored model outputs, and marks of interval models. Slots are only ever appended, so a
-row written under an older layout is a prefix of a newer one, and `initial` is what to pad it with.
+windowed accumulators, pivots, stored model outputs, and marks of interval models. As long as slots are only appended, a
+row written under an older layout is a prefix of a newer one, and `initial` is what to pad it with. When rows have no
+room left, the layout is *reduced* to what is still needed: its generations give way to one base, and of the layouts
+before it stays what is needed to read rows written under them.
 
 A window is tiled by event time. It is the tile of the event read at, still filling, and the full tiles before it.
 A group is one head slot (the newest tile the customer has reached) and, for each *plane* of each accumulator, a
@@ -12,118 +14,39 @@ whose number is the time of the event that began it (`node.state.sessions`).
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import Literal, TypeAlias
 
 import msgspec
 import numpy as np
 
 from node.kernel.errors import BoundExceeded, StateCorrupt
-from node.kernel.limits import ROW_SLOTS_MAX, WINDOW_MS_MAX
-from node.kernel.types import ANY_EVENT, EVENT_TIME, Aggregate, Floats, ModelName, ModelVersion
-
-Kind: TypeAlias = Literal["count", "sum", "shifted", "squared", "min", "max", "sketch", "first", "last"]
-"""What an accumulator keeps. `shifted` and `squared` are the sums of (x - pivot) and of its square."""
-
-KINDS: tuple[Kind, ...] = ("count", "sum", "shifted", "squared", "min", "max", "sketch", "first", "last")
-"""In the order of their planes within a group, so that kinds combined alike lie side by side."""
-
-SKETCH_WORDS = 4
-"""A sketch is 256 bits: four uint64, kept as the bit patterns of four float64 slots."""
-
-PLANES: dict[Kind, int] = dict.fromkeys(KINDS, 1) | {"sketch": SKETCH_WORDS, "first": 2, "last": 2}
-"""Planes of one accumulator; those of first and last are its time (ms) and its value."""
-
-INITIAL: dict[Kind, tuple[float, ...]] = {
-    "count": (0.0,),
-    "sum": (0.0,),
-    "shifted": (0.0,),
-    "squared": (0.0,),
-    "min": (np.inf,),
-    "max": (-np.inf,),
-    "sketch": (0.0,) * SKETCH_WORDS,
-    "first": (np.inf, np.nan),
-    "last": (-np.inf, np.nan),
-}
-"""A plane's value in a tile that has seen nothing."""
+from node.kernel.limits import LAYOUTS_CARRIED_MAX, ROW_REDUCTION_MS_MIN, ROW_SLOTS_MAX, WINDOW_MS_MAX
+from node.kernel.types import Aggregate, Floats, Ints, ModelName, ModelVersion
+from node.kernel.windows import INITIAL, NEWEST, PLANES, Accumulator, Input, accumulators_of, pivots_of, tiling
+from node.state.generations import (
+    Base,
+    Encoded,
+    Generation,
+    MarkAdded,
+    OutputsAdded,
+    Past,
+    WindowAdded,
+    aggregate_of,
+    aggregates_added,
+    windows_added,
+)
 
 NO_TILE = -(2.0**50)
 """Head of a group that has seen nothing: older than the tile of any event."""
 
-TILES_MIN = 12
-_SECOND, _MINUTE, _HOUR, _DAY = 1_000, 60_000, 3_600_000, 86_400_000
-TILE_WIDTHS_MS = (
-    *(_SECOND * n for n in (1, 5, 15)),
-    *(_MINUTE * n for n in (1, 5, 15)),
-    *(_HOUR * n for n in (1, 2, 6, 12)),
-    *(_DAY * n for n in (1, 2, 4, 8, 16, 32)),
-)
-"""Each divides the next: events of one fine tile are of one tile of every coarser width too."""
+_DAY_MS = 86_400_000
 
 _MAGIC = 0x4852
 _FORMAT = 1
-
-
-class Input(msgspec.Struct, frozen=True, order=True, array_like=True):
-    """Which events, and which of their fields, an accumulator takes in; the field is '' for the event itself."""
-
-    event: str
-    field: str
-    where: str
-
-
-class Accumulator(msgspec.Struct, frozen=True, order=True, array_like=True):
-    kind: Kind
-    source: Input
-
-
-NEWEST = Accumulator("max", Input(ANY_EVENT, EVENT_TIME, ""))
-"""What every group of a session keeps: whether an event still belongs to it follows from its newest event's time."""
-
-
-class _WindowAdded(msgspec.Struct, frozen=True, array_like=True):
-    window_ms: int
-    accumulators: tuple[Accumulator, ...]
-
-
-class _OutputsAdded(msgspec.Struct, frozen=True, array_like=True):
-    tenant: str
-    model: str
-    outputs: tuple[str, ...]
-
-
-class _AggregateAdded(msgspec.Struct, frozen=True, array_like=True):
-    function: str
-    event: str
-    field: str
-    window_ms: int
-    where: str
-
-
-class _MarkAdded(msgspec.Struct, frozen=True, array_like=True):
-    tenant: str
-    model: str
-
-
-class Generation(msgspec.Struct, frozen=True, array_like=True):
-    """What one growth appended, in slot order."""
-
-    aggregates: tuple[_AggregateAdded, ...]
-    windows: tuple[_WindowAdded, ...]
-    pivots: tuple[Input, ...]
-    outputs: tuple[_OutputsAdded, ...]
-    marks: tuple[_MarkAdded, ...] = ()
-    pending: bool = False
-    """Its windows are filled from history first: no event goes into them, and none of its aggregates is read there."""
-    filled: tuple[int, ...] = ()
-    """Groups that are pending no more, by number; the aggregates named are read there from now on."""
-
-
-class _Encoded(msgspec.Struct, frozen=True):
-    format: int
-    generations: tuple[Generation, ...]
+_FORMAT_REDUCED = 2
+"""Of a stored layout that was reduced: a node that knows only the first would take its slots for others."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -182,9 +105,12 @@ class ModelSlots:
 
 @dataclass(frozen=True, eq=False)
 class Layout:
-    """Immutable; compared by identity. `id` counts the generations: 0 is the empty layout."""
+    """Immutable; compared by identity. `id` counts the layouts before it: 0 is the empty layout. `generations` are
+    those since the last reduction, if there was one, to `base`."""
 
     generations: tuple[Generation, ...] = ()
+    base: Base | None = None
+    past: tuple[Past, ...] = ()
 
     @staticmethod
     def empty() -> Layout:
@@ -192,11 +118,11 @@ class Layout:
 
     @property
     def id(self) -> int:
-        return len(self.generations)
+        return sum(len(past.sizes) for past in self.past) + len(self.generations)
 
     @cached_property
     def _placed(self) -> _Placed:
-        return _Placed(self.generations)
+        return _Placed(self.base, self.generations)
 
     @property
     def slots(self) -> int:
@@ -205,13 +131,23 @@ class Layout:
     @property
     def sizes(self) -> tuple[int, ...]:
         """Slots of a row under each layout from the empty one to this, by id."""
-        return tuple(self._placed.sizes)
+        return (*(size for past in self.past for size in past.sizes), *self._placed.sizes)
 
     @property
     def groups(self) -> tuple[Group, ...]:
         """Those that events are folded into."""
         pending = self._placed.pending
-        return tuple(group for number, group in enumerate(self._placed.groups) if number not in pending)
+        return tuple(group for number, group in self._placed.groups.items() if number not in pending)
+
+    @property
+    def numbered(self) -> Mapping[int, Group]:
+        """All groups, pending or not."""
+        return self._placed.groups
+
+    @property
+    def number_next(self) -> int:
+        """That of the next group."""
+        return self._placed.number_next
 
     @property
     def pending(self) -> dict[int, Group]:
@@ -253,14 +189,20 @@ class Layout:
         placed = self._placed
         row = np.full(self.slots, np.nan)
         row[:1] = header(self.id)
-        for group in placed.groups:
+        for group in placed.groups.values():
             row[group.head_slot] = NO_TILE if group.width_ms else 0.0
             row[group.first_slot : group.last_slot] = np.repeat(group.initial, group.tiles)
         return row
 
     def locate(self, aggregate: Aggregate) -> Group | None:
         """The oldest group that holds all accumulators of `aggregate`, so that they saw the same events."""
-        return self._placed.located.get(aggregate)
+        number = self._placed.located.get(aggregate)
+        return None if number is None else self._placed.groups[number]
+
+    @property
+    def located(self) -> Mapping[Aggregate, int]:
+        """The number of the group where each is read."""
+        return self._placed.located
 
     def grown(self, aggregates: Iterable[Aggregate], models: Iterable[ModelVersion]) -> Layout:
         """A layout that also holds `aggregates` and the outputs of `models`; this very object if it does already.
@@ -274,11 +216,11 @@ class Layout:
             return self
         for aggregate in missing:
             if abs(aggregate.window_ms) > WINDOW_MS_MAX:
-                raise BoundExceeded(f"{aggregate}: windows are at most {WINDOW_MS_MAX // _DAY} days (WINDOW_MS_MAX)")
+                raise BoundExceeded(f"{aggregate}: windows are at most {WINDOW_MS_MAX // _DAY_MS} days (WINDOW_MS_MAX)")
         generation = Generation(
-            _added(missing),
+            aggregates_added(missing),
             self._windows_missing(missing),
-            tuple(sorted({source for a in missing for source in _pivots_of(a)} - set(self.pivots))),
+            tuple(sorted({source for a in missing for source in pivots_of(a)} - set(self.pivots))),
             outputs,
             marks,
         )
@@ -289,9 +231,9 @@ class Layout:
         wanted = sorted(set(aggregates))
         return self._with(
             Generation(
-                _added(wanted),
-                _windows_of(wanted),
-                tuple(sorted({source for a in wanted for source in _pivots_of(a)} - set(self.pivots))),
+                aggregates_added(wanted),
+                windows_added(wanted),
+                tuple(sorted({source for a in wanted for source in pivots_of(a)} - set(self.pivots))),
                 (),
                 pending=True,
             )
@@ -301,29 +243,69 @@ class Layout:
         """The layout in which events go into the pending `groups` too, and their aggregates are read there, but those
         with a filter of `lapsed`."""
         there = [a for a, number in self.awaiting.items() if number in groups and a.where not in lapsed]
-        return Layout((*self.generations, Generation(_added(sorted(there)), (), (), (), filled=tuple(groups))))
+        held = tuple(number for number in groups if number in self._placed.groups)
+        generation = Generation(aggregates_added(sorted(there)), (), (), (), filled=held)
+        return replace(self, generations=(*self.generations, generation))
 
     def filling(self, groups: Sequence[int]) -> Layout:
         """The same rows, but only those groups, pending or not, are folded into."""
-        return _Filling(self.generations, tuple(groups))
+        return _Filling(self.generations, self.base, self.past, tuple(groups))
+
+    def carry(self, layout_id: int, written: Floats, into: Floats, at: Ints) -> None:
+        """Take rows [customers, slots then] of this or an earlier layout into rows `at` [customers] of `into`
+        [any, slots], which are `initial` there."""
+        if layout_id >= self.id - len(self.generations):
+            into[at, 1 : written.shape[1]] = written[:, 1:]
+            return
+        here, there = self._carried(layout_id)
+        into[at[:, None], here] = written[:, there]
+
+    def _carried(self, layout_id: int) -> tuple[Ints, Ints]:
+        """Slots of this layout, and which of the earlier one's each of them was."""
+        known = self._carried_before
+        if layout_id not in known:
+            if len(known) >= LAYOUTS_CARRIED_MAX:
+                known.clear()
+            sources = self._sources(layout_id)
+            here = np.flatnonzero(sources > 0)
+            known[layout_id] = here, sources[here]
+        return known[layout_id]
+
+    @cached_property
+    def _carried_before(self) -> dict[int, tuple[Ints, Ints]]:
+        return {}
+
+    def _sources(self, layout_id: int) -> Ints:
+        """int64 [slots of the base]: which slot of a row of a layout before the base it was; -1: none."""
+        first = self.id - len(self.generations)
+        found = np.arange(self._placed.sizes[0])
+        for past in reversed(self.past):
+            first -= len(past.sizes)
+            moved = np.concatenate([[0], *(np.arange(slot, slot + count) for slot, count in past.runs)])
+            found = np.where(found < 0, -1, moved[np.maximum(found, 0)])
+            found[found >= past.sizes[max(0, layout_id - first)]] = -1
+            if layout_id >= first:
+                break
+        return found
 
     def _with(self, generation: Generation) -> Layout:
-        layout = Layout((*self.generations, generation))
+        layout = replace(self, generations=(*self.generations, generation))
         if layout.slots > ROW_SLOTS_MAX:
             raise BoundExceeded(
                 f"a customer's row would need {layout.slots} slots, over ROW_SLOTS_MAX ({ROW_SLOTS_MAX}); "
-                "ask for fewer windowed aggregates"
+                "ask for fewer windowed aggregates, or delete models that nobody needs: their slots are taken back, "
+                f"every {ROW_REDUCTION_MS_MIN // 60_000} minutes at most"
             )
         return layout
 
-    def _windows_missing(self, aggregates: list[Aggregate]) -> tuple[_WindowAdded, ...]:
+    def _windows_missing(self, aggregates: list[Aggregate]) -> tuple[WindowAdded, ...]:
         def held(aggregate: Aggregate) -> bool:
             groups = [group for group in self.groups if group.window_ms == aggregate.window_ms]
             return any(accumulators_of(aggregate) <= set(group.accumulators) for group in groups)
 
-        return _windows_of([aggregate for aggregate in aggregates if not held(aggregate)])
+        return windows_added([aggregate for aggregate in aggregates if not held(aggregate)])
 
-    def _outputs_missing(self, models: Iterable[ModelVersion]) -> tuple[_OutputsAdded, ...]:
+    def _outputs_missing(self, models: Iterable[ModelVersion]) -> tuple[OutputsAdded, ...]:
         missing: dict[ModelName, list[str]] = {}
         for version in sorted(models, key=lambda version: (version.name, version.version)):
             slots = self.outputs.get(version.name)
@@ -332,29 +314,34 @@ class Layout:
                 if output not in new and (slots is None or output not in slots.outputs):
                     new.append(output)
         return tuple(
-            _OutputsAdded(name.tenant, name.model, tuple(outputs)) for name, outputs in missing.items() if outputs
+            OutputsAdded(name.tenant, name.model, tuple(outputs)) for name, outputs in missing.items() if outputs
         )
 
-    def _marks_missing(self, models: Iterable[ModelVersion]) -> tuple[_MarkAdded, ...]:
+    def _marks_missing(self, models: Iterable[ModelVersion]) -> tuple[MarkAdded, ...]:
         wanted = {one.name for one in models if one.schedule is not None and not one.schedule.whole}
-        return tuple(_MarkAdded(name.tenant, name.model) for name in sorted(wanted - self.marks.keys()))
+        return tuple(MarkAdded(name.tenant, name.model) for name in sorted(wanted - self.marks.keys()))
 
     def encode(self) -> bytes:
-        return msgspec.msgpack.encode(_Encoded(_FORMAT, self.generations))
+        return msgspec.msgpack.encode(
+            Encoded(_FORMAT if self.base is None else _FORMAT_REDUCED, self.generations, self.base, self.past)
+        )
 
     @staticmethod
     def decode(encoded: bytes) -> Layout:
         """Raises StateCorrupt when the bytes are not a layout of this format."""
         try:
-            decoded = msgspec.msgpack.decode(encoded, type=_Encoded)
+            decoded = msgspec.msgpack.decode(encoded, type=Encoded)
         except msgspec.MsgspecError as failure:
             raise StateCorrupt(
                 f"a stored row layout of {len(encoded)} bytes can't be read ({failure}); "
                 "delete the partition's folder, it is rebuilt from the changelog"
             ) from failure
-        if decoded.format != _FORMAT:
-            raise StateCorrupt(f"a stored row layout is of format {decoded.format}, this node reads format {_FORMAT}")
-        layout = Layout(decoded.generations)
+        if decoded.format not in (_FORMAT, _FORMAT_REDUCED):
+            raise StateCorrupt(
+                f"a stored row layout is of format {decoded.format}, this node reads formats {_FORMAT} and "
+                f"{_FORMAT_REDUCED}; run the newer version"
+            )
+        layout = Layout(decoded.generations, decoded.base, decoded.past)
         if layout.slots > ROW_SLOTS_MAX:
             raise StateCorrupt(f"a stored row layout has {layout.slots} slots, over ROW_SLOTS_MAX ({ROW_SLOTS_MAX})")
         return layout
@@ -366,65 +353,77 @@ class _Filling(Layout):
 
     @property
     def groups(self) -> tuple[Group, ...]:
-        return tuple(self._placed.groups[number] for number in self.numbers)
-
-
-def _added(aggregates: Iterable[Aggregate]) -> tuple[_AggregateAdded, ...]:
-    return tuple(_AggregateAdded(a.function, a.event, a.field, a.window_ms, a.where) for a in aggregates)
-
-
-def _windows_of(aggregates: Iterable[Aggregate]) -> tuple[_WindowAdded, ...]:
-    windows: dict[int, set[Accumulator]] = {}
-    for aggregate in aggregates:
-        kept = windows.setdefault(aggregate.window_ms, {NEWEST} if aggregate.window_ms < 0 else set())
-        kept.update(accumulators_of(aggregate))
-    return tuple(
-        _WindowAdded(window, tuple(sorted(parts, key=_plane_order))) for window, parts in sorted(windows.items())
-    )
+        return tuple(group for number, group in self._placed.groups.items() if number in self.numbers)
 
 
 class _Placed:
     """Where each part of the generations lies; derived, never encoded."""
 
-    def __init__(self, generations: tuple[Generation, ...]) -> None:
-        self.sizes = [1]
-        self.groups: list[Group] = []
+    def __init__(self, base: Base | None, generations: tuple[Generation, ...]) -> None:
+        self.groups: dict[int, Group] = {}
+        """By number; numbers are never given anew."""
+        self.number_next = 0
         self.pivots: dict[Input, int] = {}
         self.outputs: dict[ModelName, ModelSlots] = {}
         self.marks: dict[ModelName, int] = {}
-        self.located: dict[Aggregate, Group] = {}
+        self.located: dict[Aggregate, int] = {}
         self.pending: set[int] = set()
         self.awaiting: dict[Aggregate, int] = {}
+        self.sizes = [1 if base is None else self._begin(base)]
+        """Of the base, and after each generation."""
         for generation in generations:
-            slot, first = self.sizes[-1], len(self.groups)
-            for added in generation.windows:
-                width_ms, tiles = tiling(added.window_ms)
-                group = Group(added.window_ms, width_ms, tiles, slot, added.accumulators)
-                self.groups.append(group)
-                slot = group.last_slot
-            for source in generation.pivots:
-                self.pivots[source] = slot
-                slot += 1
-            for outputs in generation.outputs:
-                slot = self._place_outputs(outputs, slot)
-            for mark in generation.marks:
-                self.marks[ModelName(mark.tenant, mark.model)] = slot
-                slot += 1
-            self.sizes.append(slot)
-            if generation.pending:
-                self.pending.update(range(first, len(self.groups)))
-            self.pending.difference_update(generation.filled)
-            for added_aggregate in generation.aggregates:
-                aggregate = Aggregate(*_fields_of(added_aggregate))  # type: ignore[arg-type]
-                if generation.pending:
-                    self.awaiting[aggregate] = self._group_of(aggregate, range(first, len(self.groups)))
-                elif generation.filled:
-                    self.located[aggregate] = self.groups[self._group_of(aggregate, generation.filled)]
-                else:
-                    ready = [number for number in range(len(self.groups)) if number not in self.pending]
-                    self.located[aggregate] = self.groups[self._group_of(aggregate, ready)]
+            self._append(generation)
 
-    def _place_outputs(self, added: _OutputsAdded, slot: int) -> int:
+    def _begin(self, base: Base) -> int:
+        slot = 1
+        for number, added in zip(base.numbers, base.windows, strict=True):
+            slot = self._place_window(number, added, slot)
+        self.number_next = base.number_next
+        self.pending = set(base.pending)
+        self.located = {aggregate_of(added): number for added, number in base.located}
+        self.awaiting = {aggregate_of(added): number for added, number in base.awaiting}
+        return self._place_single(base.pivots, base.outputs, base.marks, slot)
+
+    def _append(self, generation: Generation) -> None:
+        slot, first = self.sizes[-1], self.number_next
+        for added in generation.windows:
+            slot = self._place_window(self.number_next, added, slot)
+            self.number_next += 1
+        self.sizes.append(self._place_single(generation.pivots, generation.outputs, generation.marks, slot))
+        if generation.pending:
+            self.pending.update(range(first, self.number_next))
+        self.pending.difference_update(generation.filled)
+        for added_aggregate in generation.aggregates:
+            aggregate = aggregate_of(added_aggregate)
+            if generation.pending:
+                self.awaiting[aggregate] = self._group_of(aggregate, range(first, self.number_next))
+            elif generation.filled:
+                self.located[aggregate] = self._group_of(aggregate, generation.filled)
+            else:
+                ready = [number for number in self.groups if number not in self.pending]
+                self.located[aggregate] = self._group_of(aggregate, ready)
+
+    def _place_window(self, number: int, added: WindowAdded, slot: int) -> int:
+        """The slot after it."""
+        width_ms, tiles = tiling(added.window_ms)
+        self.groups[number] = group = Group(added.window_ms, width_ms, tiles, slot, added.accumulators)
+        return group.last_slot
+
+    def _place_single(
+        self, pivots: Iterable[Input], outputs: Iterable[OutputsAdded], marks: Iterable[MarkAdded], slot: int
+    ) -> int:
+        """All that is one slot each, from `slot` on; the slot after them."""
+        for source in pivots:
+            self.pivots[source] = slot
+            slot += 1
+        for added in outputs:
+            slot = self._place_outputs(added, slot)
+        for mark in marks:
+            self.marks[ModelName(mark.tenant, mark.model)] = slot
+            slot += 1
+        return slot
+
+    def _place_outputs(self, added: OutputsAdded, slot: int) -> int:
         name = ModelName(added.tenant, added.model)
         held = self.outputs.get(name)
         if held is None:
@@ -443,45 +442,6 @@ class _Placed:
         raise StateCorrupt(f"a stored row layout names {aggregate} but has no slots for it")
 
 
-def _fields_of(added: _AggregateAdded) -> Iterator[str | int]:
-    return (getattr(added, name) for name in added.__struct_fields__)
-
-
-def _plane_order(accumulator: Accumulator) -> tuple[int, Input]:
-    return KINDS.index(accumulator.kind), accumulator.source
-
-
 def header(layout_id: int) -> Floats:
     """float64 [1]: slot 0 of a row under the layout, a bit pattern and not a number to reckon with."""
     return np.array([_MAGIC << 48 | _FORMAT << 32 | layout_id], dtype="<u8").view("<f8")
-
-
-def tiling(window_ms: int) -> tuple[int, int]:
-    """(width of a tile in ms, tiles) of a window; (0, 1) for ever (0), (gap, 1) of a session (-gap).
-
-    The widest width that gives at least TILES_MIN tiles; one second for the shortest windows.
-    """
-    if window_ms <= 0:
-        return -window_ms, 1
-    fitting = [width for width in TILE_WIDTHS_MS if -(-window_ms // width) >= TILES_MIN]
-    width = fitting[-1] if fitting else TILE_WIDTHS_MS[0]
-    return width, -(-window_ms // width)
-
-
-def accumulators_of(aggregate: Aggregate) -> frozenset[Accumulator]:
-    """What must be kept to answer `aggregate`, so that aggregates share it: a mean is a sum and a count."""
-    kinds: dict[str, tuple[Kind, ...]] = {
-        "mean": ("count", "sum"),
-        "std": ("count", "shifted", "squared"),
-        "distinct": ("sketch",),
-        "since": ("max",),
-    }
-    field = EVENT_TIME if aggregate.function == "since" else aggregate.field
-    source = Input(aggregate.event, field, aggregate.where)
-    return frozenset(Accumulator(kind, source) for kind in kinds.get(aggregate.function, (aggregate.function,)))  # type: ignore[arg-type]
-
-
-def _pivots_of(aggregate: Aggregate) -> tuple[Input, ...]:
-    if aggregate.function != "std":
-        return ()
-    return (Input(aggregate.event, aggregate.field, aggregate.where),)

@@ -29,9 +29,12 @@ def write_outputs(
     """Store `values` [n, outputs of the version] for the columns `at` [n] of `rows` [slots, customers], in place.
 
     Of a customer's inferences the newest by event time stays, of equally new ones the later. Outputs that another
-    version of the model had and this one lacks become NaN. Raises KeyError when the layout lacks the model.
+    version of the model had and this one lacks become NaN. Nothing is stored where the layout lacks the model: it is
+    gone, and was answered late.
     """
-    slots = layout.outputs[version.name]
+    slots = layout.outputs.get(version.name)
+    if slots is None:
+        return
     by_time = times_ms.argsort(kind="stable")
     held = rows[slots.time_slot, at[by_time]]
     by_time = by_time[~(times_ms[by_time] < held)]

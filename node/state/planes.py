@@ -12,7 +12,8 @@ from weakref import WeakKeyDictionary
 import numpy as np
 
 from node.kernel.types import Floats, Ints
-from node.state.layout import INITIAL, KINDS, PLANES, Accumulator, Group, Kind, Layout
+from node.kernel.windows import INITIAL, KINDS, PLANES, Accumulator, Kind
+from node.state.layout import Group, Layout
 
 _indexes: WeakKeyDictionary[Layout, PlaneIndex] = WeakKeyDictionary()
 """Each partition has a layout of its own; its index lives as long as it."""

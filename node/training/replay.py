@@ -15,9 +15,10 @@ import numpy as np
 
 from node.kernel.ports import StateStore
 from node.kernel.types import Aggregate, Bools, EventColumns, Floats, Frame
+from node.kernel.windows import PLANES
 from node.state.codec import unpack
 from node.state.fold import fold
-from node.state.layout import PLANES, Layout
+from node.state.layout import Layout
 
 
 @dataclass(frozen=True, slots=True)

@@ -119,11 +119,13 @@ class MemoryView:
                 "rows_s_max": 0.0,
                 "models_max": 64.0,
                 "stored_bytes_max": 4096.0,
+                "window_bytes_max": 8192.0,
             }
             | self.quota_limits,
             asked={"weight": 9.0},
             models=3,
             stored_bytes=72,
+            window_bytes=128,
             refused={"models_max": 2},
         )
 

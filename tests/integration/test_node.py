@@ -191,6 +191,46 @@ def test_models_come_and_go_while_events_flow(make: Callable[..., Node]) -> None
     assert node.counter("shed") == 0
 
 
+def test_slots_of_models_that_are_gone_are_taken_back_and_the_others_windows_go_on(make: Callable[..., Node]) -> None:
+    """Two that together are more than a row holds, one after the other; over a restart, with rows of each layout."""
+    node = make(tenants={"directory": "tenants", "settle_ms": 20, "rescan_s": 1, "window_bytes_max": 32_768})
+    topic = node.topics[0]
+    drop(node.models, "shop/sums", linear(0, 1), SUMS)
+
+    def wide(first: int) -> dict[str, str]:
+        return {f"sum{day}": f"sum(transaction.amount, '{day}d')" for day in range(first, first + 160)}
+
+    drop(node.models, "wide/first", linear(*([0.0] * 159), 1), wide(20))
+    node.start()
+    for name in ("shop/sums", "wide/first"):
+        node.live(name)
+    node.kafka.produce(topic, [event("old", 1), event("both", 2)])
+    node.inferences(4)
+    drop(node.models, "broad/second", linear(*([0.0] * 159), 1), wide(200))
+    wait_until(lambda: status_file(node.models, "broad/second").get("state") == "refused", "rows have no room for both")
+    assert "ROW_SLOTS_MAX" in str(status_file(node.models, "broad/second")["problems"])
+    remove(node.models, "wide/first")
+    wait_until(lambda: not status_file(node.models, "wide/first"), "the first is gone")
+    remove(node.models, "broad/second")
+    wait_until(lambda: not status_file(node.models, "broad/second"), "the refused one too")
+    drop(node.models, "broad/second", linear(*([0.0] * 159), 1), wide(200))
+    node.live("broad/second")
+    node.kafka.produce(topic, [event("both", 4), event("new", 8)])
+    node.inferences(8)
+    node.kill()
+    node.start()
+    node.kafka.produce(topic, [event(customer, 16) for customer in ("old", "both", "new")])
+    last = {
+        (one["model"], one["customer"]): one["outputs"]["score"]
+        for one in node.inferences(14)
+        if one["time"] == TIME_MS + 16_000
+    }
+    assert last == {
+        ("sums", "old"): 17, ("sums", "both"): 22, ("sums", "new"): 24,
+        ("second", "old"): 16, ("second", "both"): 20, ("second", "new"): 24,
+    }  # fmt: skip
+
+
 def uses_right(inference: dict[str, Any], fresh: float, stored: tuple[float, ...], visits: int) -> bool:
     """Whether its model had the output of the same event, or a stored one, as it says itself."""
     told = inference["inputs"]["models.shop.sums.score"]

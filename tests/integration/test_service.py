@@ -18,7 +18,7 @@ from waiting import until
 from node.kernel.clock import SystemClock
 from node.kernel.errors import StoreUnavailable, WorkerLost
 from node.kernel.supervise import Supervisor
-from node.kernel.types import EventSchema, FeatureRows, ModelName
+from node.kernel.types import Aggregate, EventSchema, FeatureRows, ModelName
 from replication.blobs import BlobStore
 from tenants.sandbox import SandboxSettings
 from tenants.service import ServiceSettings, TenantService
@@ -173,6 +173,31 @@ async def test_what_no_model_needs_any_more_is_removed(node: Node) -> None:
     await until(lambda: node.blobs.names() == [])
     assert node.kept() == set()
     assert service.version(BID, first) is None
+
+
+async def test_the_plan_needs_what_the_version_before_would(node: Node) -> None:
+    def counting(days: int) -> bytes:
+        return b'on = ["transaction"]\n[features]\ncount = "count(transaction, \'%dd\')"\n' % days
+
+    node.drop(manifest=counting(1))
+    service = await node.start()
+    windows = [Aggregate("count", "transaction", "", days * 86_400_000) for days in (1, 2, 3)]
+
+    def needed() -> list[bool]:
+        return [window in service.plan().needs.aggregates for window in windows]
+
+    await until(lambda: needed() == [True, False, False])
+    node.drop(manifest=counting(2))
+    await until(lambda: needed() == [True, True, False])
+    assert service.plan().needs.models == {BID}
+    node.drop(manifest=counting(3))
+    await until(lambda: needed() == [False, True, True])
+    await node.stop()
+    service = await node.start()
+    assert needed() == [False, True, True]
+    (node.root / "other").mkdir()
+    shutil.rmtree(node.root / "ads")
+    await until(lambda: needed() == [False, False, False])
 
 
 async def test_a_failed_version_gives_way_and_the_one_before_runs_what_waits(node: Node) -> None:

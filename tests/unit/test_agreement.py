@@ -284,6 +284,34 @@ def test_a_version_that_fails_on_one_node_gives_way_on_all() -> None:
     assert all(node.pool[BID] == version_of(BID, (manifest(), 3)) for node in nodes)
 
 
+def test_a_node_keeps_for_what_may_come_to_run_in_place_of_what_does() -> None:
+    cluster, nodes = started()
+    texts = [manifest(feature) for feature in ("event.amount", "count(transaction)", "count(search)")]
+    for number, text in enumerate(texts):
+        nodes[0].directory[BID] = (text, number)
+        settle(cluster, nodes)
+    assert all([one.text for one in node.snapshot.reserve] == [texts[1]] for node in nodes)
+    nodes[1](VersionFailing(BID, nodes[1].pool[BID], "rows kill it", 9, at_fault=True))
+    settle(cluster, nodes)
+    assert all([one.text for one in node.snapshot.reserve] == [texts[0]] for node in nodes)
+    nodes[0].restart()
+    assert [one.text for one in nodes[0].snapshot.reserve] == [texts[0]]
+    nodes[0].directory[BID] = (texts[2], 9)
+    settle(cluster, nodes)
+    assert all([one.text for one in node.snapshot.reserve] == [texts[1]] for node in nodes)
+    nodes[0].directory = {FRAUD: (manifest(), 9)}
+    settle(cluster, nodes)
+    assert all(node.snapshot.reserve == () for node in nodes)
+
+
+def test_a_node_keeps_for_a_live_version_that_it_can_not_run() -> None:
+    unfit = {BID: "a row is too long"}
+    version = agreed_version(BID, (manifest(), 1))
+    snapshot, _ = apply(Snapshot(shared=Shared()), Agreed(AgreedModels(1, (version,), {}), {}, 1, unfit), SCHEMA)
+    assert snapshot.live == ()
+    assert [one.name for one in snapshot.reserve] == [BID]
+
+
 def test_a_version_that_cannot_be_read_here_is_told_and_in_no_plan() -> None:
     agreed = AgreedModels(
         1, (agreed_version(BID, (manifest("event.shop"), 1)), agreed_version(FRAUD, (manifest(), 1))), {}

@@ -24,10 +24,12 @@ from node.kernel.backfills import BackfillState, Fill
 from node.kernel.clock import ManualClock
 from node.kernel.ports import FeaturePlan
 from node.kernel.types import EventColumns, EventSchema, Frame, ModelName
+from node.kernel.windows import PLANES, accumulators_of
 from node.state.codec import images, unpack
 from node.state.fold import filters_of, fold
-from node.state.layout import PLANES, Layout, accumulators_of
+from node.state.layout import Layout
 from node.state.memory import MemoryStore
+from node.state.reduction import reduced
 from tenants.features import compile_plan
 from tenants.manifest import parse_manifest
 
@@ -111,13 +113,14 @@ class Node:
         self.fills = Backfilling(self.log, self.store.backfill(), self.clock, 0)
         self.plan: FeaturePlan | None = None
 
-    async def cycle(self, wanted: FeaturePlan, count: int, *, lost: bool = False) -> None:
-        """`lost`: killed before the commit."""
+    async def cycle(self, wanted: FeaturePlan, count: int, *, lost: bool = False, reduce: bool = False) -> None:
+        """`lost`: killed before the commit. `reduce`: what the plan does not need is taken from the rows."""
         fills = self.fills
         if self.plan is None or fills.behind:
             self.layout = fills.opened(self.layout)
-        if wanted is not self.plan:
-            self.layout, self.plan = fills.grown(wanted, self.layout), wanted
+        if wanted is not self.plan or reduce:
+            layout = reduced(self.layout, wanted.needs, 1) if reduce else self.layout
+            self.layout, self.plan = fills.grown(wanted, layout), wanted
         events = take(self.log.events, np.arange(self.at, min(self.at + count, len(self.log.events))))
         self.at += len(events)
         taken = fills.take(events, {"t": self.at})
@@ -180,26 +183,31 @@ rows_of = st.lists(
 @given(
     rows_of,
     st.integers(0, 60),
-    st.lists(st.tuples(st.integers(0, 6), st.booleans()), max_size=25),
+    st.lists(st.tuples(st.integers(0, 6), st.booleans(), st.sampled_from(["", "", "other", "reduced"])), max_size=25),
     st.integers(1, 9),
+    st.lists(st.sampled_from(sorted(COLUMNS)), min_size=1, unique=True),
     st.lists(st.sampled_from(sorted(COLUMNS)), min_size=1, unique=True),
 )
 def test_filled_windows_are_those_of_a_model_there_from_the_start(
     rows: list[tuple[str, int, float, str]],
     before: int,
-    cycles: list[tuple[int, bool]],
+    cycles: list[tuple[int, bool, str]],
     events_max: int,
     columns: list[str],
+    others: list[str],
 ) -> None:
-    """To the bit: late events, kills before commits, cycles and chunks of any size."""
+    """To the bit: late events, kills before commits, cycles and chunks of any size, other models that come and go and
+    whose slots are taken back."""
     with_history, without = plan(("new", ALL, columns)), plan(("new", NO_HISTORY, columns))
+    beside = plan(("new", ALL, columns), ("other", ALL, others))
     nothing = plan()
 
     async def run() -> tuple[dict[str, bytes], dict[str, bytes]]:
         filled = Node(Log(events_of(rows), events_max=events_max))
         await filled.cycle(nothing, before)
-        for count, lost in cycles:
-            await filled.cycle(with_history, count, lost=lost)
+        for count, lost, what in cycles:
+            wanted = beside if what == "other" else with_history
+            await filled.cycle(wanted, count, lost=lost, reduce=what == "reduced")
         await filled.finish(with_history)
         always = Node(Log(events_of(rows)))
         await always.cycle(without, len(rows))
@@ -248,6 +256,39 @@ def test_a_fill_whose_model_goes_away_rests_and_goes_on_where_it_was() -> None:
     assert filled == asyncio.run(always(EVERY))
     starts = [start for start, _ in reads]
     assert starts.count(0) == 1, "it began anew"
+
+
+def test_a_fill_whose_windows_were_taken_back_is_forgotten_and_made_anew() -> None:
+    one, other, both = plan(("new", ALL, ["spent"])), plan(("two", ALL, ["shops"])), ["spent", "shops"]
+
+    async def run() -> dict[str, bytes]:
+        node = Node(Log(events_of(ROWS), events_max=5))
+        await node.cycle(plan(), 50)
+        for _ in range(4):
+            await node.cycle(one, 1)
+        await node.cycle(other, 1, reduce=True)
+        assert [fill.groups for fill in node.store.backfill().fills] == [tuple(node.layout.pending)]
+        assert node.fills.warming == {ModelName("shop", "two")}
+        return await finished(node, plan(("new", ALL, both)))
+
+    assert asyncio.run(run()) == asyncio.run(always(both))
+
+
+def test_what_was_read_for_one_fill_goes_to_no_other_when_one_before_them_is_forgotten() -> None:
+    models = [("a", ALL, ["spent"]), ("b", ALL, ["shops"]), ("c", ALL, ["ever"])]
+
+    async def run() -> dict[str, bytes]:
+        node = Node(Log(events_of(ROWS), events_max=5))
+        await node.cycle(plan(), 50)
+        for number in range(3):
+            await node.cycle(plan(*models[: number + 1]), 0)
+        for _ in range(3):
+            await node.cycle(plan(*models[1:]), 1)
+        assert node.log.reads[-1] == (10, 15), "the fill of b has come further than that of c"
+        node.layout = reduced(node.layout, plan(*models[1:]).needs, 1)
+        return await finished(node, plan(models[2]))
+
+    assert asyncio.run(run()) == asyncio.run(always(["ever"]))
 
 
 def test_a_filter_whose_field_was_undeclared_while_events_came_is_filled_anew_and_one_no_model_had_is_not() -> None:

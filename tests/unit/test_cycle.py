@@ -17,11 +17,11 @@ from node.ingest.decode import EventDecoder
 from node.ingest.history import TopicHistory
 from node.ingest.source import Source
 from node.intervals import Intervals
-from node.kernel.clock import SystemClock
-from node.kernel.limits import COUNTERS_FORMER_MAX
+from node.kernel.clock import Clock, ManualClock, SystemClock
+from node.kernel.limits import COUNTERS_FORMER_MAX, ROW_REDUCTION_MS_MIN
 from node.kernel.ports import FeaturePlan
 from node.kernel.supervise import Supervisor
-from node.kernel.types import ModelName, ModelVersion, StagedVersion
+from node.kernel.types import ModelName, ModelVersion, RowNeeds, StagedVersion
 from node.outbox import Outbox, OutputTopics
 from node.outgoing import Origin
 from node.room import room_problem
@@ -39,7 +39,7 @@ from tenants.manifest import Manifest, parse_manifest
 from tenants.pool import ModelPool
 from tenants.registry import PairSeen, Snapshot, TrialPassed, status
 from tenants.sandbox import SandboxSettings
-from tenants.staged_plan import plan_of
+from tenants.staged_plan import StagedPlan, plan_of
 from tenants.workers import WarmServer
 
 CONFIG = parse_config('[events]\ntypes = ["buy"]\n[events.fields]\namount = "number"\n', Path.cwd())
@@ -74,15 +74,15 @@ OTHER, OTHERS_NEXT = pair_of("b", sums(1, 1), "3"), pair_of("b", sums(2, 2), "4"
 
 def staged_plan(
     *live: tuple[ModelVersion, Manifest], beside: Sequence[tuple[StagedVersion, Manifest]] = ()
-) -> FeaturePlan:
+) -> StagedPlan:
     return plan_of(live, beside, CONFIG.schema(), NOTHING_SHARED)
 
 
 class Parts:
     """A cycle whose clients are never opened."""
 
-    def __init__(self, layout: Layout | None = None, config: Config = CONFIG) -> None:
-        clock, store = SystemClock(), MemoryStore()
+    def __init__(self, layout: Layout | None = None, config: Config = CONFIG, clock: Clock | None = None) -> None:
+        clock, store = clock or SystemClock(), MemoryStore()
         self.newest = plan(1)
         steps = StepTimes(clock)
 
@@ -168,7 +168,7 @@ async def test_a_partition_opened_again_runs_the_models_that_its_rows_have_room_
     before.newest = staged_plan(V1, OTHER)
     before.cycle._plan()
     parts = Parts(before.state.layout)
-    parts.newest = staged_plan(V2, OTHERS_NEXT)
+    parts.newest = staged_plan(V2, OTHERS_NEXT).with_reserve([V1[1]], NOTHING_SHARED)
     with structlog.testing.capture_logs() as told:
         for _ in range(3):
             assert parts.cycle._plan().models == (OTHERS_NEXT[0],)
@@ -177,6 +177,30 @@ async def test_a_partition_opened_again_runs_the_models_that_its_rows_have_room_
     ((version, reason),) = parts.unfit
     assert version == V2[0]
     assert reason.startswith("in partition 0, a customer's row would need ")
+
+
+async def test_slots_that_nothing_needs_are_taken_back_when_rows_have_no_room() -> None:
+    before = Parts()
+    before.newest = staged_plan(V1, OTHER)
+    before.cycle._plan()
+    parts = Parts(before.state.layout)
+    parts.newest = staged_plan(V2, OTHER)
+    assert parts.cycle._plan() is parts.newest, "nothing goes back to the version before any more"
+    assert parts.state.refused == ""
+    taken = parts.state.layout
+    assert taken.locate(OTHER[1].aggregates[0]) is not None
+    assert not any(taken.locate(aggregate) for aggregate in V1[1].aggregates)
+    parts.state.cache.load(["customer"])
+
+
+async def test_slots_are_not_taken_back_all_the_time() -> None:
+    clock = ManualClock()
+    parts = Parts(clock=clock)
+    for number, newest in enumerate((V1, V2, V1, V1)):
+        parts.newest, parts.state.plan = staged_plan(newest), None
+        fits = parts.cycle._plan() is parts.newest
+        assert fits == (number != 2), "a second time within ten minutes"
+        clock.advance(ROW_REDUCTION_MS_MIN // 2 + 1)
 
 
 async def test_what_runs_already_has_room_before_what_is_new_whatever_its_name() -> None:
@@ -212,10 +236,16 @@ async def test_a_partition_tells_whether_it_has_room_for_a_candidate() -> None:
     parts = Parts()
     parts.newest = staged_plan(V1, OTHER)
     parts.cycle._plan()
-    layout, grown = parts.state.layout, parts.state.backfilling.previewed
-    assert "ROW_SLOTS_MAX" in room_problem(staged_plan(V2), layout, grown)
-    assert room_problem(staged_plan(OTHERS_NEXT), layout, grown) == ""
-    assert room_problem(staged_plan(V1), layout, grown) == ""
+    layout, fills = parts.state.layout, parts.state.backfilling
+
+    def problem(pair: tuple[ModelVersion, Manifest], needs: RowNeeds) -> str:
+        return room_problem(staged_plan(pair), layout, fills.previewed, fills.reduced, needs)
+
+    needed = parts.newest.needs
+    assert "ROW_SLOTS_MAX" in problem(V2, needed)
+    assert problem(OTHERS_NEXT, needed) == problem(V1, needed) == ""
+    assert problem(V2, staged_plan(OTHER).needs) == "", "once its model is gone its slots are taken back"
+    assert parts.state.layout is layout
 
 
 def test_a_candidate_that_an_open_partition_has_no_room_for_is_refused() -> None:

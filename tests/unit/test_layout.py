@@ -13,9 +13,10 @@ from hypothesis import strategies as st
 from node.kernel.errors import BoundExceeded, StateCorrupt
 from node.kernel.limits import ROW_SLOTS_MAX, WINDOW_MS_MAX
 from node.kernel.types import Aggregate, Frame, ModelName, ModelVersion, StoredOutput
+from node.kernel.windows import TILE_WIDTHS_MS, TILES_MIN, tiling
 from node.state.cache import RowCache
 from node.state.codec import images, pack, unpack
-from node.state.layout import TILE_WIDTHS_MS, TILES_MIN, Layout, tiling
+from node.state.layout import Layout
 from node.state.memory import MemoryStore
 from node.state.outputs import read_output, write_outputs
 

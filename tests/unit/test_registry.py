@@ -335,6 +335,39 @@ def test_outputs_over_the_quota_of_stored_bytes_are_refused_unless_they_take_no_
     assert CountRefusal("ads", "stored_bytes_max") in run.seen(BID, three_outputs("a", "b", "c"), 5)
 
 
+def test_windows_over_the_quota_are_refused_unless_they_take_no_more_than_before() -> None:
+    run = Run()
+    month, week, day = (f"count(transaction, '{days}d')" for days in (30, 7, 1))
+    run(TenantSeen(TenantSettings("ads", window_bytes_max=260)))
+    run.seen(BID, manifest(month, f"max(0, {month})", "last(transaction.amount)"), 1)
+    run.passed(BID)
+    late = ModelName("ads", "late")
+    assert CountRefusal("ads", "window_bytes_max") in run.seen(late, manifest(month, week), 2)
+    assert "its windows take 248 bytes of each customer's row, all of tenant ads 272, and its" in problems(run, late)
+    assert isinstance(run.seen(late, manifest(month, "event.amount"), 3)[0], StartTrial), "what is there costs nothing"
+    run.passed(late)
+    run(TenantSeen(TenantSettings("ads", window_bytes_max=8)))
+    assert run.snapshot.models[BID].live is not None, "a lower quota takes nothing away"
+    assert isinstance(run.seen(BID, manifest(month), 4)[0], StartTrial)
+    assert CountRefusal("ads", "window_bytes_max") in run.seen(BID, manifest(month, day), 5)
+    assert isinstance(run.seen(ModelName("new", "m"), manifest(month, week, day), 6)[0], StartTrial), "another tenant"
+
+
+def test_what_a_version_falls_back_to_is_kept_for_until_its_model_is_gone() -> None:
+    run = Run()
+    assert run.snapshot.reserve == ()
+    for number, feature in enumerate(("event.amount", "count(transaction)", "count(search)")):
+        run.seen(BID, manifest(feature), number)
+        run.passed(BID)
+    assert [one.text for one in run.snapshot.reserve] == [manifest("count(transaction)")]
+    run(VersionFailing(BID, run.live[BID], "rows kill it", 9, at_fault=True))
+    assert run.snapshot.reserve == ()
+    run.seen(BID, manifest("count(search)"), 7)
+    run.passed(BID)
+    run(PairGone(BID))
+    assert run.snapshot.reserve == ()
+
+
 def test_an_operator_s_quota_changes_what_holds_and_is_kept() -> None:
     run = Run()
     caps = TenantCaps(weight_max=4.0).limits()

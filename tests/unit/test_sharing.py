@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 
 from node.kernel.types import EventSchema, ModelName
 from tenants.agreement import TrialReport
+from tenants.manifest import TenantSettings
 from tenants.model_graph import order, ring, uses_of
 from tenants.registry import (
     FeaturesSeen,
@@ -17,6 +18,7 @@ from tenants.registry import (
     PairSeen,
     Snapshot,
     TenantGone,
+    TenantSeen,
     TrialPassed,
     features_status,
     status,
@@ -121,6 +123,24 @@ def test_a_ring_through_a_shared_feature_is_found() -> None:
     assert run.features("bank", shared)["state"] == "live"
     assert run.seen(B, text("features.bank.x"))["state"] == "live"
     assert "in a ring" in str(run.seen(A, text("models.bank.b.score"))["problems"])
+
+
+def test_windows_of_shared_features_are_of_whoever_shares_them() -> None:
+    run = Run()
+
+    def shared(days: int) -> str:
+        return f'[features.x]\nversion = 1\nexpression = "count(buy, \'{days}d\')"\ndescription = "x"\n'
+
+    for tenant in ("ads", "bank"):
+        run.snapshot, _ = apply(run.snapshot, TenantSeen(TenantSettings(tenant, window_bytes_max=130)), SCHEMA)
+    assert run.features("bank", shared(30))["state"] == "live"
+    assert run.seen(A, text("features.bank.x", "count(buy, '30d')"))["state"] == "live"
+    assert run.seen(B, text("count(buy, '7d')"))["state"] == "refused"
+    assert run.seen(B, text("count(buy, '30d')"))["state"] == "live"
+    told = run.features("bank", shared(30) + shared(7).replace("x]", "y]"))
+    assert told["state"] == "refused"
+    assert "the windows of tenant bank take 248 bytes of each customer's row, and its quota" in str(told["problems"])
+    assert told["in_force"] == ["features.bank.x.v1"]
 
 
 def test_outputs_are_for_those_they_are_shared_with_and_are_not_taken_away() -> None:
