@@ -235,6 +235,17 @@ def test_a_node_that_got_a_dump_comes_to_the_same_catalog(history: tuple[Catalog
     assert catalog == end
 
 
+def test_of_several_versions_that_wait_to_be_the_first_the_same_one_counts_after_a_dump() -> None:
+    catalog = WHOLE
+    for sha, schema in zip(("e" * 64, "d" * 64), SCHEMAS, strict=True):
+        catalog = apply(catalog, replace(put_table(catalog.revision, sha), name="shops", schema=schema))
+    assert not catalog.tables["shops"].live
+    dumped = decode_catalog(encode_catalog(catalog))
+    for schema in SCHEMAS:
+        third = replace(put_table(catalog.revision, "f" * 64), name="shops", schema=schema)
+        assert apply(catalog, third) == apply(dumped, third)
+
+
 @given(histories(), st.sets(nodes))
 @settings(max_examples=400, deadline=None)
 def test_what_a_leader_proposes_for_tables_is_valid_and_comes_to_an_end(
