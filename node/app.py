@@ -18,6 +18,7 @@ import uvloop
 
 from node.clustering import Clustering
 from node.config_sections import Config, KafkaSection
+from node.counts import NodeCounts
 from node.cycle import CycleSettings, Engine
 from node.ingest.decode import EventDecoder
 from node.ingest.history import TopicHistory
@@ -58,12 +59,11 @@ from node.serving.view import (
 )
 from node.session import ChangelogReader, PartitionSession, Parts, open_session
 from node.stage_view import Checked, Judged, consistency_status, detail, infos, stage_status
-from node.staging import table_readers
+from node.staging import running, table_readers
 from node.state.flushing import FlushTurns
 from node.state.folder import StateFolder, StateFolders
 from node.state.layout import Layout
 from node.state.rocksdb import RocksEnvironment, RocksStore
-from node.steps import StepTimes
 from node.tables.feeds import TableFeeds
 from node.tables.library import TableLibrary
 from node.tables.local import LocalTables
@@ -107,7 +107,7 @@ class Node:
         self._clock = clock
         self._supervisor = Supervisor()
         self._traits: dict[int, BrokerTraits] = {}
-        self._steps: dict[int, StepTimes] = {}
+        self._counts = NodeCounts(clock, lambda: running(self._tenants.plan()))
         self._options = client_options(config.kafka, config.node.name)
         self._data = Path(config.node.data_dir)
         self._environment = RocksEnvironment.of(config.state.block_cache_mb * MIB, config.state.write_buffer_mb * MIB)
@@ -145,6 +145,7 @@ class Node:
             self._tenants if self._clustering is None else self._clustering.models,
             self._supervisor,
             clock,
+            self._counts,
             dict if self._clustering is None else self._clustering.statistics,
             self._library.current,
         )
@@ -285,9 +286,8 @@ class Node:
         changelog: ChangelogReader | None = None,
     ) -> PartitionSession:
         origin = Origin(self._config.node.name, self._config.kafka.topics, number, self._config.schema())
-        steps = self._steps.setdefault(number, StepTimes(self._clock))
         parts = self._parts(number, state, guard, changelog)
-        return await open_session(parts, self._engine, origin, steps, self._clock)
+        return await open_session(parts, self._engine, origin, self._counts, self._clock)
 
     def _parts(
         self, number: int, state: StateFolder, guard: Callable[[], None], changelog: ChangelogReader | None

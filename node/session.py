@@ -13,6 +13,7 @@ import structlog
 from node.backfilling import Backfilling, HistoryReader
 from node.backlog import Backlog, Versions
 from node.commit import Committer
+from node.counts import NodeCounts
 from node.cycle import Cycle, Engine, PartitionState
 from node.ingest.source import Source, progress_left
 from node.intervals import Intervals
@@ -85,6 +86,7 @@ class PartitionSession:
         steps: StepTimes,
         flushing: Flushing,
         close_store: Callable[[], Awaitable[None]],
+        counts: NodeCounts,
     ) -> None:
         self.source = source
         self.outbox = outbox
@@ -95,6 +97,7 @@ class PartitionSession:
         self._committer = committer
         self._flushing = flushing
         self._close_store = close_store
+        self._counts, self._opening = counts, counts.opened(state)
 
     async def cycle(self) -> bool:
         more = await self._cycle.run()
@@ -118,7 +121,10 @@ class PartitionSession:
 
     async def close(self) -> None:
         """Clients first, then the state; nothing is flushed that was not committed, since nothing such exists."""
-        await self._committer.close()
+        try:
+            await self._committer.close()
+        finally:
+            self._counts.closed(self._opening)
         self.state.backlog.close()
         self.state.intervals.close()
         await self.state.backfilling.close()
@@ -129,7 +135,7 @@ class PartitionSession:
 
 
 async def open_session(
-    parts: Parts, engine: Engine, origin: Origin, steps: StepTimes, clock: Clock
+    parts: Parts, engine: Engine, origin: Origin, counts: NodeCounts, clock: Clock
 ) -> PartitionSession:
     """Open partition `origin.partition`.
 
@@ -142,6 +148,7 @@ async def open_session(
     store = await parts.state.open()
     outbox, source, changelog = parts.outbox(), parts.source(), parts.changelog()
     close_store = _leave_open if parts.keep_store else parts.state.close
+    steps = counts.steps(origin.partition)
     state: PartitionState | None = None
     try:
         await _together(outbox.open(), changelog.connect(), source.connect())
@@ -161,7 +168,7 @@ async def open_session(
         await outbox.close()
         await close_store()
         raise
-    return PartitionSession(cycle, committer, source, outbox, store, state, steps, flushing, close_store)
+    return PartitionSession(cycle, committer, source, outbox, store, state, steps, flushing, close_store, counts)
 
 
 async def _leave_open() -> None:

@@ -8,6 +8,7 @@ from typing import Any, Protocol
 import msgspec
 
 from node.backfill_view import backfills, with_backfill
+from node.counts import NodeCounts
 from node.kernel.clock import Clock
 from node.kernel.ports import FeaturePlan, StateStore
 from node.kernel.supervise import Supervisor
@@ -113,6 +114,7 @@ class LocalView:
         quotas: QuotaKeeper,
         supervisor: Supervisor,
         clock: Clock,
+        counts: NodeCounts,
         cluster: Callable[[], Mapping[str, object]] = dict,
         tables: Callable[[], TableSet] = lambda: NO_TABLES,
     ) -> None:
@@ -124,6 +126,7 @@ class LocalView:
         self._tenants = tenants
         self._supervisor = supervisor
         self._clock = clock
+        self._counts = counts
         self._started_ms = clock.now_ms()
         self._reads = CustomerReads(self._open, tenants.plan, schema, profile, tenants.event_features, tables)
 
@@ -141,6 +144,8 @@ class LocalView:
             now_ms=now_ms,
             delivery="at_least_once" if weakest else "exactly_once",
             partitions=partitions,
+            counters=dict(self._counts.counters()),
+            step_seconds=dict(self._counts.step_seconds()),
             tenants=[
                 msgspec.structs.replace(tenant, waiting=lags.tenant(tenant.tenant))
                 for tenant in self._tenants.tenants()

@@ -8,9 +8,9 @@ from dataclasses import dataclass, field
 from node.kernel.types import StoredOutput
 from tenants.definitions import Definitions, SharedFeature
 from tenants.expression import AggregateValue, StoredValue, walk
-from tenants.features import SharedCost
 from tenants.registry import Snapshot
 from tenants.shared_names import SharedName, SharedValue
+from tenants.step_costs import SharedCost
 
 
 @dataclass(slots=True)

@@ -59,7 +59,9 @@ from tenants.expression import (
 )
 from tenants.manifest import Manifest
 from tenants.model_graph import ring_problem
+from tenants.row_needs import needs_of
 from tenants.shared_names import SharedName, SharedValue
+from tenants.step_costs import SharedCost, StepMeter
 
 __all__ = ["CompiledFeatures", "compile_plan", "evaluate_profile"]
 
@@ -289,7 +291,11 @@ class _Batch:
     size: int
 
     def run(
-        self, steps: Sequence[_Step], numbers: Iterable[int], known: Mapping[int, Column], meter: _Meter | None = None
+        self,
+        steps: Sequence[_Step],
+        numbers: Iterable[int],
+        known: Mapping[int, Column],
+        meter: StepMeter | None = None,
     ) -> dict[int, Column]:
         """Each number -> its column of `size` rows; `numbers` must hold what they are computed from.
 
@@ -350,35 +356,6 @@ class _Batch:
         if head.field == EVENT_TYPE:
             return self.type_names[self.events.types]
         return self.events.fields[head.field]
-
-
-@dataclass(frozen=True, slots=True)
-class SharedCost:
-    """Of one shared feature, since its plan went live: `seconds` is the CPU time of it and all that it is computed
-    from, but for the fold of the aggregates; `values` is how many rows of it were computed."""
-
-    seconds: float
-    values: int
-
-
-class _Meter:
-    """How long each step of a plan took, and for how many rows; `timer` gives seconds."""
-
-    def __init__(self, timer: Callable[[], float], steps: int) -> None:
-        self._timer = timer
-        self._since = 0.0
-        self.seconds = [0.0] * steps
-        self.values = [0] * steps
-
-    def start(self) -> None:
-        self._since = self._timer()
-
-    def note(self, number: int, size: int) -> None:
-        """The step was computed since the last call of this or of `start`."""
-        now = self._timer()
-        self.seconds[number] += now - self._since
-        self.values[number] += size
-        self._since = now
 
 
 @dataclass(frozen=True, slots=True)
@@ -487,7 +464,7 @@ class CompiledFeatures:
         self._steps = tuple(numbering.steps)
         self._of_outputs = _of_outputs(self._steps)
         self._shared = {name: (number, numbering.below([number])) for name, number in numbering.shared.items()}
-        self._meter = _Meter(timer, len(self._steps)) if timer is not None and self._shared else None
+        self._meter = StepMeter(timer, len(self._steps)) if timer is not None and self._shared else None
         self._filters = _Filters(schema)
 
     @property
@@ -627,11 +604,6 @@ class FeatureBatch:
         }
         gathering = _Gathering(values, list(wanted.values()))
         return {name: gathering.rows(columns, within) for name, (columns, within) in wanted.items()}
-
-
-def needs_of(models: Iterable[ModelVersion | Manifest], aggregates: Iterable[Aggregate]) -> RowNeeds:
-    outputs = frozenset(StoredOutput(model.name, output) for model in models for output in model.outputs)
-    return RowNeeds(frozenset(aggregates), outputs)
 
 
 def _closing(models: Iterable[ModelVersion]) -> set[Aggregate]:

@@ -20,9 +20,10 @@ from node.kernel.types import (
     StoredOutput,
 )
 from tenants.definitions import Definitions
-from tenants.features import CompiledFeatures, compile_plan, needs_of
+from tenants.features import CompiledFeatures, compile_plan
 from tenants.manifest import Manifest
 from tenants.registry import under_key
+from tenants.row_needs import needs_of
 
 NO_NEEDS = RowNeeds()
 

@@ -90,7 +90,7 @@ class Table(Struct, frozen=True):
 
     @property
     def schema(self) -> TableSchema:
-        """Of the live version, or of the one that is to be the first: not of whichever comes first in `versions`, as that
+        """Of the live version, or of the one that is to be the first: not of whichever comes first in `versions`, which
         is another one at a node that got the catalog as a dump."""
         version = self.versions.get(self.live) or self.passed
         if version is None and self.feed is not None:

@@ -6,7 +6,7 @@ series; what is beyond is added up under `_other`.
 
 from __future__ import annotations
 
-from collections import Counter, defaultdict
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
 
 from prometheus_client import CollectorRegistry, ProcessCollector, generate_latest
@@ -45,7 +45,10 @@ class _StatusCollector(Collector):
         status = self._status()
         yield _gauge("ready", "1 while the node does all of its work.", (), {(): float(status.ready)})
         yield from _partition_metrics(status.partitions)
-        yield from _counted_metrics(status.partitions)
+        yield from _counted_metrics(status.counters)
+        steps: Series = {(step,): seconds for step, seconds in status.step_seconds.items()}
+        yield _counter("step_seconds", "Time of the cycle, by step, all partitions.", ("step",), steps)
+        yield from _model_metrics(status.partitions)
         yield from _tenant_metrics(status)
         yield from _stage_metrics(status.tenants)
         yield from _training_metrics(status.tenants)
@@ -74,11 +77,6 @@ def _partition_metrics(partitions: list[PartitionStatus]) -> Iterator[Metric]:
     yield _counter("cache_misses", "Rows read from the store.", label, by_partition(lambda one: one.cache.misses))
     yield _gauge("cache_rows", "Rows in the cache.", label, by_partition(lambda one: one.cache.rows))
     yield _gauge("cache_bytes", "Bytes of the cache.", label, by_partition(lambda one: one.cache.bytes))
-    steps: defaultdict[tuple[str, ...], float] = defaultdict(float)
-    for partition in partitions:
-        for step, seconds in partition.step_seconds.items():
-            steps[step,] += seconds
-    yield _counter("step_seconds", "Time of the cycle, by step, all partitions.", ("step",), steps)
 
 
 def _total(name: str) -> Callable[[PartitionStatus], float | None]:
@@ -87,16 +85,15 @@ def _total(name: str) -> Callable[[PartitionStatus], float | None]:
     return lambda partition: partition.counters.get(name, 0) if partition.counters else None
 
 
-def _counted_metrics(partitions: list[PartitionStatus]) -> Iterator[Metric]:
-    """Counters are named `<what> <of which>`; all partitions together."""
+def _counted_metrics(counters: Mapping[str, int]) -> Iterator[Metric]:
+    """Counters are named `<what> <of which>`."""
     counted: dict[str, Counter[tuple[str, ...]]] = {"dead_letters": Counter(), "inferences": Counter()}
     counted |= {"failed": Counter(), "shed": Counter(), "logged": Counter(), "unlogged": Counter()}
     counted |= {"intervals": Counter(), "intervals_late": Counter(), "intervals_skipped": Counter()}
-    for partition in partitions:
-        for name, value in partition.counters.items():
-            what, _, which = name.partition(" ")
-            if what in counted and which:
-                counted[what][_labels(what, which)] += value
+    for name, value in counters.items():
+        what, _, which = name.partition(" ")
+        if what in counted and which:
+            counted[what][_labels(what, which)] += value
     model = ("tenant", "model")
     yield _counter("dead_letters", "Records that could not be used.", ("reason",), counted["dead_letters"])
     yield _counter("inferences", "Inferences committed.", model, counted["inferences"])
@@ -107,6 +104,10 @@ def _counted_metrics(partitions: list[PartitionStatus]) -> Iterator[Metric]:
     yield _counter("intervals", "Interval runs finished.", model, counted["intervals"])
     yield _counter("intervals_late", "Interval runs that outlasted it.", model, counted["intervals_late"])
     yield _counter("intervals_skipped", "Intervals without a run.", model, counted["intervals_skipped"])
+
+
+def _model_metrics(partitions: list[PartitionStatus]) -> Iterator[Metric]:
+    model = ("tenant", "model")
     yield from _backfill_metrics(partitions, model)
     rows: Counter[tuple[str, ...]] = Counter()
     size: Counter[tuple[str, ...]] = Counter()

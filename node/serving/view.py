@@ -590,6 +590,10 @@ class NodeStatus(Body, frozen=True):
     reasons: list[str] = []
     """Why it is not ready."""
     partitions: list[PartitionStatus] = []
+    counters: dict[str, int] = {}
+    """As of the partitions, but all together, and since the node started."""
+    step_seconds: dict[str, float] = {}
+    """Likewise."""
     tenants: list[TenantStatus] = []
     sandbox: SandboxStatus | None = None
     """Of every worker on this node, as found at its start."""

@@ -52,6 +52,8 @@ class MemoryView:
     reasons: list[str] = field(default_factory=list)
     models_known: list[ModelInfo] = field(default_factory=list)
     partitions: list[PartitionStatus] = field(default_factory=list)
+    counters: dict[str, int] = field(default_factory=dict)
+    step_seconds: dict[str, float] = field(default_factory=dict)
     failure: Exception | None = None
     held: asyncio.Event | None = None
     waiting: int = 0
@@ -65,7 +67,14 @@ class MemoryView:
     def status(self) -> NodeStatus:
         tenants = [TenantStatus(tenant="ads", weight=2.0, cpu_seconds=1.5, restarts=1, rows_queued=7)]
         return NodeStatus(
-            node="one", started_ms=1, now_ms=2, partitions=self.partitions, tenants=tenants, cluster_parts=CLUSTER
+            node="one",
+            started_ms=1,
+            now_ms=2,
+            partitions=self.partitions,
+            counters=self.counters,
+            step_seconds=self.step_seconds,
+            tenants=tenants,
+            cluster_parts=CLUSTER,
         )
 
     def unready(self) -> Sequence[str]:

@@ -190,11 +190,11 @@ async def test_metrics_follow_from_the_status(
                 phase=phase,
                 lag=None if number else 6,
                 counters=counters,
-                step_seconds={"fold": 0.5},
                 backlog={"ads/bid": BacklogStatus(rows=8, chunks=1, oldest_ms=1000 * (number + 1), waiting_ms=500)},
                 cache=CacheStatus(hits=9),
             )
         )
+    view.counters, view.step_seconds = {name: 2 * count for name, count in counters.items()}, {"fold": 1.0}
     found = await samples(client, server)
     assert found["headrace_events_total", ("1",)] == 10
     assert found["headrace_late_total", ("0",)] == 2
@@ -233,11 +233,10 @@ async def test_a_partition_that_is_not_open_gives_no_totals(
 async def test_series_of_a_metric_are_bounded(
     client: aiohttp.ClientSession, server: HttpServer, view: MemoryView
 ) -> None:
-    counters = {f"inferences t{number:05d}/m": 1 for number in range(METRIC_SERIES_MAX * 3)}
-    view.partitions.append(PartitionStatus(number=0, phase="running", counters=counters))
+    view.counters = {f"inferences t{number:05d}/m": 1 for number in range(METRIC_SERIES_MAX * 3)}
     found = {labels: value for (name, labels), value in (await samples(client, server)).items() if "inferences" in name}
     assert len(found) == METRIC_SERIES_MAX
-    assert sum(found.values()) == len(counters)
+    assert sum(found.values()) == len(view.counters)
     assert found["_other", "_other"] == METRIC_SERIES_MAX * 2 + 1
 
 

@@ -140,6 +140,7 @@ def test_sigterm_finishes_the_cycle_and_a_restart_goes_on(make: Callable[..., No
         expected.append((one["customer"], one["time"], one["amount"] + sums[one["customer"]]))
     assert sorted((one["customer"], one["time"], one["outputs"]["score"]) for one in inferences) == sorted(expected)
     assert node.counter("events") == 6000, "counters live on"
+    assert node.status()["counters"]["inferences shop/spend"] == 6000 - len(left), "since the node has started"
     assert node.stop() == 0
 
 

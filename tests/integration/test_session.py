@@ -15,6 +15,7 @@ from node_support import Kafka
 from waiting import until
 
 from node.config import parse_config
+from node.counts import NodeCounts
 from node.cycle import CycleSettings, Engine
 from node.ingest.decode import EventDecoder
 from node.ingest.history import TopicHistory
@@ -29,7 +30,6 @@ from node.session import PartitionSession, Parts, open_session
 from node.state.flushing import FlushTurns
 from node.state.folder import StateFolder
 from node.state.rocksdb import RocksEnvironment, RocksStore
-from node.steps import StepTimes
 from node.waiting import Bound
 from replication.changelog import Changelog
 from replication.frame import encode_frame
@@ -107,7 +107,7 @@ class Partition:
             flushes=FlushTurns(1.0),
         )
         engine = Engine(decoder, lambda: plan, self.runner, CycleSettings(1, 1, 0.0))
-        return await open_session(parts, engine, Origin("node", names, 0, CONFIG.schema()), StepTimes(CLOCK), CLOCK)
+        return await open_session(parts, engine, Origin("node", names, 0, CONFIG.schema()), NodeCounts(CLOCK), CLOCK)
 
 
 @pytest.fixture

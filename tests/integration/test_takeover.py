@@ -22,6 +22,7 @@ from aiokafka.admin import AIOKafkaAdminClient, RecordsToDelete
 from node_support import TIME_MS, Kafka
 
 from node.config import parse_config
+from node.counts import NodeCounts
 from node.cycle import CycleSettings, Engine
 from node.ingest.decode import EventDecoder
 from node.ingest.history import TopicHistory
@@ -40,7 +41,6 @@ from node.session import ChangelogReader, PartitionSession, Parts, open_session
 from node.state.flushing import FlushTurns
 from node.state.folder import StateFolder, StateFolders
 from node.state.rocksdb import RocksEnvironment, RocksStore
-from node.steps import StepTimes
 from node.waiting import Bound
 from replication.changelog import Changelog
 from replication.frame import encode_frame
@@ -276,7 +276,7 @@ class Node:
             keep_store=True,
         )
         origin = Origin(self.name, [one.source], number, schema)
-        return await open_session(parts, engine, origin, StepTimes(CLOCK), CLOCK)
+        return await open_session(parts, engine, origin, NodeCounts(CLOCK), CLOCK)
 
     def start(self, owns: bool = True) -> None:
         self.supervisor.start("replicas", self.replicas.run())
