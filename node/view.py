@@ -240,6 +240,7 @@ def _status(partition: PartitionView, now_ms: int) -> PartitionStatus:
         progress_left=dict(left),
         counters=dict(session.state.committed),
         step_seconds=session.steps.statistics(),
+        row_bytes=session.state.layout.row_bytes,
         backlog={
             model: BacklogStatus(**figures) for model, figures in session.state.backlog.statistics(now_ms).items()
         },

@@ -73,6 +73,9 @@ def _partition_metrics(partitions: list[PartitionStatus]) -> Iterator[Metric]:
     yield _counter("late", "Events too late for a window they belong to.", label, by_partition(_total("late")))
     ahead = by_partition(_total("ahead"))
     yield _counter("ahead", "Events over a minute ahead of the node's clock.", label, ahead)
+    yield _gauge(
+        "row_bytes", "Of a customer's row, of 32768 that there may be.", label, by_partition(lambda one: one.row_bytes)
+    )
     yield _counter("cache_hits", "Rows found in the cache.", label, by_partition(lambda one: one.cache.hits))
     yield _counter("cache_misses", "Rows read from the store.", label, by_partition(lambda one: one.cache.misses))
     yield _gauge("cache_rows", "Rows in the cache.", label, by_partition(lambda one: one.cache.rows))

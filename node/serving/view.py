@@ -404,6 +404,8 @@ class PartitionStatus(Body, frozen=True):
     """Totals since the changelog began: `events`, `late`, `dead_letters <reason>`, `inferences <model>`, runs finished
     (`intervals <model>`)…"""
     step_seconds: dict[str, float] = {}
+    row_bytes: int | None = None
+    """Of a customer's row, of 32768 that it may have; null while it is closed."""
     backlog: dict[str, BacklogStatus] = {}
     intervals: dict[str, IntervalStatus] = {}
     backfills: dict[str, BackfillStatus] = {}

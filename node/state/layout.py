@@ -129,6 +129,10 @@ class Layout:
         return self._placed.sizes[-1]
 
     @property
+    def row_bytes(self) -> int:
+        return self.slots * 8
+
+    @property
     def sizes(self) -> tuple[int, ...]:
         """Slots of a row under each layout from the empty one to this, by id."""
         return (*(size for past in self.past for size in past.sizes), *self._placed.sizes)

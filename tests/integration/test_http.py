@@ -189,6 +189,7 @@ async def test_metrics_follow_from_the_status(
                 number=number,
                 phase=phase,
                 lag=None if number else 6,
+                row_bytes=None if number else 4096,
                 counters=counters,
                 backlog={"ads/bid": BacklogStatus(rows=8, chunks=1, oldest_ms=1000 * (number + 1), waiting_ms=500)},
                 cache=CacheStatus(hits=9),
@@ -204,6 +205,8 @@ async def test_metrics_follow_from_the_status(
     assert found["headrace_sheds_total", ("bid", "overload", "ads")] == 10
     assert found["headrace_lag_events", ("0",)] == 6
     assert ("headrace_lag_events", ("1",)) not in found
+    assert found["headrace_row_bytes", ("0",)] == 4096
+    assert ("headrace_row_bytes", ("1",)) not in found
     assert found["headrace_step_seconds_total", ("fold",)] == 1.0
     assert found["headrace_backlog_rows", ("bid", "ads")] == 16
     assert found["headrace_backlog_oldest_seconds", ("bid", "ads")] == 2.0

@@ -210,6 +210,7 @@ def test_slots_of_models_that_are_gone_are_taken_back_and_the_others_windows_go_
     drop(node.models, "broad/second", linear(*([0.0] * 159), 1), wide(200))
     wait_until(lambda: status_file(node.models, "broad/second").get("state") == "refused", "rows have no room for both")
     assert "ROW_SLOTS_MAX" in str(status_file(node.models, "broad/second")["problems"])
+    full = node.status()["partitions"][0]["row_bytes"]
     remove(node.models, "wide/first")
     wait_until(lambda: not status_file(node.models, "wide/first"), "the first is gone")
     remove(node.models, "broad/second")
@@ -218,6 +219,8 @@ def test_slots_of_models_that_are_gone_are_taken_back_and_the_others_windows_go_
     node.live("broad/second")
     node.kafka.produce(topic, [event("both", 4), event("new", 8)])
     node.inferences(8)
+    assert full > 20_000
+    assert node.status()["partitions"][0]["row_bytes"] < full + 4_000, "what the first took is taken back"
     node.kill()
     node.start()
     node.kafka.produce(topic, [event(customer, 16) for customer in ("old", "both", "new")])
