@@ -95,7 +95,7 @@ _MODELS_SECONDS_MAX = 120.0
 """How long a starting node waits for the trials of models it finds, before it takes events without them."""
 
 
-NO_ROOM = "customers' rows keep the windows of replaced models and have no room for more"
+NO_ROOM = "customers' rows have no room for its windows beside those of others and of what they would fall back to"
 _GARBAGE_THRESHOLDS = (50_000, 20, 50)
 
 

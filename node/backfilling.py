@@ -129,11 +129,15 @@ class Backfilling:
         return self._planned(plan, layout, self._wanted_of(plan))[0]
 
     def reduced(self, layout: Layout, needs: RowNeeds) -> Layout:
-        """The layout without what is not needed, if it was not reduced a short while ago; while nothing changes."""
-        now_ms, last = self._clock.now_ms(), layout.base
-        if last is not None and 0 <= now_ms - last.at_ms < ROW_REDUCTION_MS_MIN:
+        """The layout without what is not needed, while nothing changes."""
+        return layout if len(layout.past) >= ROW_REDUCTIONS_MAX else reduced(layout, needs, self._clock.now_ms())
+
+    def reduced_rarely(self, layout: Layout, needs: RowNeeds) -> Layout:
+        """As `reduced`, unless that was done a short while ago: for what is only tried, and may be refused."""
+        last = layout.base
+        if last is not None and 0 <= self._clock.now_ms() - last.at_ms < ROW_REDUCTION_MS_MIN:
             return layout
-        return layout if len(layout.past) >= ROW_REDUCTIONS_MAX else reduced(layout, needs, now_ms)
+        return self.reduced(layout, needs)
 
     def _forget(self, layout: Layout) -> None:
         """Fills of windows that are gone."""

@@ -431,10 +431,10 @@ class TenantsSection(Section, frozen=True):
             ge=0,
             le=limits.WINDOW_BYTES_MAX,
             description="Of each customer's row, for the windows that one tenant's models and shared features ask for: "
-            "a count over 30 days takes 128. A row has room for 32768: at the default no tenant alone fills it for the "
-            "others. Windows take memory, disk and CPU time for each customer.",
+            "a count over 30 days takes 128. A row has room for 32768, and keeps what a live version would fall back "
+            "to as well. Windows take memory, disk and CPU time for each customer.",
         ),
-    ] = 8192
+    ] = 4096
     allow: Annotated[
         tuple[Literal["xgboost", "lightgbm"], ...],
         Meta(description="Further libraries whose models may load: each widens what a model file can reach."),

@@ -28,12 +28,12 @@ class Room:
     unfit: Mapping[ModelName, str]
 
 
-def room_problem(plan: FeaturePlan, layout: Layout, grown: Grown, reduce: Reduced, needs: RowNeeds) -> str:
-    """Why rows have no room for what the plan needs beside `needs`; '' when they have."""
+def room_problem(plan: FeaturePlan, layout: Layout, grown: Grown, reduce: Reduced, now: FeaturePlan | None) -> str:
+    """Why rows have no room for what the plan needs beside the one that is there `now`; '' when they have."""
     reason = _tried(plan, layout, grown)[1]
     if not reason:
         return ""
-    least = reduce(layout, needs | plan.needs)
+    least = reduce(layout, plan.needs if now is None else plan.needs | now.needs | now.reserve)
     return reason if least is layout else _tried(plan, least, grown)[1]
 
 
@@ -53,7 +53,8 @@ def with_room(plan: FeaturePlan, layout: Layout, grown: Grown, reduce: Reduced, 
     """
     if not _tried(plan, layout, grown)[1]:
         return Room(plan, layout, {})
-    layout = reduce(layout, plan.needs if before is None else plan.needs | before.needs)
+    needs = plan.needs | plan.reserve
+    layout = reduce(layout, needs if before is None else needs | before.needs)
     if not _tried(plan, layout, grown)[1]:
         return Room(plan, layout, {})
     names = running(plan)

@@ -20,7 +20,7 @@ from node.intervals import Intervals
 from node.kernel.clock import Clock
 from node.kernel.errors import ChangelogCut, StateCorrupt
 from node.kernel.ports import FeaturePlan, StateStore
-from node.kernel.types import ModelName, RowNeeds, Statistics
+from node.kernel.types import ModelName, Statistics
 from node.outbox import Outbox
 from node.outgoing import Origin
 from node.room import room_problem
@@ -112,8 +112,7 @@ class PartitionSession:
     def room_problem(self, plan: FeaturePlan) -> str:
         """Why the partition's rows have no room for what the plan needs; '' when they have."""
         state, fills = self.state, self.state.backfilling
-        needs = RowNeeds() if state.newest is None else state.newest.needs
-        return room_problem(plan, state.layout, fills.previewed, fills.reduced, needs)
+        return room_problem(plan, state.layout, fills.previewed, fills.reduced_rarely, state.newest)
 
     async def finish(self) -> None:
         """Let the last commit end. Raises what it raised."""

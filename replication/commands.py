@@ -232,8 +232,9 @@ class SetSettings(_Command, frozen=True, kw_only=True, tag="settings"):
     settings: Settings
 
 
-class QuotaLimits(Struct, frozen=True, forbid_unknown_fields=True):
-    """What one tenant may have in place of what each node's config allows all; None: that holds."""
+class QuotaLimits(Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=True):
+    """What one tenant may have in place of what each node's config allows all; None: that holds. What is not set is not
+    written, so that a node of a release that has fewer limits can read it."""
 
     weight: Annotated[float, Meta(ge=limits.WEIGHT_MIN, le=limits.WEIGHT_MAX)] | None = None
     memory_mb: Annotated[int, Meta(ge=limits.MEMORY_MB_MIN, le=limits.MEMORY_MB_MAX)] | None = None

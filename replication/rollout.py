@@ -67,9 +67,7 @@ def _begin(catalog: Catalog, model: Model, version: Version, members: tuple[str,
 
 def _forget(catalog: Catalog, model: Model) -> Iterator[ForgetVersion]:
     """The oldest version that runs no more, when there are too many; the one that would be fallen back to stays."""
-    retired = [
-        version for version in model.versions.values() if version.state in ENDED and version is not model.fallback
-    ]
-    if len(retired) > VERSIONS_RETIRED_MAX:
-        oldest = min(retired, key=lambda version: version.revision)
+    ended = [version for version in model.versions.values() if version.state in ENDED]
+    if len(ended) > VERSIONS_RETIRED_MAX:
+        oldest = min((one for one in ended if one is not model.fallback), key=lambda version: version.revision)
         yield ForgetVersion(revision=catalog.revision, tenant=model.tenant, model=model.model, version=oldest.version)

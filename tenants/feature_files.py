@@ -10,12 +10,12 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import TypeVar
 
-from node.kernel.errors import ManifestError
+from node.kernel.errors import ManifestError, QuotaRefused
 from node.kernel.types import EventSchema
 from tenants.definitions import replaced
 from tenants.manifest import Manifest
-from tenants.quotas import window_problem
-from tenants.registry import Action, FeaturesSeen, Shared, Snapshot, Step, WriteFeaturesStatus, prospect
+from tenants.quotas import check_features
+from tenants.registry import Action, CountRefusal, FeaturesSeen, Shared, Snapshot, Step, WriteFeaturesStatus, prospect
 
 _Value = TypeVar("_Value")
 
@@ -32,10 +32,11 @@ def seen(snapshot: Snapshot, event: FeaturesSeen, schema: EventSchema) -> Step:
         return _accepted(snapshot, snapshot, tenant)
     try:
         definitions = replaced(snapshot.definitions, tenant, text, _users(snapshot), schema)
-        if problem := window_problem(snapshot, definitions, tenant, schema):
-            raise ManifestError([problem])
+        check_features(snapshot, definitions, tenant, schema)
     except ManifestError as error:
-        return refused(snapshot, tenant, error.problems)
+        after, told = refused(snapshot, tenant, error.problems)
+        counted = (CountRefusal(tenant, error.limit),) if isinstance(error, QuotaRefused) and told else ()
+        return after, (*counted, *told)
     if shared is not None:
         after = snapshot.sharing(asked_features={**shared.asked_features, tenant: text})
     else:

@@ -484,6 +484,11 @@ class CompiledFeatures:
         return needs_of(self._models, self._aggregates)
 
     @property
+    def reserve(self) -> RowNeeds:
+        """Nothing; see `tenants.staged_plan`."""
+        return RowNeeds()
+
+    @property
     def staged(self) -> Mapping[ModelName, StagedVersion]:
         """None; see `tenants.staged_plan`."""
         return {}

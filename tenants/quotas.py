@@ -46,49 +46,60 @@ def check_quota(snapshot: Snapshot, manifest: Manifest, schema: EventSchema) -> 
 def _check_windows(snapshot: Snapshot, manifest: Manifest, schema: EventSchema) -> None:
     name = manifest.name
     most = snapshot.settings(name.tenant).window_bytes_max
-    others = [one for one in manifests_of(snapshot, name.tenant) if one.name != name]
-    taken = window_bytes(snapshot.definitions, name.tenant, [*others, manifest], schema)
+    entry = snapshot.models.get(name, Entry(name))
+    beside = [entry.live.manifest] if entry.live is not None and manifest.rollout else []
+    then = [*_agreed(snapshot, name.tenant, but=name), *beside, manifest]
+    taken = _window_bytes(snapshot.definitions, name.tenant, then, schema, most)
     if taken > most and taken > window_bytes_of(snapshot, name.tenant, schema):
-        alone = window_bytes(NOTHING_SHARED, name.tenant, [manifest], schema)
+        alone = _window_bytes(NOTHING_SHARED, name.tenant, [manifest], schema)
         raise QuotaRefused(
             "window_bytes_max",
             f"{name.model}.toml: its windows take {alone} bytes of each customer's row, all of tenant {name.tenant}"
-            f" {taken}, and its quota window_bytes_max is {most}: ask for fewer or coarser windows, delete a model, or"
-            f" ask the operator for more (headrace quota set {name.tenant} --window-bytes-max)",
+            f" {taken}, and its quota window_bytes_max is {most}: ask for fewer windows, delete a model, or ask the"
+            f" operator for more (headrace quota set {name.tenant} --window-bytes-max)",
         )
 
 
-def window_problem(snapshot: Snapshot, definitions: Definitions, tenant: str, schema: EventSchema) -> str:
-    """Why the tenant can't share the features of these definitions, by its quota; '' when it can."""
-    most, models = snapshot.settings(tenant).window_bytes_max, manifests_of(snapshot, tenant)
-    taken = window_bytes(definitions, tenant, models, schema)
-    if taken <= most or taken <= window_bytes_of(snapshot, tenant, schema):
-        return ""
-    return (
-        f"{FEATURES_FILE}: with it the windows of tenant {tenant} take {taken} bytes of each customer's row, and its"
-        f" quota window_bytes_max is {most}: share fewer windows, or ask the operator for more (headrace quota set"
-        f" {tenant} --window-bytes-max)"
-    )
+def check_features(snapshot: Snapshot, definitions: Definitions, tenant: str, schema: EventSchema) -> None:
+    """Raises QuotaRefused when the features that the tenant shares by these definitions take too much of a row."""
+    most = snapshot.settings(tenant).window_bytes_max
+    taken = _window_bytes(definitions, tenant, _agreed(snapshot, tenant), schema, most)
+    if taken > most and taken > window_bytes_of(snapshot, tenant, schema):
+        raise QuotaRefused(
+            "window_bytes_max",
+            f"{FEATURES_FILE}: with it the windows of tenant {tenant} take {taken} bytes of each customer's row, and"
+            f" its quota window_bytes_max is {most}: share fewer windows, or ask the operator for more (headrace quota"
+            f" set {tenant} --window-bytes-max)",
+        )
 
 
 def window_bytes_of(snapshot: Snapshot, tenant: str, schema: EventSchema) -> int:
-    """What the windows that the tenant asks for take of each customer's row."""
-    return window_bytes(snapshot.definitions, tenant, manifests_of(snapshot, tenant), schema)
+    """What the windows take of each customer's row that the tenant shares, or that its models use which run."""
+    entries = [entry for name, entry in snapshot.models.items() if name.tenant == tenant]
+    return _window_bytes(snapshot.definitions, tenant, [one for entry in entries for one in entry.running], schema)
 
 
-def window_bytes(definitions: Definitions, tenant: str, models: Iterable[Manifest], schema: EventSchema) -> int:
+def _window_bytes(
+    definitions: Definitions, tenant: str, models: Iterable[Manifest], schema: EventSchema, enough: int = 0
+) -> int:
     """As if no other tenant had any; those of features that it shares are its own, whoever uses them, and those of the
-    operator's profile are nobody's."""
+    operator's profile are nobody's, which is not looked at where all is `enough`."""
     asked = definitions.aggregates_of(tenant).union(*(manifest.aggregates for manifest in models))
+    taken = SLOT_BYTES * window_slots(asked)
+    if taken <= enough:
+        return taken
     return SLOT_BYTES * window_slots(asked - set(evaluate_profile(schema).values()))
 
 
-def manifests_of(snapshot: Snapshot, tenant: str) -> list[Manifest]:
-    """Of the tenant's models: what is live, and what may be next."""
+def _agreed(snapshot: Snapshot, tenant: str, but: ModelName | None = None) -> list[Manifest]:
+    """Of the tenant's models: what runs, and what has passed and is to. What may still fail counts once it passes."""
     found: list[Manifest] = []
-    for name, entry in sorted(snapshot.models.items()):
-        if name.tenant == tenant:
-            found += _manifests(entry)
+    for name, entry in snapshot.models.items():
+        if name.tenant == tenant and name != but:
+            newest = entry.newest
+            if newest is not None and newest.manifest is not None and newest.state in ("passed", "rolling out"):
+                found.append(newest.manifest)
+            found += [*entry.running, *entry.coming]
     return found
 
 
@@ -112,11 +123,7 @@ def models_of(snapshot: Snapshot, tenant: str) -> dict[ModelName, int]:
 
 def _stored_bytes(entry: Entry) -> int:
     """Of the larger of what is live and what may be next; 0 when there is neither."""
-    return max((one.stored_bytes for one in _manifests(entry)), default=0)
-
-
-def _manifests(entry: Entry) -> list[Manifest]:
     newest = entry.newest
     coming = newest.manifest if newest is not None and newest.state not in _ENDED else None
     live = entry.live.manifest if entry.live is not None else None
-    return [one for one in (coming, live) if one is not None]
+    return max((one.stored_bytes for one in (coming, live) if one is not None), default=0)

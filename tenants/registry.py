@@ -118,8 +118,20 @@ class Entry:
     staged: Staged | None = None
     history: tuple[StageChange, ...] = ()
     """The last changes, the newest last."""
-    reserve: tuple[Manifest, ...] = ()
-    """Of the catalog's versions that do not run here and may come to."""
+    coming: tuple[Manifest, ...] = ()
+    """Of the catalog's versions that do not run here and are to, or do on other nodes."""
+    fallback: Manifest | None = None
+    """Of the catalog's version that is live again once the live one fails."""
+
+    @property
+    def running(self) -> list[Manifest]:
+        return [one.manifest for one in (self.live, self.staged) if one is not None]
+
+    @property
+    def reserve(self) -> list[Manifest]:
+        """What may come to run in place of what does."""
+        before = self.previous.manifest if self.previous is not None else self.fallback
+        return [*self.coming] if before is None else [*self.coming, before]
 
     @property
     def empty(self) -> bool:
@@ -198,12 +210,15 @@ class Snapshot:
 
     def settings(self, tenant: str) -> TenantSettings:
         """Those that hold for the tenant, known already or not."""
-        return self.tenants.get(tenant) or self.granted(TenantSettings(tenant))
+        known = self.tenants.get(tenant)
+        return known or self.trial_settings(tenant)
 
     def trial_settings(self, tenant: str) -> TenantSettings:
         """Those for a trial: what this node's tenant.toml asks for, also while the cluster has yet to hear of it."""
         asked = self.shared.asked.get(tenant) if self.shared is not None else None
-        return self.settings(tenant) if asked is None else self.granted(asked.settings)
+        if asked is None:
+            return self.tenants.get(tenant) or self.granted(TenantSettings(tenant))
+        return self.granted(asked.settings)
 
     def granted(self, settings: TenantSettings) -> TenantSettings:
         """Under the tenant's quota, if it has one."""
@@ -219,9 +234,7 @@ class Snapshot:
     @property
     def reserve(self) -> tuple[Manifest, ...]:
         """What does not run and may come to, in place of what does: customers' rows keep what they hold for it."""
-        entries = [entry for _, entry in sorted(self.models.items())]
-        previous = [entry.previous.manifest for entry in entries if entry.previous is not None]
-        return (*previous, *(manifest for entry in entries for manifest in entry.reserve))
+        return tuple(manifest for _, entry in sorted(self.models.items()) for manifest in entry.reserve)
 
     def on_trial(self, name: ModelName, version: str) -> bool:
         newest = self.models[name].newest if name in self.models else None

@@ -64,7 +64,11 @@ class StagedPlan:
 
     @property
     def needs(self) -> RowNeeds:
-        return needs_of(self._models, self.compiled.aggregates) | self._reserve
+        return needs_of(self._models, self.compiled.aggregates)
+
+    @property
+    def reserve(self) -> RowNeeds:
+        return self._reserve
 
     def with_reserve(self, manifests: Sequence[Manifest], definitions: Definitions) -> StagedPlan:
         """The same plan, where these versions may come into it."""

@@ -189,7 +189,7 @@ def agreed(snapshot: Snapshot, before: Shared, event: Agreed, schema: EventSchem
         live, unserved = _agreed_live(entry, before, shared, event, schema, (definitions, unchanged))
         staged = _agreed_staged(entry, live, shared, event, schema, (definitions, unchanged))
         after = Entry(name, live, newest, unserved, staged=staged, history=event.models.histories.get(name, ()))
-        after = replace(after, reserve=_agreed_reserve(entry, after, shared, schema, (definitions, unchanged)))
+        after = _with_reserve(entry, after, shared, schema, (definitions, unchanged))
         actions.extend(_swapped(entry, after))
         if not after.empty:
             models[name] = after
@@ -307,24 +307,29 @@ def _agreed_staged(
     return replace(staged, stage=agreed.stage, since_ms=agreed.at_ms, who=agreed.who, reason=agreed.reason)
 
 
-def _agreed_reserve(
+def _with_reserve(
     before: Entry, entry: Entry, shared: Shared, schema: EventSchema, defined: tuple[Definitions, bool]
-) -> tuple[Manifest, ...]:
-    """Beside a live version: what is to follow it, or would again, and what this node can't run. One that can't be read
-    here is left out."""
-    if entry.live is None and entry.unserved is None:
-        return ()
+) -> Entry:
+    """With what is to run, or runs on other nodes, and what would run again. What can't be read here is left out."""
     definitions, unchanged = defined
+    known = {one.text: one for one in before.reserve if unchanged or not one.shared_values}
     running = {one.version.version for one in (entry.live, entry.staged) if one is not None}
-    known = {manifest.text: manifest for manifest in before.reserve if unchanged or not manifest.shared_values}
-    found: list[Manifest] = []
-    for version in shared.versions.get(entry.name, {}).values():
-        if version.version in running or not (version.fallback or version.state in ("passed", "staged", "live")):
-            continue
-        manifest = known.get(version.manifest.encode())
+
+    def read(version: AgreedVersion) -> Manifest | None:
         with contextlib.suppress(ManifestError):
-            found.append(manifest or read_version(version, schema, definitions.resolver(entry.name.tenant)).manifest)
-    return tuple(found)
+            resolver = definitions.resolver(entry.name.tenant)
+            return known.get(version.manifest.encode()) or read_version(version, schema, resolver).manifest
+        return None
+
+    versions = [one for one in shared.versions.get(entry.name, {}).values() if one.version not in running]
+    coming = [read(one) for one in versions if one.state in ("passed", "staged", "live")]
+    has_live = entry.live is not None or entry.unserved is not None
+    fallback = next((one for one in versions if one.fallback), None) if has_live else None
+    return replace(
+        entry,
+        coming=tuple(one for one in coming if one is not None),
+        fallback=None if fallback is None else read(fallback),
+    )
 
 
 def _same_text(one: AgreedVersion | None, other: AgreedVersion) -> bool:

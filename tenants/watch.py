@@ -225,6 +225,10 @@ class ModelWatcher:
             if newest is not None and newest.state == "refused" and not newest.version and tenant in ("", name.tenant):
                 self._seen.pop(name, None)
                 self._wake.set()
+        for other in self._snapshot.refused_features:
+            if tenant in ("", other):
+                self._seen.pop(f"{other}/{FEATURES_FILE}", None)
+                self._wake.set()
 
     def statistics(self) -> WatchStatistics:
         return WatchStatistics(
@@ -358,15 +362,19 @@ class ModelWatcher:
         for tenant, signature in found.tenants.items():
             key = f"{tenant}/{TENANT_FILE}"
             if self._publishing is None and tenant not in self._snapshot.tenants:
-                await self._apply(TenantSeen(TenantSettings(tenant)))
+                await self._apply(TenantSeen(self._usual(tenant)))
             if signature is None and tenant in found.unseen & self._snapshot.watched_tenants:
                 continue
             if self._settled(key, signature, now):
                 seen = await self._tenant_seen(tenant, signature)
                 if seen is None and tenant not in self._snapshot.tenants:
-                    seen = TenantSeen(TenantSettings(tenant))  # its models need not wait until the file is mended
+                    seen = TenantSeen(self._usual(tenant))  # its models need not wait until the file is mended
                 if seen is not None:
                     await self._apply(seen)
+
+    def _usual(self, tenant: str) -> TenantSettings:
+        """Those of a tenant that asks for nothing."""
+        return parse_tenant(TENANT_FILE, tenant, b"", self._settings.caps)
 
     async def _tenant_seen(self, tenant: str, signature: Signature | None) -> TenantSeen | None:
         """The settings, told to the tenant; None when they are wrong, and those from before stay."""
@@ -374,7 +382,7 @@ class ModelWatcher:
         if signature is None:
             self._settings_told.pop(tenant, None)
             await self._statuses.write(ModelName(tenant, SETTINGS))
-            return TenantSeen(TenantSettings(tenant), "", first)
+            return TenantSeen(self._usual(tenant), "", first)
         seen = None
         try:
             text, settings = await asyncio.to_thread(self._read_tenant, tenant)
@@ -543,10 +551,7 @@ class ModelWatcher:
 
     def _reconsider(self) -> None:
         """Look again at what was refused for what others had then: it may be right beside what they have now."""
-        for tenant in {name.tenant for name in self._snapshot.models}:
-            self.look_again(tenant)
-        for tenant in self._snapshot.refused_features:
-            self._seen.pop(f"{tenant}/{FEATURES_FILE}", None)
+        self.look_again()
         self._wake.set()
 
     async def _write_statuses(self, names: Iterable[ModelName]) -> None:
@@ -651,7 +656,7 @@ class ModelWatcher:
                 settings = parse_tenant(TENANT_FILE, tenant, text.encode(), self._settings.caps)
             except ManifestError as error:
                 log.error("the cluster's settings of a tenant can't be read here", tenant=tenant, error=str(error))
-                settings = TenantSettings(tenant)
+                settings = self._usual(tenant)
             known = self._agreed_settings[tenant] = text, settings
         return known[1].granted(quota.limits())
 

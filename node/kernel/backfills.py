@@ -1,7 +1,7 @@
 """(P) How far windows are filled from history, as frames and the store hold it, and the one encoding of that.
 
 Windows that are filled are groups of the row layout of their own, which events pass by until they are `done`: see
-`node.backfilling`. A group goes by its number among all groups of the layout, which only grow.
+`node.backfilling`. A group goes by its number, which no other group of the layout ever has.
 """
 
 from __future__ import annotations

@@ -56,12 +56,12 @@ FRAME_BYTES_MAX = 1024 * MIB
 ROW_SLOTS_MAX = 4096
 """32 KiB a customer; a manifest that would need more is refused."""
 ROW_REDUCTION_MS_MIN = 600_000
-"""Between two times that slots are taken back from a partition's rows: each time the cached rows are converted, and
-those that are stored are read at half the speed until they change."""
+"""Between two times that a trial may have slots taken back from a partition's rows: each time the cached rows are
+converted, and those that are stored take a few times as long to read until they change."""
 ROW_REDUCTIONS_MAX = 65_536
-"""Of a partition for ever: each leaves about half a kilobyte in the layout."""
-LAYOUTS_CARRIED_MAX = 64
-"""Earlier layouts of which it is remembered where their slots are now: 16 KiB each."""
+"""Of a partition for ever: each leaves some bytes in the layout for each run of slots that it kept, 5 KB at worst."""
+LAYOUTS_CARRIED_MAX = 256
+"""Earlier layouts of which it is remembered where their slots are now: 64 KiB each at most."""
 ROW_CACHE_BYTES_MAX = 256 * MIB
 """Of each partition; the operator sets less or more in the config."""
 WINDOW_MS_MAX = 400 * 24 * 3600 * 1000

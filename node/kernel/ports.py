@@ -143,7 +143,12 @@ class FeaturePlan(Protocol):
 
     @property
     def needs(self) -> RowNeeds:
-        """What rows must go on holding: for its models, and for what may run in their place, as after a rollback."""
+        """What rows must hold for its models."""
+        ...
+
+    @property
+    def reserve(self) -> RowNeeds:
+        """What they must go on holding for versions that may run in their place, as after a rollback."""
         ...
 
     @property

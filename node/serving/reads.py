@@ -229,7 +229,9 @@ def _inference(
     is_live = live is not None and live.short_version == version
     names = live.outputs if live is not None and is_live else tuple(slots.outputs)
     labels = live.labels if live is not None and is_live else ()
-    values = {output: float(row[slots.outputs[output]]) for output in names}
+    values = {
+        output: float(row[slots.outputs[output]]) if output in slots.outputs else float("nan") for output in names
+    }
     yield Inference(
         tenant=name.tenant,
         model=name.model,

@@ -14,9 +14,12 @@ whose number is the time of the event that began it (`node.state.sessions`).
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
+from itertools import accumulate
+from typing import TypeAlias
 
 import msgspec
 import numpy as np
@@ -37,6 +40,9 @@ from node.state.generations import (
     aggregates_added,
     windows_added,
 )
+
+_Carried: TypeAlias = tuple[Ints, Ints]
+"""Slots of a layout, and which of an earlier one's each of them was."""
 
 NO_TILE = -(2.0**50)
 """Head of a group that has seen nothing: older than the tile of any event."""
@@ -118,7 +124,12 @@ class Layout:
 
     @property
     def id(self) -> int:
-        return sum(len(past.sizes) for past in self.past) + len(self.generations)
+        return self.base_id + len(self.generations)
+
+    @cached_property
+    def base_id(self) -> int:
+        """That of the layout which the last reduction gave; 0 without one."""
+        return sum(len(past.sizes) for past in self.past)
 
     @cached_property
     def _placed(self) -> _Placed:
@@ -132,7 +143,7 @@ class Layout:
     def row_bytes(self) -> int:
         return self.slots * 8
 
-    @property
+    @cached_property
     def sizes(self) -> tuple[int, ...]:
         """Slots of a row under each layout from the empty one to this, by id."""
         return (*(size for past in self.past for size in past.sizes), *self._placed.sizes)
@@ -258,39 +269,42 @@ class Layout:
     def carry(self, layout_id: int, written: Floats, into: Floats, at: Ints) -> None:
         """Take rows [customers, slots then] of this or an earlier layout into rows `at` [customers] of `into`
         [any, slots], which are `initial` there."""
-        if layout_id >= self.id - len(self.generations):
+        if layout_id >= self.base_id:
             into[at, 1 : written.shape[1]] = written[:, 1:]
             return
         here, there = self._carried(layout_id)
         into[at[:, None], here] = written[:, there]
 
-    def _carried(self, layout_id: int) -> tuple[Ints, Ints]:
-        """Slots of this layout, and which of the earlier one's each of them was."""
-        known = self._carried_before
-        if layout_id not in known:
+    def _carried(self, layout_id: int) -> _Carried:
+        """Where the slots of a row of a layout before the base are now."""
+        number = bisect_right(self._firsts, layout_id) - 1
+        here, there = self._carried_from(number)
+        held = there < self.past[number].sizes[layout_id - self._firsts[number]]
+        return here[held], there[held]
+
+    def _carried_from(self, number: int) -> _Carried:
+        """The same of the last layout before that reduction."""
+        known = self._known
+        nearest = next((at for at in range(number, len(self.past)) if at in known), len(self.past))
+        here, there = known.get(nearest, (np.arange(self._placed.sizes[0]),) * 2)
+        for at in range(nearest - 1, number - 1, -1):
+            past, base_slots = self.past[at], self.past[at + 1].sizes[0] if at + 1 < len(self.past) else len(here)
+            moved = np.concatenate([[0], *(np.arange(slot, slot + count) for slot, count in past.runs)])
+            there = moved[np.where(there < base_slots, there, 0)]
+            here, there = here[there > 0], there[there > 0]
             if len(known) >= LAYOUTS_CARRIED_MAX:
-                known.clear()
-            sources = self._sources(layout_id)
-            here = np.flatnonzero(sources > 0)
-            known[layout_id] = here, sources[here]
-        return known[layout_id]
+                del known[next(iter(known))]
+            known[at] = here, there
+        return here, there
 
     @cached_property
-    def _carried_before(self) -> dict[int, tuple[Ints, Ints]]:
+    def _known(self) -> dict[int, _Carried]:
         return {}
 
-    def _sources(self, layout_id: int) -> Ints:
-        """int64 [slots of the base]: which slot of a row of a layout before the base it was; -1: none."""
-        first = self.id - len(self.generations)
-        found = np.arange(self._placed.sizes[0])
-        for past in reversed(self.past):
-            first -= len(past.sizes)
-            moved = np.concatenate([[0], *(np.arange(slot, slot + count) for slot, count in past.runs)])
-            found = np.where(found < 0, -1, moved[np.maximum(found, 0)])
-            found[found >= past.sizes[max(0, layout_id - first)]] = -1
-            if layout_id >= first:
-                break
-        return found
+    @cached_property
+    def _firsts(self) -> list[int]:
+        """The id of the first layout after each reduction, from the empty one on."""
+        return list(accumulate((len(past.sizes) for past in self.past[:-1]), initial=0))
 
     def _with(self, generation: Generation) -> Layout:
         layout = replace(self, generations=(*self.generations, generation))

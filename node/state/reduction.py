@@ -30,16 +30,16 @@ def reduced(layout: Layout, needs: RowNeeds, at_ms: int) -> Layout:
     pivots = _pivots(layout, kept.values())
     outputs, marks = _outputs(layout, needs), [name for name in layout.marks if name in needs.models]
     base = Base(
-        tuple(WindowAdded(group.window_ms, parts) for group, parts in groups),
-        tuple(sorted(kept)),
-        layout.number_next,
-        tuple(pivots),
-        tuple(outputs),
-        tuple(MarkAdded(name.tenant, name.model) for name in marks),
-        _places(layout.located, kept),
-        _places(layout.awaiting, kept),
-        tuple(number for number in sorted(kept) if number in layout.pending),
-        at_ms,
+        windows=tuple(WindowAdded(group.window_ms, parts) for group, parts in groups),
+        numbers=tuple(sorted(kept)),
+        number_next=layout.number_next,
+        pivots=tuple(pivots),
+        outputs=tuple(outputs),
+        marks=tuple(MarkAdded(name.tenant, name.model) for name in marks),
+        located=_places(layout.located, kept),
+        awaiting=_places(layout.awaiting, kept),
+        pending=tuple(number for number in sorted(kept) if number in layout.pending),
+        at_ms=at_ms,
     )
     slots = [slot for group, parts in groups for slot in _slots_of(group, parts)]
     slots += [layout.pivots[source] for source in pivots]
@@ -49,23 +49,19 @@ def reduced(layout: Layout, needs: RowNeeds, at_ms: int) -> Layout:
     slots += [layout.marks[name] for name in marks]
     if len(slots) + 1 == layout.slots:
         return layout
-    before = sum(len(past.sizes) for past in layout.past)
-    past = Past(layout.sizes[before:], _runs(slots))
+    past = Past(layout.sizes[layout.base_id :], _runs(slots))
     return replace(layout, generations=(), base=base, past=(*layout.past, past))
 
 
 def _kept(layout: Layout, aggregates: Collection[Aggregate]) -> dict[int, set[Accumulator]]:
-    """What of each group is needed to read these, by number; of one that is filled for one of them, all."""
+    """What of each group is needed to read these, by number."""
     found: dict[int, set[Accumulator]] = {}
     for aggregate in aggregates:
         located, awaited = layout.located.get(aggregate), layout.awaiting.get(aggregate)
         for number in {located, awaited} - {None}:
             assert number is not None
-            group = layout.numbered[number]
-            if number in layout.pending:
-                found[number] = set(group.accumulators)
-            else:
-                found.setdefault(number, {NEWEST} if group.session else set()).update(accumulators_of(aggregate))
+            kept = found.setdefault(number, {NEWEST} if layout.numbered[number].session else set())
+            kept.update(accumulators_of(aggregate))
     return found
 
 

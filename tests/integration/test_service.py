@@ -18,7 +18,7 @@ from waiting import until
 from node.kernel.clock import SystemClock
 from node.kernel.errors import StoreUnavailable, WorkerLost
 from node.kernel.supervise import Supervisor
-from node.kernel.types import Aggregate, EventSchema, FeatureRows, ModelName
+from node.kernel.types import Aggregate, EventSchema, FeatureRows, ModelName, StoredOutput
 from replication.blobs import BlobStore
 from tenants.sandbox import SandboxSettings
 from tenants.service import ServiceSettings, TenantService
@@ -177,19 +177,25 @@ async def test_what_no_model_needs_any_more_is_removed(node: Node) -> None:
 
 async def test_the_plan_needs_what_the_version_before_would(node: Node) -> None:
     def counting(days: int) -> bytes:
-        return b'on = ["transaction"]\n[features]\ncount = "count(transaction, \'%dd\')"\n' % days
+        text = b'on = ["transaction"]\noutput = "score%d"\n[features]\ncount = "count(transaction, \'%dd\')"\n'
+        return text % (days, days)
 
     node.drop(manifest=counting(1))
     service = await node.start()
     windows = [Aggregate("count", "transaction", "", days * 86_400_000) for days in (1, 2, 3)]
 
     def needed() -> list[bool]:
-        return [window in service.plan().needs.aggregates for window in windows]
+        needs = service.plan().needs | service.plan().reserve
+        return [window in needs.aggregates for window in windows]
 
     await until(lambda: needed() == [True, False, False])
     node.drop(manifest=counting(2))
     await until(lambda: needed() == [True, True, False])
-    assert service.plan().needs.models == {BID}
+    assert service.plan().reserve.outputs == {StoredOutput(BID, "score1")}
+    other = ModelName("ads", "other")
+    node.drop(other)
+    await until(lambda: node.live(other))
+    assert needed() == [True, True, False], "though another model changed"
     node.drop(manifest=counting(3))
     await until(lambda: needed() == [False, True, True])
     await node.stop()

@@ -253,7 +253,7 @@ async def test_a_model_that_no_row_can_hold_beside_the_live_ones_is_refused(node
     await node.start()
     node.drop(BID, model=model_file(), manifest=windowed(range(10, 55)))
     await until(lambda: node.status().get("state") == "live")
-    other = ModelName("ads", "other")
+    other = ModelName("bank", "other")
     node.drop(other, model=model_file(), manifest=windowed(range(60, 105)))
     await until(lambda: node.status(other).get("state") == "refused")
     assert "other.toml" in str(node.status(other)["problems"])

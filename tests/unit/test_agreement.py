@@ -304,12 +304,28 @@ def test_a_node_keeps_for_what_may_come_to_run_in_place_of_what_does() -> None:
     assert all(node.snapshot.reserve == () for node in nodes)
 
 
+def test_a_node_keeps_for_what_is_to_go_live_and_for_nothing_without_a_live_version() -> None:
+    def heard(*versions: AgreedVersion) -> Snapshot:
+        return apply(Snapshot(shared=Shared()), Agreed(AgreedModels(1, versions, {}), {}, 1), SCHEMA)[0]
+
+    live, passed = agreed_version(BID, (manifest(), 1)), agreed_version(BID, (manifest("event.shop"), 2), "passed")
+    before = dataclasses.replace(agreed_version(BID, (manifest("count(search)"), 3), "retired"), fallback=True)
+    assert [one.text for one in heard(live, passed, before).reserve] == [
+        passed.manifest.encode(),
+        before.manifest.encode(),
+    ]
+    unlike = agreed_version(BID, (b'output = "other"\n' + manifest(), 4), "staged")
+    assert [one.text for one in heard(live, unlike).reserve] == [unlike.manifest.encode()]
+    assert heard(before).models == {}
+
+
 def test_a_node_keeps_for_a_live_version_that_it_can_not_run() -> None:
     unfit = {BID: "a row is too long"}
     version = agreed_version(BID, (manifest(), 1))
     snapshot, _ = apply(Snapshot(shared=Shared()), Agreed(AgreedModels(1, (version,), {}), {}, 1, unfit), SCHEMA)
     assert snapshot.live == ()
     assert [one.name for one in snapshot.reserve] == [BID]
+    assert snapshot.models[BID].coming == snapshot.reserve, "it counts as one that runs"
 
 
 def test_a_version_that_cannot_be_read_here_is_told_and_in_no_plan() -> None:

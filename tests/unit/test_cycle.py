@@ -6,8 +6,10 @@ from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
+import pytest
 import structlog.testing
 
+import node.backfilling
 from node.backfilling import Backfilling
 from node.backlog import Backlog
 from node.commit import Committer
@@ -21,7 +23,7 @@ from node.kernel.clock import Clock, ManualClock, SystemClock
 from node.kernel.limits import COUNTERS_FORMER_MAX, ROW_REDUCTION_MS_MIN
 from node.kernel.ports import FeaturePlan
 from node.kernel.supervise import Supervisor
-from node.kernel.types import ModelName, ModelVersion, RowNeeds, StagedVersion
+from node.kernel.types import ModelName, ModelVersion, StagedVersion
 from node.outbox import Outbox, OutputTopics
 from node.outgoing import Origin
 from node.room import room_problem
@@ -193,14 +195,43 @@ async def test_slots_that_nothing_needs_are_taken_back_when_rows_have_no_room() 
     parts.state.cache.load(["customer"])
 
 
-async def test_slots_are_not_taken_back_all_the_time() -> None:
-    clock = ManualClock()
+async def test_slots_are_not_taken_back_for_each_trial_but_for_what_is_to_run() -> None:
+    clock = ManualClock(10**12)
     parts = Parts(clock=clock)
-    for number, newest in enumerate((V1, V2, V1, V1)):
+
+    def problem(pair: tuple[ModelVersion, Manifest], at: Parts = parts) -> str:
+        now, fills = staged_plan(OTHER), at.state.backfilling
+        return room_problem(staged_plan(pair), parts.state.layout, fills.previewed, fills.reduced_rarely, now)
+
+    for newest in (V1, V2):
+        assert problem(newest) == ""
         parts.newest, parts.state.plan = staged_plan(newest), None
-        fits = parts.cycle._plan() is parts.newest
-        assert fits == (number != 2), "a second time within ten minutes"
-        clock.advance(ROW_REDUCTION_MS_MIN // 2 + 1)
+        assert parts.cycle._plan() is parts.newest
+    assert "ROW_SLOTS_MAX" in problem(V1), "a second time within ten minutes"
+    assert problem(V1, Parts(clock=ManualClock())) == "", "by a clock that was set back"
+    clock.advance(ROW_REDUCTION_MS_MIN)
+    assert problem(V1) == ""
+    parts.newest, parts.state.plan = staged_plan(V1), None
+    assert parts.cycle._plan() is parts.newest
+    parts.newest, parts.state.plan = staged_plan(V2), None
+    assert parts.cycle._plan() is parts.newest, "what was tried on another node waits for nothing"
+
+
+async def test_slots_are_not_taken_back_without_end(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(node.backfilling, "ROW_REDUCTIONS_MAX", 1)
+    parts = Parts()
+    for newest, fits in ((V1, True), (V2, True), (V1, False)):
+        parts.newest, parts.state.plan = staged_plan(newest), None
+        assert (parts.cycle._plan() is parts.newest) == fits
+
+
+async def test_what_only_the_plan_before_would_fall_back_to_goes_for_what_is_to_run() -> None:
+    parts = Parts()
+    parts.newest = staged_plan(OTHER).with_reserve([V1[1]], NOTHING_SHARED)
+    parts.state.layout = parts.state.backfilling.grown(staged_plan(V1, OTHER), parts.state.layout)
+    parts.cycle._plan()
+    parts.newest = staged_plan(V2, OTHER)
+    assert parts.cycle._plan() is parts.newest
 
 
 async def test_what_runs_already_has_room_before_what_is_new_whatever_its_name() -> None:
@@ -238,13 +269,14 @@ async def test_a_partition_tells_whether_it_has_room_for_a_candidate() -> None:
     parts.cycle._plan()
     layout, fills = parts.state.layout, parts.state.backfilling
 
-    def problem(pair: tuple[ModelVersion, Manifest], needs: RowNeeds) -> str:
-        return room_problem(staged_plan(pair), layout, fills.previewed, fills.reduced, needs)
+    def problem(pair: tuple[ModelVersion, Manifest], now: FeaturePlan) -> str:
+        return room_problem(staged_plan(pair), layout, fills.previewed, fills.reduced_rarely, now)
 
-    needed = parts.newest.needs
-    assert "ROW_SLOTS_MAX" in problem(V2, needed)
-    assert problem(OTHERS_NEXT, needed) == problem(V1, needed) == ""
-    assert problem(V2, staged_plan(OTHER).needs) == "", "once its model is gone its slots are taken back"
+    now = parts.newest
+    assert "ROW_SLOTS_MAX" in problem(V2, now)
+    assert problem(OTHERS_NEXT, now) == problem(V1, now) == ""
+    assert "ROW_SLOTS_MAX" in problem(V2, staged_plan(OTHER).with_reserve([V1[1]], NOTHING_SHARED))
+    assert problem(V2, staged_plan(OTHER)) == "", "once its model is gone its slots are taken back"
     assert parts.state.layout is layout
 
 

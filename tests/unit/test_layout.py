@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import random
 
+import msgspec
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -92,6 +93,12 @@ def test_tiles_cover_the_window(window_ms: int) -> None:
 
 def test_tile_widths_divide_each_other() -> None:
     assert all(wide % narrow == 0 for narrow, wide in itertools.pairwise(TILE_WIDTHS_MS))
+
+
+def test_a_layout_that_only_grew_is_read_by_releases_before_there_were_reductions() -> None:
+    layout = Layout.empty().grown([Aggregate("count", "a", "", HOUR)], ())
+    assert msgspec.msgpack.decode(layout.encode()).keys() == {"format", "generations"}
+    assert msgspec.msgpack.decode(layout.encode())["format"] == 1
 
 
 def test_bounds_are_named() -> None:

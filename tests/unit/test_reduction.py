@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 from dataclasses import replace
 
+import msgspec
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -13,9 +14,10 @@ from reference import Event
 from test_fold import FILTERS, START_MS, STEPS_MS, TYPES, aggregates, columns
 from test_layout import FRAUD, model
 
+from node.interval_rows import write_marks
 from node.kernel.errors import StateCorrupt
 from node.kernel.limits import LAYOUTS_CARRIED_MAX
-from node.kernel.types import Aggregate, Floats, Frame, ModelName, RowNeeds, StoredOutput
+from node.kernel.types import Aggregate, Floats, Frame, ModelName, RowNeeds, Schedule, StoredOutput
 from node.kernel.windows import window_slots
 from node.state.cache import RowCache
 from node.state.codec import images, pack, unpack
@@ -52,7 +54,7 @@ def folded(layout: Layout, rows: Floats, events: list[Event]) -> None:
 
 def values(layout: Layout, rows: Floats, needs: RowNeeds) -> dict[str, bytes]:
     """All that is needed, as of some moments."""
-    found = {}
+    found = {f"mark {name}": rows[layout.marks[name]].tobytes() for name in sorted(needs.models & layout.marks.keys())}
     for moment in (START_MS, START_MS + HOUR, START_MS + 50 * 24 * HOUR):
         times_ms = np.full(len(CUSTOMERS), moment)
         there = [aggregate for aggregate in sorted(needs.aggregates) if layout.locate(aggregate) is not None]
@@ -86,7 +88,7 @@ steps = st.lists(
 @given(steps, st.integers(0, 2**32))
 def test_what_is_needed_reads_as_if_nothing_had_been_taken_back(steps: list[tuple[str, list]], seed: int) -> None:
     chance = random.Random(seed)
-    versions = [model(("p", "q")), model(("r",), name=OTHER)]
+    versions = [model(("p", "q")), replace(model(("r",), name=OTHER), schedule=Schedule(900_000))]
     layout = whole = Layout.empty().grown([], versions)
     rows, whole_rows = (np.ascontiguousarray(np.tile(layout.initial[:, None], len(CUSTOMERS))) for _ in range(2))
     needs = RowNeeds(outputs=frozenset(OUTPUTS))
@@ -111,6 +113,7 @@ def test_what_is_needed_reads_as_if_nothing_had_been_taken_back(steps: list[tupl
             assert reduced(layout, needs, 6) is layout, "there is nothing left to take"
         layout = Layout.decode(layout.encode())
         rows, whole_rows = unpack(layout, pack(rows)), unpack(whole, pack(whole_rows))
+        assert needs.models & whole.marks.keys() <= layout.marks.keys()
         assert (rows[0].view("<u8") == layout.initial[:1].view("<u8")).all()
         assert values(layout, rows, needs) == values(whole, whole_rows, needs), kind
         events = events_of(chance, chance.randrange(12))
@@ -125,6 +128,8 @@ def test_what_is_needed_reads_as_if_nothing_had_been_taken_back(steps: list[tupl
             row = np.array([[chance.random() for _ in version.outputs]])
             write_outputs(layout, rows, version, at, times_ms, row)
             write_outputs(whole, whole_rows, version, at, times_ms, row)
+            for under, written in ((layout, rows), (whole, whole_rows)):
+                write_marks(under, written, version.name, at, row[0, :1])
         there = RowNeeds(
             frozenset(aggregate for aggregate in needs.aggregates if layout.locate(aggregate) is not None),
             frozenset(
@@ -232,4 +237,5 @@ def test_a_store_with_rows_of_many_layouts_is_read_whole() -> None:
     group = layout.locate(SUM)
     assert group is not None
     assert [found[group.head_slot : group.last_slot, place].tobytes() for place in range(len(due))] == due
+    assert msgspec.msgpack.decode(layout.encode())["format"] == 2, "a release that can't read it must not"
     assert len(layout.encode()) < 200 * len(due), "what stays of each layout before is little"

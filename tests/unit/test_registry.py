@@ -353,6 +353,60 @@ def test_windows_over_the_quota_are_refused_unless_they_take_no_more_than_before
     assert isinstance(run.seen(ModelName("new", "m"), manifest(month, week, day), 6)[0], StartTrial), "another tenant"
 
 
+def counting(*days: int) -> bytes:
+    return manifest(*(f"count(transaction, '{day}d')" for day in days))
+
+
+def test_what_may_still_fail_its_trial_neither_counts_nor_makes_room_for_more() -> None:
+    run = Run()
+    run(TenantSeen(TenantSettings("ads", window_bytes_max=260)))
+    run.seen(BID, counting(30, 7), 1)
+    run.passed(BID)
+    run.seen(BID, counting(60, 50), 2)
+    other = ModelName("ads", "other")
+    assert isinstance(run.seen(other, counting(30), 3)[0], StartTrial), "the update may fail yet"
+    assert CountRefusal("ads", "window_bytes_max") in run.seen(BID, counting(60, 50, 40), 4)
+    assert CountRefusal("ads", "window_bytes_max") in run.seen(other, counting(60, 50), 5)
+    assert isinstance(run.seen(other, counting(30), 6)[0], StartTrial)
+    assert isinstance(run.seen(BID, counting(60, 50), 7)[0], StartTrial)
+    run.passed(BID)
+    run.passed(other)
+    assert "all of tenant ads" in problems(run, other), "which beside this update is too much"
+
+
+def test_what_waits_for_another_model_makes_no_room_for_more() -> None:
+    run = Run()
+    run(TenantSeen(TenantSettings("ads", window_bytes_max=260)))
+    run.seen(BID, counting(30), 1)
+    run.passed(BID)
+    other = ModelName("ads", "other")
+    run.seen(other, manifest("models.grocery.fraud.score", "count(transaction, '60d')"), 2)
+    assert run.state(other) == "waiting"
+    assert isinstance(run.seen(BID, counting(30, 90), 3)[0], StartTrial)
+    assert CountRefusal("ads", "window_bytes_max") in run.seen(BID, counting(30, 60, 90), 4)
+
+
+def test_a_version_beside_the_live_one_counts_with_it() -> None:
+    run = Run()
+    run(TenantSeen(TenantSettings("ads", window_bytes_max=260)))
+    run.seen(BID, counting(30, 7), 1)
+    run.passed(BID)
+    shadow = counting(60, 50) + b'[rollout]\nstages = [{ stage = "shadow" }]\n'
+    assert CountRefusal("ads", "window_bytes_max") in run.seen(BID, shadow, 2)
+    assert isinstance(run.seen(BID, shadow.replace(b"50d", b"30d").replace(b"60d", b"7d"), 3)[0], StartTrial)
+
+
+def test_windows_of_the_profile_are_nobodys() -> None:
+    schema = EventSchema(SCHEMA.types, SCHEMA.fields, {"orders": "count(transaction, '30d')"})
+    snapshot, _ = apply(Snapshot(), TenantSeen(TenantSettings("ads", window_bytes_max=125)), schema)
+    for text, state in (
+        (manifest("profile.orders", "count(transaction, '30d')", "count(transaction, '7d')"), "candidate"),
+        (manifest("profile.orders", "count(transaction, '60d')"), "refused"),
+    ):
+        snapshot, _ = apply(snapshot, PairSeen(BID, text, blob(1), 1), schema)
+        assert status(snapshot, BID)["state"] == state
+
+
 def test_what_a_version_falls_back_to_is_kept_for_until_its_model_is_gone() -> None:
     run = Run()
     assert run.snapshot.reserve == ()

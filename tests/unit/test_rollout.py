@@ -118,6 +118,22 @@ def test_the_newest_version_goes_live_once_all_hold_it(history: list[tuple[Catal
         assert retired <= limits.VERSIONS_RETIRED_MAX
 
 
+def test_no_more_versions_are_kept_than_may_be_with_the_one_that_would_be_fallen_back_to() -> None:
+    catalog = start(("m",))
+    for number in range(1, 12):
+        catalog = apply(catalog, put(catalog, "m", f"{number:064x}"))
+        for blob in list(catalog.holders):
+            for node in NODES:
+                catalog = apply(catalog, hold(catalog, node, blob))
+        while commands := rollout(catalog, NODES):
+            for command in commands:
+                catalog = apply(catalog, command)
+        model = catalog.models["t/m"]
+        retired = [one for one in model.versions.values() if one.state == "retired"]
+        assert len(retired) == min(number, limits.VERSIONS_RETIRED_MAX)
+        assert number == 1 or model.fallback in retired
+
+
 def test_a_node_that_is_there_without_the_file_holds_it_up_and_one_that_left_does_not() -> None:
     catalog = start(("m",))
     for node in ("a", "b"):
