@@ -132,15 +132,18 @@ class Manifest:
     """The share of customers whose rows are kept, with the outputs, as training data."""
     backfill: Backfill | None = None
     """The history that its windows are filled from; None: they begin when it comes."""
+    aggregates: tuple[Aggregate, ...] = field(init=False, compare=False, repr=False)
+    """What the features need of the customer's row, sorted, each once; shared features need more."""
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "aggregates", self._aggregates())  # kept: quotas ask all of a tenant's for each pair
 
     @property
     def stored_bytes(self) -> int:
         """What its newest outputs take in each customer's row: a slot each, one for the time, one for the version."""
         return (2 + len(self.outputs)) * SLOT_BYTES
 
-    @property
-    def aggregates(self) -> tuple[Aggregate, ...]:
-        """What the features need of the customer's row, sorted, each once; shared features need more."""
+    def _aggregates(self) -> tuple[Aggregate, ...]:
         asked = {node.aggregate for node in self._nodes() if isinstance(node, AggregateValue)}
         if self.schedule is not None and self.schedule.gap_ms:
             asked.add(session_newest(self.schedule.gap_ms))

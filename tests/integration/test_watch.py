@@ -31,6 +31,7 @@ from node.kernel.types import EventSchema, FeatureRows, ModelName, Quota
 from replication.blobs import BlobStore
 from tenants import transitions
 from tenants.cpu_time import cpu_seconds
+from tenants.manifest import TenantCaps
 from tenants.pool import ModelPool
 from tenants.registry import Action, ConfigureTenant, GoLive, RemoveTenant, Retire, Snapshot
 from tenants.sandbox import SandboxSettings
@@ -83,11 +84,14 @@ class Node:
         self.snapshots: list[Snapshot] = []
         self.supervisor = Supervisor()
 
-    async def start(self, settle_ms: int = 60, rescan_ms: int = 500) -> ModelWatcher:
+    async def start(
+        self,
+        settle_ms: int = 60,
+        rescan_ms: int = 500,
+        caps: TenantCaps = TenantCaps(),  # noqa: B008
+    ) -> ModelWatcher:
         self.supervisor = Supervisor()
-        settings = WatchSettings(
-            self.root, self.folder / "registry.json", settle_ms=settle_ms, rescan_ms=rescan_ms, check_state=row_refusal
-        )
+        settings = WatchSettings(self.root, self.folder / "registry.json", caps, settle_ms, rescan_ms, row_refusal)
         self.watcher = ModelWatcher(
             settings, SCHEMA, self.server,
             Blobs(self.blobs.put, self.blobs.get, self.blobs.names, self.blobs.delete), self.clock, self.supervisor,
@@ -521,6 +525,31 @@ async def test_tenant_settings_apply_at_run_time_and_mistakes_are_answered(node:
     assert node.watcher.snapshot.tenants["ads"].weight == 2.5, "the settings from before stay"
     settings.unlink()
     await until(lambda: node.watcher.snapshot.tenants["ads"].weight == 1.0)
+
+
+@pytest.mark.parametrize("settings", [None, "", "wieght = 1\n"])
+async def test_the_operators_caps_hold_for_a_tenant_that_asks_for_nothing(node: Node, settings: str | None) -> None:
+    await node.start(caps=TenantCaps(memory_mb_max=600, models_max=1))
+    (node.root / "ads").mkdir()
+    if settings is not None:
+        (node.root / "ads" / "tenant.toml").write_text(settings)
+    for name in (BID, ModelName("ads", "other")):
+        node.drop(name, model=model_file())
+    names = {BID, ModelName("ads", "other")}
+    await until(lambda: {node.status(name).get("state") for name in names} == {"live", "refused"})
+    assert node.watcher.snapshot.settings("ads").memory_mb == 600
+
+
+async def test_shared_features_over_a_quota_are_taken_once_it_is_raised(node: Node) -> None:
+    watcher = await node.start(rescan_ms=60_000, caps=TenantCaps(window_bytes_max=100))
+    (node.root / "ads").mkdir()
+    text = '[features.orders]\nversion = 1\nexpression = "count(transaction, \'30d\')"\ndescription = "Orders"\n'
+    (node.root / "ads" / "features.toml").write_text(text)
+    features = ModelName("ads", "features")
+    await until(lambda: node.status(features).get("state") == "refused", seconds_max=20)
+    assert watcher.refusals("ads") == {"window_bytes_max": 1}
+    await watcher.set_quota("ads", Quota(window_bytes_max=128))
+    await until(lambda: node.status(features).get("state") == "live", seconds_max=20)
 
 
 async def test_a_status_file_that_could_not_be_written_is_written_once_it_can_be(node: Node) -> None:

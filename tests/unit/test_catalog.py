@@ -235,6 +235,12 @@ def test_a_node_that_got_a_dump_comes_to_the_same_catalog(history: tuple[Catalog
     assert catalog == end
 
 
+def test_a_quota_names_only_what_it_limits_so_that_a_node_with_fewer_limits_can_read_it() -> None:
+    command = SetQuota(revision=1, tenant="t", limits=QuotaLimits(weight=2.0), who="eve", at_ms=7)
+    assert msgspec.msgpack.decode(encode_command(command))["limits"] == {"weight": 2.0}
+    assert decode_command(encode_command(command)) == command
+
+
 def test_of_several_versions_that_wait_to_be_the_first_the_same_one_counts_after_a_dump() -> None:
     catalog = WHOLE
     for sha, schema in zip(("e" * 64, "d" * 64), SCHEMAS, strict=True):
