@@ -93,14 +93,20 @@ def _window_bytes(
 
 def _agreed(snapshot: Snapshot, tenant: str, but: ModelName | None = None) -> list[Manifest]:
     """Of the tenant's models: what runs, and what has passed and is to. What may still fail counts once it passes."""
+    coming = {} if snapshot.shared is None else snapshot.shared.coming
     found: list[Manifest] = []
-    for name, entry in snapshot.models.items():
+    for name in snapshot.models.keys() | coming.keys():
         if name.tenant == tenant and name != but:
-            newest = entry.newest
-            if newest is not None and newest.manifest is not None and newest.state in ("passed", "rolling out"):
-                found.append(newest.manifest)
-            found += [*entry.running, *entry.coming]
+            found += coming.get(name, ())
+            found += _passed(snapshot.models.get(name, Entry(name)))
     return found
+
+
+def _passed(entry: Entry) -> list[Manifest]:
+    newest = entry.newest
+    if newest is not None and newest.manifest is not None and newest.state in ("passed", "rolling out"):
+        return [newest.manifest, *entry.running]
+    return entry.running
 
 
 def models_of(snapshot: Snapshot, tenant: str) -> dict[ModelName, int]:

@@ -118,20 +118,10 @@ class Entry:
     staged: Staged | None = None
     history: tuple[StageChange, ...] = ()
     """The last changes, the newest last."""
-    coming: tuple[Manifest, ...] = ()
-    """Of the catalog's versions that do not run here and are to, or do on other nodes."""
-    fallback: Manifest | None = None
-    """Of the catalog's version that is live again once the live one fails."""
 
     @property
     def running(self) -> list[Manifest]:
         return [one.manifest for one in (self.live, self.staged) if one is not None]
-
-    @property
-    def reserve(self) -> list[Manifest]:
-        """What may come to run in place of what does."""
-        before = self.previous.manifest if self.previous is not None else self.fallback
-        return [*self.coming] if before is None else [*self.coming, before]
 
     @property
     def empty(self) -> bool:
@@ -166,6 +156,10 @@ class Shared:
     gone: frozenset[ModelName] = frozenset()
     taken_features: Mapping[str, str] = field(default_factory=dict)
     asked_features: Mapping[str, str] = field(default_factory=dict)
+    coming: Mapping[ModelName, tuple[Manifest, ...]] = field(default_factory=dict)
+    """The catalog's versions that do not run here and are to, or do on other nodes."""
+    fallbacks: Mapping[ModelName, Manifest] = field(default_factory=dict)
+    """Those that are live again once the live ones fail."""
 
     def version(self, name: ModelName, version: str) -> AgreedVersion | None:
         return self.versions.get(name, {}).get(version)
@@ -234,7 +228,10 @@ class Snapshot:
     @property
     def reserve(self) -> tuple[Manifest, ...]:
         """What does not run and may come to, in place of what does: customers' rows keep what they hold for it."""
-        return tuple(manifest for _, entry in sorted(self.models.items()) for manifest in entry.reserve)
+        if self.shared is not None:
+            return (*(one for coming in self.shared.coming.values() for one in coming), *self.shared.fallbacks.values())
+        entries = (entry for _, entry in sorted(self.models.items()))
+        return tuple(entry.previous.manifest for entry in entries if entry.previous is not None)
 
     def on_trial(self, name: ModelName, version: str) -> bool:
         newest = self.models[name].newest if name in self.models else None

@@ -181,6 +181,7 @@ def agreed(snapshot: Snapshot, before: Shared, event: Agreed, schema: EventSchem
     definitions = snapshot.definitions if unchanged else compile_definitions(texts, schema)
     models: dict[ModelName, Entry] = {}
     taken = dict(shared.taken)
+    reserved: dict[ModelName, tuple[tuple[Manifest, ...], Manifest | None]] = {}
     for name in sorted(snapshot.models.keys() | shared.versions.keys()):
         entry = snapshot.models.get(name, Entry(name))
         newest = _followed(entry, before, shared, event.at_ms)
@@ -189,7 +190,7 @@ def agreed(snapshot: Snapshot, before: Shared, event: Agreed, schema: EventSchem
         live, unserved = _agreed_live(entry, before, shared, event, schema, (definitions, unchanged))
         staged = _agreed_staged(entry, live, shared, event, schema, (definitions, unchanged))
         after = Entry(name, live, newest, unserved, staged=staged, history=event.models.histories.get(name, ()))
-        after = _with_reserve(entry, after, shared, schema, (definitions, unchanged))
+        reserved[name] = _reserve(after, before, shared, schema, (definitions, unchanged))
         actions.extend(_swapped(entry, after))
         if not after.empty:
             models[name] = after
@@ -197,7 +198,12 @@ def agreed(snapshot: Snapshot, before: Shared, event: Agreed, schema: EventSchem
         shared = replace(shared, gone=shared.gone - {name})  # put anew by another node: no longer this one's to delete
         taken.pop(name, None)
     actions.extend(RemoveTenant(tenant) for tenant in sorted(snapshot.tenants.keys() - event.settings.keys()))
-    shared = replace(shared, taken=taken)
+    shared = replace(
+        shared,
+        taken=taken,
+        coming={name: coming for name, (coming, _) in reserved.items() if coming},
+        fallbacks={name: fallback for name, (_, fallback) in reserved.items() if fallback is not None},
+    )
     agreed_snapshot = replace(
         snapshot,
         number=snapshot.number + 1,
@@ -307,29 +313,29 @@ def _agreed_staged(
     return replace(staged, stage=agreed.stage, since_ms=agreed.at_ms, who=agreed.who, reason=agreed.reason)
 
 
-def _with_reserve(
-    before: Entry, entry: Entry, shared: Shared, schema: EventSchema, defined: tuple[Definitions, bool]
-) -> Entry:
-    """With what is to run, or runs on other nodes, and what would run again. What can't be read here is left out."""
-    definitions, unchanged = defined
-    known = {one.text: one for one in before.reserve if unchanged or not one.shared_values}
+def _reserve(
+    entry: Entry, before: Shared, shared: Shared, schema: EventSchema, defined: tuple[Definitions, bool]
+) -> tuple[tuple[Manifest, ...], Manifest | None]:
+    """What is to run in place of what `entry` does, or does on other nodes, and what would run again. What can't be
+    read here is left out."""
+    name, (definitions, unchanged) = entry.name, defined
+    held_before = [*before.coming.get(name, ()), *filter(None, [before.fallbacks.get(name)])]
+    known = {one.text: one for one in held_before}
     running = {one.version.version for one in (entry.live, entry.staged) if one is not None}
 
     def read(version: AgreedVersion) -> Manifest | None:
+        held = known.get(version.manifest.encode())
+        if held is not None and (unchanged or not held.shared_values):
+            return held
         with contextlib.suppress(ManifestError):
-            resolver = definitions.resolver(entry.name.tenant)
-            return known.get(version.manifest.encode()) or read_version(version, schema, resolver).manifest
+            return read_version(version, schema, definitions.resolver(name.tenant)).manifest
         return None
 
-    versions = [one for one in shared.versions.get(entry.name, {}).values() if one.version not in running]
+    versions = [one for one in shared.versions.get(name, {}).values() if one.version not in running]
     coming = [read(one) for one in versions if one.state in ("passed", "staged", "live")]
     has_live = entry.live is not None or entry.unserved is not None
     fallback = next((one for one in versions if one.fallback), None) if has_live else None
-    return replace(
-        entry,
-        coming=tuple(one for one in coming if one is not None),
-        fallback=None if fallback is None else read(fallback),
-    )
+    return tuple(one for one in coming if one is not None), None if fallback is None else read(fallback)
 
 
 def _same_text(one: AgreedVersion | None, other: AgreedVersion) -> bool:

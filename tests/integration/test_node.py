@@ -194,7 +194,7 @@ def test_models_come_and_go_while_events_flow(make: Callable[..., Node]) -> None
 
 def test_slots_of_models_that_are_gone_are_taken_back_and_the_others_windows_go_on(make: Callable[..., Node]) -> None:
     """Two that together are more than a row holds, one after the other; over a restart, with rows of each layout."""
-    node = make(tenants={"directory": "tenants", "settle_ms": 20, "rescan_s": 1, "window_bytes_max": 32_768})
+    node = make(tenants={"window_bytes_max": 32_768})
     topic = node.topics[0]
     drop(node.models, "shop/sums", linear(0, 1), SUMS)
 

@@ -18,7 +18,8 @@ def test_an_update_without_room_gives_way_to_the_version_before_also_after_a_res
     kafka: str, tmp_path: Path, topic_names: Callable[[str], str]
 ) -> None:
     broker = Kafka(kafka)
-    node = Node(tmp_path, broker, [broker.create(topic_names("events"))], topic_names("node"))
+    topics, tenants = [broker.create(topic_names("events"))], {"window_bytes_max": 32_768}
+    node = Node(tmp_path, broker, topics, topic_names("node"), tenants=tenants)
     drop(node.models, WIDE, linear(*[1.0] * 180), sums(20, 199))
     drop(node.models, SPEND, linear(1.0), {"amount": "event.amount"})
     node.start()

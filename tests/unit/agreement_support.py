@@ -174,6 +174,7 @@ class Node:
                     pass
         assert {version.name: version.version for version, _ in self.snapshot.live} == self.pool
         assert self.snapshot.tenants == self.tenants
+        assert all("problems" in status(self.snapshot, name) for name in self.snapshot.models)
         return actions
 
     def hear(self) -> None:

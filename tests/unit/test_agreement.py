@@ -325,7 +325,8 @@ def test_a_node_keeps_for_a_live_version_that_it_can_not_run() -> None:
     snapshot, _ = apply(Snapshot(shared=Shared()), Agreed(AgreedModels(1, (version,), {}), {}, 1, unfit), SCHEMA)
     assert snapshot.live == ()
     assert [one.name for one in snapshot.reserve] == [BID]
-    assert snapshot.models[BID].coming == snapshot.reserve, "it counts as one that runs"
+    assert snapshot.shared is not None
+    assert snapshot.shared.coming == {BID: snapshot.reserve}, "it counts as one that runs"
 
 
 def test_a_version_that_cannot_be_read_here_is_told_and_in_no_plan() -> None:
