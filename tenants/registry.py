@@ -204,8 +204,7 @@ class Snapshot:
 
     def settings(self, tenant: str) -> TenantSettings:
         """Those that hold for the tenant, known already or not."""
-        known = self.tenants.get(tenant)
-        return known or self.trial_settings(tenant)
+        return self.tenants.get(tenant) or self.trial_settings(tenant)
 
     def trial_settings(self, tenant: str) -> TenantSettings:
         """Those for a trial: what this node's tenant.toml asks for, also while the cluster has yet to hear of it."""
