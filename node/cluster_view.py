@@ -49,6 +49,8 @@ class Cluster(Protocol):
     @property
     def ready(self) -> bool: ...
 
+    def has_lease(self) -> bool: ...
+
     def reports(self) -> Reports: ...
 
     def verified(self) -> Mapping[str, Mapping[int, int]]: ...
@@ -90,14 +92,17 @@ class LocalClusterView:
     def local(self) -> ClusterStatus:
         """What this node knows by itself."""
         cluster = self._cluster
-        heard = cluster.reports() if cluster.leads else None
-        verified = cluster.verified() if cluster.leads else {}
+        # After a pause it leads in its own eyes only, while others have moved on. Its lease tells, as partitions are
+        # not given to others before that has ended.
+        leads = cluster.leads and cluster.has_lease()
+        heard = cluster.reports() if leads else None
+        verified = cluster.verified() if leads else {}
         board = _Board(cluster.catalog, heard, verified, self._clock.now_ms(), self._plan)
         return board.status(cluster.name, cluster.leader, cluster.ready)
 
 
 class _Board:
-    """One answer in the making; `reports` is None on a node that does not lead."""
+    """One answer in the making; `reports` is None on a node that can't be sure to lead."""
 
     def __init__(
         self,

@@ -1,7 +1,7 @@
 """The cluster as the HTTP API shows it: the bodies of /v1/cluster, and what gives them.
 
 Lags, snapshots and when a node was last heard of are known to the leader only. Any node answers with what the leader
-says; while that can't be reached, with what the catalog says, and `complete` is false.
+says; while that can't be reached or can't be sure to lead still, with what the catalog says, and `complete` is false.
 """
 
 from __future__ import annotations
@@ -110,7 +110,7 @@ class ClusterStatus(Body, frozen=True):
     """Whose knowledge this is."""
     leader: str | None
     complete: bool
-    """Whether it is the leader's: else lags, snapshots and ages are null."""
+    """Whether it is the leader's, while it has a lease: else lags, snapshots and ages are null."""
     ready: bool
     """Whether that node has caught up with a quorum."""
     revision: int

@@ -26,11 +26,15 @@ class Cluster:
     name: str = "n1"
     leader: str | None = "n1"
     ready: bool = True
+    lease: bool = True
     snapshots: Mapping[str, Mapping[int, int]] = field(default_factory=dict)
 
     @property
     def leads(self) -> bool:
         return self.leader == self.name
+
+    def has_lease(self) -> bool:
+        return self.lease
 
     def reports(self) -> Reports:
         return self.heard
@@ -87,6 +91,14 @@ HEARD = Reports(
 def view(catalog: Catalog = CATALOG, heard: Reports = HEARD, **changes: object) -> LocalClusterView:
     cluster = replace(Cluster(catalog, heard), **changes)  # type: ignore[arg-type]
     return LocalClusterView(cluster, Peers(PeerUnavailable("gone")), ManualClock(NOW_MS))
+
+
+def test_a_leader_that_may_have_been_deposed_claims_no_more_than_it_can_know() -> None:
+    """One that was paused takes itself for the leader until its Raft thread has heard of the other one."""
+    found = view(lease=False, snapshots={"n2": {0: 450}}).local()
+    other = found.members[1]
+    assert (found.leader, found.complete, other.heard_ms, other.fresh) == ("n1", False, None, None)
+    assert {copy.frames_behind for copy in found.partitions[0].replicas} == {None}
 
 
 def partition(number: int, held: Assignment, heard: Reports = HEARD, **changes: object) -> ClusterPartition:
