@@ -431,8 +431,8 @@ class TenantsSection(Section, frozen=True):
             ge=0,
             le=limits.WINDOW_BYTES_MAX,
             description="Of each customer's row, for the windows that one tenant's models and shared features ask for: "
-            "a count over 30 days takes 128. A row has room for 32768, and keeps what a live version would fall back "
-            "to as well. Windows take memory, disk and CPU time for each customer.",
+            "a count over 30 days takes 128. A row has room for 32768, and keeps up to as much again for what live "
+            "versions would fall back to. Windows take memory, disk and CPU time for each customer.",
         ),
     ] = 4096
     allow: Annotated[

@@ -49,9 +49,9 @@ def _check_windows(snapshot: Snapshot, manifest: Manifest, schema: EventSchema) 
     entry = snapshot.models.get(name, Entry(name))
     beside = [entry.live.manifest] if entry.live is not None and manifest.rollout else []
     then = [*_agreed(snapshot, name.tenant, but=name), *beside, manifest]
-    taken = _window_bytes(snapshot.definitions, name.tenant, then, schema, most)
+    taken = window_bytes(name.tenant, then, schema, snapshot.definitions, most)
     if taken > most and taken > window_bytes_of(snapshot, name.tenant, schema):
-        alone = _window_bytes(NOTHING_SHARED, name.tenant, [manifest], schema)
+        alone = window_bytes(name.tenant, [manifest], schema)
         raise QuotaRefused(
             "window_bytes_max",
             f"{name.model}.toml: its windows take {alone} bytes of each customer's row, all of tenant {name.tenant}"
@@ -63,7 +63,7 @@ def _check_windows(snapshot: Snapshot, manifest: Manifest, schema: EventSchema) 
 def check_features(snapshot: Snapshot, definitions: Definitions, tenant: str, schema: EventSchema) -> None:
     """Raises QuotaRefused when the features that the tenant shares by these definitions take too much of a row."""
     most = snapshot.settings(tenant).window_bytes_max
-    taken = _window_bytes(definitions, tenant, _agreed(snapshot, tenant), schema, most)
+    taken = window_bytes(tenant, _agreed(snapshot, tenant), schema, definitions, most)
     if taken > most and taken > window_bytes_of(snapshot, tenant, schema):
         raise QuotaRefused(
             "window_bytes_max",
@@ -76,11 +76,15 @@ def check_features(snapshot: Snapshot, definitions: Definitions, tenant: str, sc
 def window_bytes_of(snapshot: Snapshot, tenant: str, schema: EventSchema) -> int:
     """What the windows take of each customer's row that the tenant shares, or that its models use which run."""
     entries = [entry for name, entry in snapshot.models.items() if name.tenant == tenant]
-    return _window_bytes(snapshot.definitions, tenant, [one for entry in entries for one in entry.running], schema)
+    return window_bytes(tenant, [one for entry in entries for one in entry.running], schema, snapshot.definitions)
 
 
-def _window_bytes(
-    definitions: Definitions, tenant: str, models: Iterable[Manifest], schema: EventSchema, enough: int = 0
+def window_bytes(
+    tenant: str,
+    models: Iterable[Manifest],
+    schema: EventSchema,
+    definitions: Definitions = NOTHING_SHARED,
+    enough: int = 0,
 ) -> int:
     """As if no other tenant had any; those of features that it shares are its own, whoever uses them, and those of the
     operator's profile are nobody's, which is not looked at where all is `enough`."""

@@ -224,14 +224,6 @@ class Snapshot:
         entries = (entry.staged for _, entry in sorted(self.models.items()) if entry.live is not None)
         return tuple((staged.beside, staged.manifest) for staged in entries if staged is not None)
 
-    @property
-    def reserve(self) -> tuple[Manifest, ...]:
-        """What does not run and may come to, in place of what does: customers' rows keep what they hold for it."""
-        if self.shared is not None:
-            return (*(one for coming in self.shared.coming.values() for one in coming), *self.shared.fallbacks.values())
-        entries = (entry for _, entry in sorted(self.models.items()))
-        return tuple(entry.previous.manifest for entry in entries if entry.previous is not None)
-
     def on_trial(self, name: ModelName, version: str) -> bool:
         newest = self.models[name].newest if name in self.models else None
         return newest is not None and newest.state == "candidate" and newest.version == version

@@ -27,6 +27,7 @@ from tenants.pool import ModelPool
 from tenants.pool_statistics import PoolStatistics
 from tenants.quotas import models_of, window_bytes_of
 from tenants.registry import Shared, Snapshot
+from tenants.reserve import reserve_of
 from tenants.sandbox import SandboxReport, SandboxSettings
 from tenants.shared_names import taken_as_number
 from tenants.staged_plan import plan_of
@@ -323,8 +324,9 @@ class TenantService:
             self.feature_costs.add(self._plan.compiled.shared_costs())
             self._plan = plan_of(self._live, self._beside, self._schema, self._definitions, self._timer)
             self._reserve = ()
-        if snapshot.reserve != self._reserve:
-            self._reserve = snapshot.reserve
+        reserve = reserve_of(snapshot, self._schema)
+        if reserve != self._reserve:
+            self._reserve = reserve
             self._plan = self._plan.with_reserve(self._reserve, self._definitions)
         self._versions.keep(self._running(snapshot))
         self.runner.observe(snapshot)

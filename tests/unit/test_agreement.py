@@ -57,6 +57,7 @@ from tenants.registry import (
     publications,
     status,
 )
+from tenants.reserve import reserve_of
 from tenants.shared_names import nothing_shared
 from tenants.transitions import apply
 
@@ -290,18 +291,18 @@ def test_a_node_keeps_for_what_may_come_to_run_in_place_of_what_does() -> None:
     for number, text in enumerate(texts):
         nodes[0].directory[BID] = (text, number)
         settle(cluster, nodes)
-    assert all([one.text for one in node.snapshot.reserve] == [texts[1]] for node in nodes)
+    assert all([one.text for one in reserve_of(node.snapshot, SCHEMA)] == [texts[1]] for node in nodes)
     nodes[1](VersionFailing(BID, nodes[1].pool[BID], "rows kill it", 9, at_fault=True))
     settle(cluster, nodes)
-    assert all([one.text for one in node.snapshot.reserve] == [texts[0]] for node in nodes)
+    assert all([one.text for one in reserve_of(node.snapshot, SCHEMA)] == [texts[0]] for node in nodes)
     nodes[0].restart()
-    assert [one.text for one in nodes[0].snapshot.reserve] == [texts[0]]
+    assert [one.text for one in reserve_of(nodes[0].snapshot, SCHEMA)] == [texts[0]]
     nodes[0].directory[BID] = (texts[2], 9)
     settle(cluster, nodes)
-    assert all([one.text for one in node.snapshot.reserve] == [texts[1]] for node in nodes)
+    assert all([one.text for one in reserve_of(node.snapshot, SCHEMA)] == [texts[1]] for node in nodes)
     nodes[0].directory = {FRAUD: (manifest(), 9)}
     settle(cluster, nodes)
-    assert all(node.snapshot.reserve == () for node in nodes)
+    assert all(reserve_of(node.snapshot, SCHEMA) == () for node in nodes)
 
 
 def test_a_node_keeps_for_what_is_to_go_live_and_for_nothing_without_a_live_version() -> None:
@@ -310,12 +311,12 @@ def test_a_node_keeps_for_what_is_to_go_live_and_for_nothing_without_a_live_vers
 
     live, passed = agreed_version(BID, (manifest(), 1)), agreed_version(BID, (manifest("event.shop"), 2), "passed")
     before = dataclasses.replace(agreed_version(BID, (manifest("count(search)"), 3), "retired"), fallback=True)
-    assert [one.text for one in heard(live, passed, before).reserve] == [
+    assert [one.text for one in reserve_of(heard(live, passed, before), SCHEMA)] == [
         passed.manifest.encode(),
         before.manifest.encode(),
     ]
     unlike = agreed_version(BID, (b'output = "other"\n' + manifest(), 4), "staged")
-    assert [one.text for one in heard(live, unlike).reserve] == [unlike.manifest.encode()]
+    assert [one.text for one in reserve_of(heard(live, unlike), SCHEMA)] == [unlike.manifest.encode()]
     assert heard(before).models == {}
 
 
@@ -324,9 +325,9 @@ def test_a_node_keeps_for_a_live_version_that_it_can_not_run() -> None:
     version = agreed_version(BID, (manifest(), 1))
     snapshot, _ = apply(Snapshot(shared=Shared()), Agreed(AgreedModels(1, (version,), {}), {}, 1, unfit), SCHEMA)
     assert snapshot.live == ()
-    assert [one.name for one in snapshot.reserve] == [BID]
+    assert [one.name for one in reserve_of(snapshot, SCHEMA)] == [BID]
     assert snapshot.shared is not None
-    assert snapshot.shared.coming == {BID: snapshot.reserve}, "it counts as one that runs"
+    assert snapshot.shared.coming == {BID: reserve_of(snapshot, SCHEMA)}, "it counts as one that runs"
 
 
 def test_a_version_that_cannot_be_read_here_is_told_and_in_no_plan() -> None:

@@ -34,6 +34,7 @@ from tenants.registry import (
     status,
 )
 from tenants.registry_file import decode, encode
+from tenants.reserve import reserve_of
 from tenants.transitions import apply
 
 SCHEMA = EventSchema(("transaction", "search"), {"amount": "number", "shop": "text"})
@@ -329,7 +330,7 @@ def test_outputs_over_the_quota_of_stored_bytes_are_refused_unless_they_take_no_
     assert CountRefusal("ads", "stored_bytes_max") in run.seen(late, three_outputs("a", "b", "c"), 2)
     assert "take 40 bytes of each customer's row, all of tenant ads 72, and its quota" in problems(run, late)
     assert isinstance(run.seen(late, three_outputs("a", "b"), 3)[0], StartTrial)
-    run(TenantSeen(TenantSettings("ads", stored_bytes_max=8)))
+    run(TenantSeen(TenantSettings("ads", stored_bytes_max=24)))
     assert run.snapshot.models[BID].live is not None, "a lower quota takes nothing away"
     assert isinstance(run.seen(BID, three_outputs("a", "x"), 4)[0], StartTrial)
     assert CountRefusal("ads", "stored_bytes_max") in run.seen(BID, three_outputs("a", "b", "c"), 5)
@@ -409,17 +410,45 @@ def test_windows_of_the_profile_are_nobodys() -> None:
 
 def test_what_a_version_falls_back_to_is_kept_for_until_its_model_is_gone() -> None:
     run = Run()
-    assert run.snapshot.reserve == ()
+    assert reserve_of(run.snapshot, SCHEMA) == ()
     for number, feature in enumerate(("event.amount", "count(transaction)", "count(search)")):
         run.seen(BID, manifest(feature), number)
         run.passed(BID)
-    assert [one.text for one in run.snapshot.reserve] == [manifest("count(transaction)")]
+    assert [one.text for one in reserve_of(run.snapshot, SCHEMA)] == [manifest("count(transaction)")]
     run(VersionFailing(BID, run.live[BID], "rows kill it", 9, at_fault=True))
-    assert run.snapshot.reserve == ()
+    assert reserve_of(run.snapshot, SCHEMA) == ()
     run.seen(BID, manifest("count(search)"), 7)
     run.passed(BID)
     run(PairGone(BID))
-    assert run.snapshot.reserve == ()
+    assert reserve_of(run.snapshot, SCHEMA) == ()
+
+
+def test_a_tenant_keeps_for_fallbacks_what_is_within_its_quota_those_of_the_newest_versions_first() -> None:
+    run = Run()
+    run(TenantSeen(TenantSettings("ads", window_bytes_max=300)))
+    run(TenantSeen(TenantSettings("other", window_bytes_max=152)))
+    names = [ModelName("ads", f"model{number}") for number in range(4)] + [ModelName("other", "model0")]
+    for name, days in zip(names, (30, 40, 50, 60, 70), strict=True):
+        run.seen(name, counting(days), 1)
+        run.passed(name)
+        run.seen(name, manifest(), 2)
+        run.passed(name)
+    kept = [one.name for one in reserve_of(run.snapshot, SCHEMA)]
+    assert kept == [names[3], names[2], names[4]], "128 and 112 bytes, and another tenant's"
+    run(TenantSeen(TenantSettings("ads", window_bytes_max=1000)))
+    assert len(reserve_of(run.snapshot, SCHEMA)) == len(names)
+    run(TenantSeen(TenantSettings("ads", window_bytes_max=1000, stored_bytes_max=24)))
+    assert [one.name for one in reserve_of(run.snapshot, SCHEMA)] == [names[3], names[4]], "each has an output"
+
+
+def test_fallbacks_with_the_same_windows_are_kept_for_together() -> None:
+    run = Run()
+    run(TenantSeen(TenantSettings("ads", window_bytes_max=130)))
+    for model in range(9):
+        for number in range(2):
+            run.seen(ModelName("ads", f"model{model}"), counting(30), number)
+            run.passed(ModelName("ads", f"model{model}"))
+    assert len(reserve_of(run.snapshot, SCHEMA)) == 9
 
 
 def test_an_operator_s_quota_changes_what_holds_and_is_kept() -> None:
