@@ -26,14 +26,14 @@ from node.ingest.source import Polled, Source
 from node.interval_rows import write_marks
 from node.intervals import Intervals
 from node.kernel.clock import Clock
-from node.kernel.limits import IDLE_POLL_MS
+from node.kernel.limits import IDLE_POLL_MS, ROW_UNNEEDED_SHARE_MIN
 from node.kernel.ports import FeaturePlan, ModelRunner, Shadows
 from node.kernel.tables import NO_TABLES, TableSet
 from node.kernel.types import Aggregate, Bools, EventColumns, Floats, Frame, Ints, ModelName, ModelVersion, StoredOutput
 from node.ordering import Ordering
 from node.outbox import Outgoing
 from node.outgoing import Origin, add_up_former, answered_records, counts, failed_letters, refused_letters
-from node.room import with_room
+from node.room import NeededLately, with_room
 from node.staging import blind_shadows, divided, running
 from node.state.cache import RowCache
 from node.state.codec import images
@@ -119,6 +119,7 @@ class Cycle:
         self._clock = clock
         self._names = origin.names
         self._row_log = RowLog()
+        self._needed = NeededLately(clock.monotonic())
         self._idle = False
         """Nothing but an event, or the end of an interval, which may wait, can make work for the next cycle."""
 
@@ -210,6 +211,7 @@ class Cycle:
         if state.plan is None or state.backfilling.behind:
             self._grow(state.backfilling.opened(state.layout))
         if state.plan is not None and plan is state.newest:
+            self._take_back(state.plan)
             return state.plan
         state.newest = plan
         add_up_former(state.counters, running(plan))
@@ -218,8 +220,23 @@ class Cycle:
         grown = fills.grown(room.plan, room.layout)
         refused = self._tell_unfit(room.unfit) if room.unfit else ""
         state.plan, state.refused = room.plan, refused
+        self._needed.planned(plan, room.plan)
         self._grow(grown)
         return room.plan
+
+    def _take_back(self, plan: FeaturePlan) -> None:
+        """The slots of what nothing has needed for long, where they are much of a row: they are folded into as others.
+
+        Where they are less, they go once their room is needed.
+        """
+        needs = self._needed.due(self._clock.monotonic())
+        if needs is None:
+            return
+        layout, fills = self._state.layout, self._state.backfilling
+        least = fills.reduced(layout, needs)
+        if least.slots <= (1 - ROW_UNNEEDED_SHARE_MIN) * layout.slots:
+            log.info("slots taken back", partition=self._origin.partition, slots=layout.slots, needed=least.slots)
+            self._grow(fills.grown(plan, least))
 
     def _tell_unfit(self, unfit: Mapping[ModelName, str]) -> str:
         """What the partition says of models without room; those who look after them hear it too."""

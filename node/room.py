@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import TypeAlias
 
 from node.kernel.errors import BoundExceeded
+from node.kernel.limits import ROW_UNNEEDED_MS_MIN
 from node.kernel.ports import FeaturePlan
 from node.kernel.types import ModelName, RowNeeds
 from node.staging import running
@@ -26,6 +27,26 @@ class Room:
     plan: FeaturePlan
     layout: Layout
     unfit: Mapping[ModelName, str]
+
+
+class NeededLately:
+    """What the plans of a partition have needed of its rows, so that what none has for long can be taken back."""
+
+    def __init__(self, now_s: float) -> None:
+        self._since_s = now_s
+        self._now = self._lately = RowNeeds()
+
+    def planned(self, newest: FeaturePlan, plan: FeaturePlan) -> None:
+        """`plan` is as much of the newest one as there is room for."""
+        self._now = newest.needs | newest.reserve | plan.needs
+        self._lately |= self._now
+
+    def due(self, now_s: float) -> RowNeeds | None:
+        """Once in ROW_UNNEEDED_MS_MIN what was needed since the time before; None otherwise."""
+        if (now_s - self._since_s) * 1000 < ROW_UNNEEDED_MS_MIN:
+            return None
+        found, self._lately, self._since_s = self._lately, self._now, now_s
+        return found
 
 
 def room_problem(plan: FeaturePlan, layout: Layout, grown: Grown, reduce: Reduced, now: FeaturePlan | None) -> str:

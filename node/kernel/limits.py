@@ -60,6 +60,11 @@ ROW_REDUCTION_MS_MIN = 600_000
 converted, and those that are stored take a few times as long to read until they change."""
 ROW_REDUCTIONS_MAX = 65_536
 """Of a partition for ever: each leaves some bytes in the layout for each run of slots that it kept, 5 KB at worst."""
+ROW_UNNEEDED_MS_MIN = 86_400_000
+"""How long nothing must have needed a row's slots before they are taken back though there is room: a model may be gone
+for a moment, and each time all rows are converted."""
+ROW_UNNEEDED_SHARE_MIN = 0.25
+"""Of a row's slots, before that is worth it: until then the rest costs CPU time, disk and memory as if it were used."""
 LAYOUTS_CARRIED_MAX = 256
 """Earlier layouts of which it is remembered where their slots are now: 64 KiB each at most."""
 ROW_CACHE_BYTES_MAX = 256 * MIB

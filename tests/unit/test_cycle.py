@@ -20,7 +20,7 @@ from node.ingest.history import TopicHistory
 from node.ingest.source import Source
 from node.intervals import Intervals
 from node.kernel.clock import Clock, ManualClock, SystemClock
-from node.kernel.limits import COUNTERS_FORMER_MAX, ROW_REDUCTION_MS_MIN
+from node.kernel.limits import COUNTERS_FORMER_MAX, ROW_REDUCTION_MS_MIN, ROW_UNNEEDED_MS_MIN
 from node.kernel.ports import FeaturePlan
 from node.kernel.supervise import Supervisor
 from node.kernel.types import ModelName, ModelVersion, StagedVersion
@@ -78,6 +78,12 @@ def staged_plan(
     *live: tuple[ModelVersion, Manifest], beside: Sequence[tuple[StagedVersion, Manifest]] = ()
 ) -> StagedPlan:
     return plan_of(live, beside, CONFIG.schema(), NOTHING_SHARED)
+
+
+def layout_of(*live: tuple[ModelVersion, Manifest]) -> Layout:
+    """Of rows that have grown for all of them."""
+    parts = Parts()
+    return parts.state.backfilling.grown(staged_plan(*live), Layout.empty())
 
 
 class Parts:
@@ -215,6 +221,43 @@ async def test_slots_are_not_taken_back_for_each_trial_but_for_what_is_to_run() 
     assert parts.cycle._plan() is parts.newest
     parts.newest, parts.state.plan = staged_plan(V2), None
     assert parts.cycle._plan() is parts.newest, "what was tried on another node waits for nothing"
+
+
+async def test_slots_that_nothing_has_needed_for_long_are_taken_back_though_there_is_room() -> None:
+    clock = ManualClock(10**12)
+    parts = Parts(layout_of(OTHER, V1), clock=clock)
+
+    def held(pair: tuple[ModelVersion, Manifest]) -> bool:
+        parts.cycle._plan()
+        return parts.state.layout.locate(pair[1].aggregates[0]) is not None
+
+    parts.newest = staged_plan(OTHER)
+    assert held(V1)
+    clock.advance(ROW_UNNEEDED_MS_MIN - 1)
+    assert held(V1), "its model may come back"
+    parts.newest = staged_plan(OTHER).with_reserve([V1[1]], NOTHING_SHARED)
+    parts.cycle._plan()
+    parts.newest = staged_plan(OTHER)
+    for _ in range(2):
+        assert held(V1), "it was needed a moment ago"
+        clock.advance(ROW_UNNEEDED_MS_MIN - 1)
+    assert held(V1)
+    slots = parts.state.layout.slots
+    clock.advance(2)
+    assert not held(V1)
+    assert held(OTHER)
+    assert parts.state.layout.slots < slots / 10
+    parts.state.cache.load(["customer"])
+
+
+async def test_a_few_slots_that_nothing_needs_stay_until_their_room_is_needed() -> None:
+    clock = ManualClock(10**12)
+    parts = Parts(layout_of(V1, OTHER), clock=clock)
+    parts.newest = staged_plan(V1)
+    for _ in range(3):
+        parts.cycle._plan()
+        assert parts.state.layout.locate(OTHER[1].aggregates[0]) is not None
+        clock.advance(ROW_UNNEEDED_MS_MIN)
 
 
 async def test_slots_are_not_taken_back_without_end(monkeypatch: pytest.MonkeyPatch) -> None:
