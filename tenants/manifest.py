@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import re
 import tomllib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, Final, cast, get_args
 
@@ -134,39 +134,34 @@ class Manifest:
     """The history that its windows are filled from; None: they begin when it comes."""
     aggregates: tuple[Aggregate, ...] = field(init=False, compare=False, repr=False)
     """What the features need of the customer's row, sorted, each once; shared features need more."""
+    stored_outputs: tuple[StoredOutput, ...] = field(init=False, compare=False, repr=False)
+    """Other models' outputs it uses, sorted; names as in expressions ('-' is '_')."""
+    shared_values: tuple[SharedValue, ...] = field(init=False, compare=False, repr=False)
+    """The shared features it names, sorted."""
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "aggregates", self._aggregates())  # kept: quotas ask all of a tenant's for each pair
+        """Keep what is asked of all models for each pair of files."""
+        nodes = [node for feature in self.features for node in walk(feature.expression)]
+        outputs = {node.output for node in nodes if isinstance(node, StoredValue)}
+        shared = {node for node in nodes if isinstance(node, SharedValue)}
+        object.__setattr__(self, "aggregates", self._aggregates(nodes))
+        object.__setattr__(self, "stored_outputs", tuple(sorted(outputs)))
+        object.__setattr__(self, "shared_values", tuple(sorted(shared, key=lambda value: value.feature)))
 
     @property
     def stored_bytes(self) -> int:
         """What its newest outputs take in each customer's row: a slot each, one for the time, one for the version."""
         return (2 + len(self.outputs)) * SLOT_BYTES
 
-    def _aggregates(self) -> tuple[Aggregate, ...]:
-        asked = {node.aggregate for node in self._nodes() if isinstance(node, AggregateValue)}
+    def _aggregates(self, nodes: Iterable[Node]) -> tuple[Aggregate, ...]:
+        asked = {node.aggregate for node in nodes if isinstance(node, AggregateValue)}
         if self.schedule is not None and self.schedule.gap_ms:
             asked.add(session_newest(self.schedule.gap_ms))
         return tuple(sorted(asked))
 
     @property
-    def stored_outputs(self) -> tuple[StoredOutput, ...]:
-        """Other models' outputs it uses, sorted; names as in expressions ('-' is '_')."""
-        return tuple(sorted({node.output for node in self._nodes() if isinstance(node, StoredValue)}))
-
-    @property
-    def shared_values(self) -> tuple[SharedValue, ...]:
-        """The shared features it names, sorted."""
-        found = {node for node in self._nodes() if isinstance(node, SharedValue)}
-        return tuple(sorted(found, key=lambda value: value.feature))
-
-    @property
     def feature_types(self) -> Mapping[str, FieldType]:
         return {feature.name: feature.expression.type for feature in self.features}
-
-    def _nodes(self) -> Iterator[Node]:
-        for feature in self.features:
-            yield from walk(feature.expression)
 
     def version(self, blob_sha256: str, labels: tuple[str, ...] = ()) -> ModelVersion:
         """This manifest with one model file: the version is the sha256 of the file's hash and the manifest."""
