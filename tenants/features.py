@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import reduce
+from functools import cached_property, reduce
 from typing import Final, TypeAlias, cast
 
 import numpy as np
@@ -436,6 +436,23 @@ class _Gathering:
         return matrix
 
 
+class _Program:
+    """Every distinct value of the models' features, in the order in which they are computed."""
+
+    def __init__(
+        self,
+        pairs: Iterable[tuple[ModelVersion, Manifest]],
+        definitions: Definitions,
+        timer: Callable[[], float] | None,
+    ) -> None:
+        numbering = _Numbering(definitions)
+        self.columns = {version.name: _columns(manifest, numbering) for version, manifest in pairs}
+        self.steps = tuple(numbering.steps)
+        self.of_outputs = _of_outputs(self.steps)
+        self.shared = {name: (number, numbering.below([number])) for name, number in numbering.shared.items()}
+        self.meter = StepMeter(timer, len(self.steps)) if timer is not None and self.shared else None
+
+
 class CompiledFeatures:
     """The `FeaturePlan` of some models. Immutable; make it with `compile_plan`."""
 
@@ -449,8 +466,7 @@ class CompiledFeatures:
         self._models = tuple(version for version, _ in models)
         self._manifests = {version.version: (version.name, manifest) for version, manifest in models}
         self.pairs = tuple(models)
-        self._schema, self._definitions = schema, definitions
-        self._files = definitions.files
+        self._schema, self._definitions, self._timer = schema, definitions, timer
         profile = set(evaluate_profile(schema).values())
         used = [(version, definitions.aggregates(manifest)) for version, manifest in models]
         self._aggregates = tuple(sorted(profile.union(*(asked for _, asked in used))))
@@ -459,13 +475,12 @@ class CompiledFeatures:
         self._current = frozenset(profile.union(*current, _closing(self._models)))
         self._type_names = np.array(schema.types, dtype=object)
         self._outputs, self._unresolved, self._inputs = _resolve(models, definitions)
-        numbering = _Numbering(definitions)
-        self._columns = {version.name: _columns(manifest, numbering) for version, manifest in models}
-        self._steps = tuple(numbering.steps)
-        self._of_outputs = _of_outputs(self._steps)
-        self._shared = {name: (number, numbering.below([number])) for name, number in numbering.shared.items()}
-        self._meter = StepMeter(timer, len(self._steps)) if timer is not None and self._shared else None
         self._filters = _Filters(schema)
+
+    @cached_property
+    def _program(self) -> _Program:
+        """Made when it is first computed with: to see whether rows have room for a plan takes none."""
+        return _Program(self.pairs, self._definitions, self._timer)
 
     @property
     def models(self) -> tuple[ModelVersion, ...]:
@@ -530,26 +545,27 @@ class CompiledFeatures:
         key, manifest = found
         used = {output.name for output in self._inputs.get(key, ())}
         inputs = {str(one.name): (one.outputs, one.ttl_ms) for one in self._models if one.name in used}
-        return ModelSource(manifest.text.decode(), self._files, inputs)
+        return ModelSource(manifest.text.decode(), self._definitions.files, inputs)
 
     def tables(self, name: ModelName) -> tuple[str, ...]:
         """The tables that the model's features read, sorted."""
-        return self._columns[name].tables
+        return self._program.columns[name].tables
 
     def shared_costs(self) -> Mapping[SharedName, SharedCost]:
         """Of each shared feature that a model here uses; nothing where there is no timer."""
-        meter = self._meter
+        meter = self._program.meter
         if meter is None:
             return {}
         return {
             name: SharedCost(sum(meter.seconds[step] for step in below), meter.values[number])
-            for name, (number, below) in self._shared.items()
+            for name, (number, below) in self._program.shared.items()
         }
 
     def statistics(self) -> Mapping[str, int]:
         """`values` is how many distinct columns the plan computes when every model is selected."""
-        features = sum(len(columns.names) for columns in self._columns.values())
-        return {"models": len(self._models), "features": features, "values": len(self._steps)}
+        program = self._program
+        features = sum(len(columns.names) for columns in program.columns.values())
+        return {"models": len(self._models), "features": features, "values": len(program.steps)}
 
     def computable(self, wheres: Iterable[str]) -> frozenset[str]:
         return frozenset(self._filters.numbers(wheres))
@@ -576,7 +592,7 @@ class CompiledFeatures:
     def batch(self, events: EventColumns, selections: Mapping[ModelName, Bools]) -> FeatureBatch:
         """To compute the selected models' rows one after another. Raises NotFound for a model not in the plan."""
         for name in selections:
-            if name not in self._columns:
+            if name not in self._program.columns:
                 raise NotFound(f"model {name} is not in this feature plan; select among its own models")
         return FeatureBatch(self, events, selections)
 
@@ -594,17 +610,17 @@ class FeatureBatch:
 
     def rows(self, names: Collection[ModelName], reads: Reads) -> dict[ModelName, FeatureRows]:
         """The rows of some of the selected models, with the outputs that `reads` has now."""
-        plan, picked = self._plan, self._picked
+        plan, program, picked = self._plan, self._plan._program, self._picked
         active = [name for name in names if self._selections[name].any()]
-        numbers: set[int] = set().union(*(plan._columns[name].needed for name in active))
+        numbers: set[int] = set().union(*(program.columns[name].needed for name in active))
         size = len(self._events) if picked is None else len(picked)
         batch = _Batch(self._events, reads, plan._type_names, plan._outputs, picked, size)
-        if plan._meter is not None:
-            plan._meter.start()
-        values = batch.run(plan._steps, numbers, self._known, plan._meter)
-        self._known = {number: values[number] for number in values.keys() - plan._of_outputs}
+        if program.meter is not None:
+            program.meter.start()
+        values = batch.run(program.steps, numbers, self._known, program.meter)
+        self._known = {number: values[number] for number in values.keys() - program.of_outputs}
         wanted = {
-            name: (plan._columns[name], self._selections[name] if picked is None else self._selections[name][picked])
+            name: (program.columns[name], self._selections[name] if picked is None else self._selections[name][picked])
             for name in names
         }
         gathering = _Gathering(values, list(wanted.values()))

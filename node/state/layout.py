@@ -16,6 +16,7 @@ from __future__ import annotations
 
 from bisect import bisect_right
 from collections.abc import Collection, Iterable, Mapping, Sequence
+from copy import copy
 from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import accumulate
@@ -307,19 +308,25 @@ class Layout:
         return list(accumulate((len(past.sizes) for past in self.past[:-1]), initial=0))
 
     def _with(self, generation: Generation) -> Layout:
-        layout = replace(self, generations=(*self.generations, generation))
-        if layout.slots > ROW_SLOTS_MAX:
+        placed = self._placed.grown(generation)
+        slots = placed.sizes[-1]
+        if slots > ROW_SLOTS_MAX:
             raise BoundExceeded(
-                f"a customer's row would need {layout.slots} slots, over ROW_SLOTS_MAX ({ROW_SLOTS_MAX}); "
+                f"a customer's row would need {slots} slots, over ROW_SLOTS_MAX ({ROW_SLOTS_MAX}); "
                 "ask for fewer windowed aggregates, or delete models that nobody needs: their slots are taken back, "
                 f"every {ROW_REDUCTION_MS_MIN // 60_000} minutes at most"
             )
+        layout = replace(self, generations=(*self.generations, generation))
+        layout.__dict__["_placed"] = placed  # what is cached would be all generations' placed anew
         return layout
 
     def _windows_missing(self, aggregates: list[Aggregate]) -> tuple[WindowAdded, ...]:
+        there: dict[int, list[set[Accumulator]]] = {}
+        for group in self.groups:
+            there.setdefault(group.window_ms, []).append(set(group.accumulators))
+
         def held(aggregate: Aggregate) -> bool:
-            groups = [group for group in self.groups if group.window_ms == aggregate.window_ms]
-            return any(accumulators_of(aggregate) <= set(group.accumulators) for group in groups)
+            return any(accumulators_of(aggregate) <= parts for parts in there.get(aggregate.window_ms, ()))
 
         return windows_added([aggregate for aggregate in aggregates if not held(aggregate)])
 
@@ -392,6 +399,14 @@ class _Placed:
         for generation in generations:
             self._append(generation)
 
+    def grown(self, generation: Generation) -> _Placed:
+        """With one more; this one stays as it is."""
+        grown = copy(self)
+        for name, held in vars(self).items():
+            setattr(grown, name, copy(held))
+        grown._append(generation)
+        return grown
+
     def _begin(self, base: Base) -> int:
         slot = 1
         for number, added in zip(base.numbers, base.windows, strict=True):
@@ -411,15 +426,16 @@ class _Placed:
         if generation.pending:
             self.pending.update(range(first, self.number_next))
         self.pending.difference_update(generation.filled)
-        for added_aggregate in generation.aggregates:
-            aggregate = aggregate_of(added_aggregate)
-            if generation.pending:
-                self.awaiting[aggregate] = self._group_of(aggregate, range(first, self.number_next))
-            elif generation.filled:
-                self.located[aggregate] = self._group_of(aggregate, generation.filled)
-            else:
-                ready = [number for number in self.groups if number not in self.pending]
-                self.located[aggregate] = self._group_of(aggregate, ready)
+        found = self.awaiting if generation.pending else self.located
+        if generation.pending:
+            numbers: Iterable[int] = range(first, self.number_next)
+        else:
+            numbers = generation.filled or [number for number in self.groups if number not in self.pending]
+        there: dict[int, list[int]] = {}
+        for number in numbers:
+            there.setdefault(self.groups[number].window_ms, []).append(number)
+        for aggregate in map(aggregate_of, generation.aggregates):
+            found[aggregate] = self._group_of(aggregate, there.get(aggregate.window_ms, ()))
 
     def _place_window(self, number: int, added: WindowAdded, slot: int) -> int:
         """The slot after it."""
@@ -451,11 +467,10 @@ class _Placed:
         return slot + len(added.outputs)
 
     def _group_of(self, aggregate: Aggregate, numbers: Iterable[int]) -> int:
-        """The first of them that has all its parts."""
+        """The first of these of its window that has all its parts."""
         parts = accumulators_of(aggregate)
         for number in numbers:
-            group = self.groups[number]
-            if group.window_ms == aggregate.window_ms and parts <= set(group.accumulators):
+            if parts <= set(self.groups[number].accumulators):
                 return number
         raise StateCorrupt(f"a stored row layout names {aggregate} but has no slots for it")
 

@@ -84,6 +84,12 @@ steps = st.lists(
 )
 
 
+def derived(layout: Layout) -> tuple[object, ...]:
+    """Where everything is."""
+    places = (dict(layout.located), dict(layout.awaiting), [*layout.pending], dict(layout.pivots), dict(layout.marks))
+    return (layout.initial.tobytes(), layout.sizes, layout.number_next, *places, dict(layout.outputs))
+
+
 @settings(deadline=None)
 @given(steps, st.integers(0, 2**32))
 def test_what_is_needed_reads_as_if_nothing_had_been_taken_back(steps: list[tuple[str, list]], seed: int) -> None:
@@ -93,7 +99,7 @@ def test_what_is_needed_reads_as_if_nothing_had_been_taken_back(steps: list[tupl
     rows, whole_rows = (np.ascontiguousarray(np.tile(layout.initial[:, None], len(CUSTOMERS))) for _ in range(2))
     needs = RowNeeds(outputs=frozenset(OUTPUTS))
     for kind, given_now in steps:
-        before = layout
+        before, was = layout, derived(layout)
         if kind in ("grow", "history") and layout.base is not None:
             given_now = [fresh(aggregate, layout.id) for aggregate in given_now]
         if kind == "grow":
@@ -111,7 +117,9 @@ def test_what_is_needed_reads_as_if_nothing_had_been_taken_back(steps: list[tupl
             layout = reduced(layout, needs, 5)
             assert layout.slots <= before.slots
             assert reduced(layout, needs, 6) is layout, "there is nothing left to take"
-        layout = Layout.decode(layout.encode())
+        assert derived(before) == was, "what came after it changes nothing of a layout"
+        came, layout = layout, Layout.decode(layout.encode())
+        assert derived(layout) == derived(came), "as if it had been read from a store"
         rows, whole_rows = unpack(layout, pack(rows)), unpack(whole, pack(whole_rows))
         assert needs.models & whole.marks.keys() <= layout.marks.keys()
         assert (rows[0].view("<u8") == layout.initial[:1].view("<u8")).all()
