@@ -297,4 +297,5 @@ def _versions(catalog: Catalog, node: str) -> Iterator[AgreedVersion]:
                 version.stage,
                 version.who,
                 version.at_ms,
+                version.revision,
             )

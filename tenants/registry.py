@@ -173,6 +173,14 @@ class Shared:
         """Whether a version was live before that may be again."""
         return any(known.fallback for known in self.versions.get(name, {}).values())
 
+    def overtaken(self, name: ModelName, version: str) -> bool:
+        """Whether another version was put after this one, and not taken back: not one that it was to replace, which
+        may be live again."""
+        known = self.version(name, version)
+        since = known.put if known is not None else 0
+        others = (other for other in self.versions.get(name, {}).values() if other.version != version)
+        return any(other.put > since for other in others if other.state in ("passed", "staged", "live"))
+
     def newest(self, name: ModelName) -> str:
         """The version of the model that was put last, unless it was taken back; '' without one."""
         by_state = {known.state: version for version, known in self.versions.get(name, {}).items()}

@@ -90,7 +90,7 @@ def pair_gone(snapshot: Snapshot, shared: Shared, entry: Entry) -> Snapshot:
     """The pair's files are gone: the model is withdrawn, unless the cluster has taken another node's pair since."""
     name = entry.name
     taken = shared.taken.get(name)
-    if taken is not None and name in shared.versions and shared.newest(name) in (taken, ""):
+    if taken is not None and name in shared.versions and not shared.overtaken(name, taken):
         if sharing.kept_for(name, neighbours(snapshot)):
             return snapshot  # asked again at the next look
         snapshot = snapshot.sharing(gone=shared.gone | {name})
@@ -194,7 +194,7 @@ def agreed(snapshot: Snapshot, before: Shared, event: Agreed, schema: EventSchem
         actions.extend(_swapped(entry, after))
         if not after.empty:
             models[name] = after
-    for name in [name for name in shared.gone if shared.newest(name) not in (taken.get(name), "")]:
+    for name in [name for name in shared.gone if shared.overtaken(name, taken.get(name, ""))]:
         shared = replace(shared, gone=shared.gone - {name})  # put anew by another node: no longer this one's to delete
         taken.pop(name, None)
     actions.extend(RemoveTenant(tenant) for tenant in sorted(snapshot.tenants.keys() - event.settings.keys()))

@@ -464,6 +464,8 @@ class AgreedVersion:
     """Which of its manifest's stages it is in, while it is staged."""
     who: str = ""
     at_ms: int = 0
+    put: int = 0
+    """The catalog's revision that put it last."""
 
 
 QUOTAS: Final = ("weight", "memory_mb", "rows_s_max", "models_max", "stored_bytes_max", "window_bytes_max")

@@ -285,6 +285,26 @@ def test_a_version_that_fails_on_one_node_gives_way_on_all() -> None:
     assert all(node.pool[BID] == version_of(BID, (manifest(), 3)) for node in nodes)
 
 
+@pytest.mark.parametrize("rollout", [b"", b'[rollout]\nstages = [{ stage = "canary", share = 0.5 }]\n'])
+def test_deleting_the_pair_of_a_quarantined_version_withdraws_what_was_not_put_since(rollout: bytes) -> None:
+    cluster, nodes = started()
+    one, two, three = nodes
+    one.tenant_files["ads"] = two.tenant_files["ads"] = ""
+    for name in (BID, FRAUD):
+        for number, text in ((1, manifest()), (2, manifest() + rollout)):
+            one.directory[name] = text, number
+            settle(cluster, nodes)
+        two(VersionFailing(name, version_of(name, (manifest() + rollout, 2)), "5 rows killed it", 9, at_fault=True))
+        settle(cluster, nodes)
+        assert (one.state(name), three.pool[name]) == ("quarantined", version_of(name, (manifest(), 1)))
+    two.directory[FRAUD] = manifest(), 3
+    settle(cluster, nodes)
+    one.directory = {}
+    settle(cluster, nodes)
+    assert all(node.pool == {FRAUD: version_of(FRAUD, (manifest(), 3))} for node in nodes)
+    assert BID not in three.snapshot.models
+
+
 def test_a_node_keeps_for_what_may_come_to_run_in_place_of_what_does() -> None:
     cluster, nodes = started()
     texts = [manifest(feature) for feature in ("event.amount", "count(transaction)", "count(search)")]
