@@ -148,6 +148,7 @@ class Cutter:
         """Look at each partition once, and cut what may be. Without a broker the next round goes on."""
         reason = ""
         for partition in range(len(self._cluster.catalog.partitions)):
+            await asyncio.sleep(0)  # all of many partitions would hold the leader's loop for longer than its lease
             try:
                 await self._attend(partition)
             except (TopicMissing, ProgressLost, StoreUnavailable) as failure:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from hypothesis import given
 from hypothesis import strategies as st
+from msgspec import structs
 
 from node.kernel.clock import ManualClock
 from replication.catalog import Assignment, Catalog
@@ -100,6 +102,29 @@ def test_snapshots_of_nodes_without_a_part_in_the_partition_do_not_count() -> No
     cut = made._safe(0, 0)
     assert cut is not None
     assert cut.before == 50
+
+
+async def test_others_have_their_turn_between_partitions() -> None:
+    """Looking at all of 4096 takes more than a second, in which the leader would do nothing else."""
+
+    class Whole(Changelogs):
+        async def bounds(self, partition: int) -> tuple[int, int]:
+            return 0, 60
+
+    class Many(Leader):
+        @property
+        def catalog(self) -> Catalog:
+            one = super().catalog
+            return structs.replace(one, partitions=one.partitions * 64)
+
+    leader = Many(snapshots={"a": 50, "b": 40}, offsets={"a": 60, "b": 55})
+    made = Cutter(Whole({}, "shop-changelog"), leader, _nothing_stored, ManualClock(), DELAY_MS)
+    looking = asyncio.ensure_future(made.round())
+    turns = 0
+    while not looking.done():
+        await asyncio.sleep(0)
+        turns += 1
+    assert turns >= 64
 
 
 moments = st.lists(
