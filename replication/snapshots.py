@@ -302,7 +302,11 @@ class Snapshots:
         if held is not None and store.changelog_offset() <= held.changelog_offset:
             return held
         snapshot = await self._at_disk(self._folder.take, partition, store.checkpoint)
-        await self._verify(snapshot)
+        try:
+            await self._verify(snapshot)
+        except StoreUnavailable:  # one more would stay with each attempt, and its links keep tables on the disk
+            await self._at_disk(self._folder.remove, partition, snapshot.changelog_offset)
+            raise
         self._taken += 1
         await self._at_disk(self._folder.forget_fetched, partition)
         await self._prune(partition)

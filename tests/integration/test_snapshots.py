@@ -384,6 +384,30 @@ async def test_a_store_that_went_away_while_it_was_copied_costs_one_snapshot(nod
     assert node.folder.offsets(0) == []
 
 
+async def test_copies_that_could_not_be_verified_do_not_pile_up(nodes: Nodes) -> None:
+    """Each is tried again with a newer one, and its links keep tables on a disk that may be full already."""
+    node = await nodes.start("a")
+    agree([node])
+    store, source = node.open(0), frames()
+    fold(store, source, 10)
+    await node.snapshots.take(0)
+    right = node.snapshots._sources
+
+    async def unable(folder: Path) -> int:
+        raise StoreUnavailable(f"the copy in {folder} could not be looked at: no space left")
+
+    node.snapshots._sources = replace(right, opened_offset=unable)
+    for _ in range(3):
+        fold(store, source, 10)
+        with pytest.raises(StoreUnavailable, match="no space left"):
+            await node.snapshots.take(0)
+    assert node.folder.offsets(0) == [10]
+    assert dict(node.snapshots.verified()) == {0: 10}
+    node.snapshots._sources = right
+    await node.snapshots.take(0)
+    assert node.folder.offsets(0) == [10, 40]
+
+
 async def test_a_copy_of_another_offset_than_it_says_is_refused(nodes: Nodes) -> None:
     node = await nodes.start("a")
     agree([node])
