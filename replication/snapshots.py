@@ -488,6 +488,11 @@ class Snapshots:
                 return nearest.snapshot, await self._fetch(nearest), nearest.name
             except (PeerUnavailable, PeerRefused, NotFound, StateCorrupt):
                 failed.add(nearest.key)
+            except StoreUnavailable as failure:
+                if start or nearest.address:
+                    raise
+                log.warning("store gives no file, the changelog is whole", partition=partition, reason=str(failure))
+                failed.add(nearest.key)
         if failed and start:
             raise PeerUnavailable(f"no snapshot of partition {partition} could be fetched whole; it is tried again")
         return None

@@ -258,6 +258,28 @@ async def test_a_changelog_that_is_whole_is_folded_where_no_snapshot_can_be_had(
         await here.snapshots.restore(0, here.path / "store-0")
 
 
+async def test_a_changelog_that_is_whole_is_folded_where_the_store_by_url_gives_no_file(
+    nodes: Nodes, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It may list what it then does not give: a right to read that is missing, an object in an archive."""
+    url = f"file://{nodes.path}/remote"
+    there, here = await nodes.start("a", url), await nodes.start("b", url)
+    agree([there, here])
+    fold(there.open(0), frames(), 10)
+    snapshot = await there.snapshots.take(0)
+    await asyncio.to_thread(there.snapshots._store.upload, snapshot, there.folder.place(0, 10))
+    await there.server.stop()
+
+    def refused(source: str, target: str) -> None:
+        raise PermissionError(f"access to {source} denied")
+
+    monkeypatch.setattr(here.snapshots._store._files, "get_file", refused)
+    assert not await here.snapshots.restore(0, here.path / "store-0")
+    here.bounds = (1, 20)
+    with pytest.raises(StoreUnavailable, match="denied"):
+        await here.snapshots.restore(0, here.path / "store-0")
+
+
 async def test_a_snapshot_that_a_peer_is_fetching_stays(nodes: Nodes) -> None:
     there, here = await nodes.start("a"), await nodes.start("b")
     agree([there, here])
