@@ -11,7 +11,6 @@ from typing import Protocol
 
 import msgspec
 
-from node.kernel.clock import Clock
 from node.kernel.errors import HeadraceError
 from node.serving.cluster import (
     ClusterAgreement,
@@ -55,6 +54,10 @@ class Cluster(Protocol):
 
     def verified(self) -> Mapping[str, Mapping[int, int]]: ...
 
+    def now_ms(self) -> int:
+        """Of the clock that reports and moves are dated by, which a host's clock that is set does not change."""
+        ...
+
 
 class Peers(Protocol):
     """What the view needs of `replication.peers.PeerClient`."""
@@ -65,10 +68,9 @@ class Peers(Protocol):
 class LocalClusterView:
     """`ClusterView` of one node. Whoever serves peers answers LEADER_PATH with `encoded`."""
 
-    def __init__(self, cluster: Cluster, peers: Peers, clock: Clock, plan: PlanSettings | None = None) -> None:
+    def __init__(self, cluster: Cluster, peers: Peers, plan: PlanSettings | None = None) -> None:
         self._cluster = cluster
         self._peers = peers
-        self._clock = clock
         self._plan = plan or PlanSettings()
 
     async def cluster(self) -> ClusterStatus:
@@ -97,7 +99,7 @@ class LocalClusterView:
         leads = cluster.leads and cluster.has_lease()
         heard = cluster.reports() if leads else None
         verified = cluster.verified() if leads else {}
-        board = _Board(cluster.catalog, heard, verified, self._clock.now_ms(), self._plan)
+        board = _Board(cluster.catalog, heard, verified, cluster.now_ms(), self._plan)
         return board.status(cluster.name, cluster.leader, cluster.ready)
 
 

@@ -120,7 +120,7 @@ class Clustering:
         self.cluster = Cluster(settings, clock, supervisor, self._send_report, self._progress, self._verified)
         self.cluster.tries_models = True
         self.models = CatalogModels(self.cluster, clock)
-        self.view = LocalClusterView(self.cluster, self._client, clock, settings.plan)
+        self.view = LocalClusterView(self.cluster, self._client, settings.plan)
         self._blobs = BlobExchange(blobs, self._client, self.cluster, clock)
         self._table_files = BlobExchange(table_files, self._client, self.cluster, clock, table_blobs, "/peer/tables")
         self.tables = CatalogTables(self.cluster)

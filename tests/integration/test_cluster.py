@@ -14,6 +14,7 @@ import msgspec
 import pytest
 from order_lines import Failed, OrderedProcess, free_address, until
 
+from node.cluster_view import LocalClusterView
 from node.kernel.clock import SystemClock
 from node.kernel.errors import ConfigError
 from node.kernel.limits import LEASE_MS_MAX
@@ -21,6 +22,7 @@ from node.kernel.supervise import Supervisor
 from replication.cluster import Cluster, ClusterSettings
 from replication.commands import Settings
 from replication.ownership import Progress
+from replication.peers import PeerClient
 from replication.raft_types import RaftSettings
 from replication.report import PeerReport, encode_report
 
@@ -326,6 +328,36 @@ async def test_a_report_that_comes_before_the_loop_knows_that_it_leads_counts(tm
     cluster.take_report(encode_report(PeerReport("a", before.incarnation, renewed + 1, held, {})))
     await asyncio.sleep(0)
     assert cluster.reports().nodes["a"].partitions == held
+    await cluster.stop()
+
+
+async def test_a_host_clock_that_is_set_makes_no_node_look_silent(tmp_path: Path) -> None:
+    """`leave --dead` believes what is said of a node, and the plan goes by the monotonic clock."""
+
+    class Set(SystemClock):
+        ahead_ms = 0
+
+        def now_ms(self) -> int:
+            return super().now_ms() + self.ahead_ms
+
+    async def nothing(address: str, body: bytes) -> None:
+        raise AssertionError("there is nobody else")
+
+    async def heard_of() -> bool:
+        return cluster.has_lease() and "a" in cluster.reports().nodes
+
+    address, clock = free_address(), Set()
+    raft = RaftSettings("a", address, {"a": address}, tmp_path / "raft")
+    settings = ClusterSettings("a", raft, free_address(), "", 1.0, tmp_path, Settings(lease_ms=LEASE_MS_MAX))
+    cluster, peers = Cluster(settings, clock, Supervisor(), nothing, dict, dict), PeerClient("a", None, clock)
+    view = LocalClusterView(cluster, peers)
+    await cluster.start()
+    await until("a lease", heard_of)
+    for clock.ahead_ms in (0, 3_600_000):
+        (found,) = view.local().members
+        assert found.fresh
+        assert found.heard_ms is not None
+        assert found.heard_ms < LEASE_MS_MAX
     await cluster.stop()
 
 

@@ -9,7 +9,6 @@ import pytest
 from msgspec import structs
 
 from node.cluster_view import LEADER_PATH, LocalClusterView
-from node.kernel.clock import ManualClock
 from node.kernel.errors import PeerRefused, PeerUnavailable
 from node.serving.cluster import ClusterPartition, ClusterReplica
 from replication.catalog import Assignment, Catalog, Model, Move, Node, Refusal, Version
@@ -35,6 +34,9 @@ class Cluster:
 
     def has_lease(self) -> bool:
         return self.lease
+
+    def now_ms(self) -> int:
+        return NOW_MS
 
     def reports(self) -> Reports:
         return self.heard
@@ -90,7 +92,7 @@ HEARD = Reports(
 
 def view(catalog: Catalog = CATALOG, heard: Reports = HEARD, **changes: object) -> LocalClusterView:
     cluster = replace(Cluster(catalog, heard), **changes)  # type: ignore[arg-type]
-    return LocalClusterView(cluster, Peers(PeerUnavailable("gone")), ManualClock(NOW_MS))
+    return LocalClusterView(cluster, Peers(PeerUnavailable("gone")))
 
 
 def test_a_leader_that_may_have_been_deposed_claims_no_more_than_it_can_know() -> None:
@@ -143,7 +145,7 @@ async def test_another_node_passes_the_leaders_answer_on(answer: bytes | Excepti
     told = view(snapshots={"n2": {0: 450}})
     cluster = Cluster(CATALOG, HEARD, name="n2")
     peers = Peers(told.encoded())
-    asking = LocalClusterView(cluster, peers, ManualClock(NOW_MS))
+    asking = LocalClusterView(cluster, peers)
     assert await asking.cluster() == told.local()
     assert peers.asked == [("n1:7101", "GET", LEADER_PATH)]
     peers.answer = answer
