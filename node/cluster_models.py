@@ -6,6 +6,7 @@ A command that the catalog refuses because it changed meanwhile is decided anew,
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from itertools import islice
 from typing import Any, Protocol
 
@@ -64,12 +65,19 @@ class CatalogModels:
         self._clock = clock
         self.told_revision = 0
         """Of the catalog that the tenants' side was told of last: what it wishes was decided on that."""
+        self._told: tuple[Catalog, AgreedModels] | None = None
 
     def agreed(self) -> AgreedModels:
-        """What the tenants' side is told next."""
-        catalog = self._cluster.catalog
+        """What the tenants' side is told next. It is made anew only where models may have changed: going through 2,000
+        takes 0.1 s, and owners change often, not least when time counts."""
+        catalog, told = self._cluster.catalog, self._told
         self.told_revision = catalog.revision
-        return agreed_models(catalog, self._cluster.name)
+        if told is not None and _same_models(told[0], catalog):
+            models = replace(told[1], revision=catalog.revision)
+        else:
+            models = agreed_models(catalog, self._cluster.name)
+        self._told = catalog, models
+        return models
 
     async def current(self) -> None:
         await self._cluster.agreed()
@@ -257,6 +265,16 @@ def _quarantine(catalog: Catalog, wish: RollBack) -> Command | None:
 
 def _cut(reason: str) -> str:
     return reason.encode()[:REASON_BYTES_MAX].decode(errors="ignore")
+
+
+def _same_models(before: Catalog, after: Catalog) -> bool:
+    """Of catalogs that came one after the other: what a command does not change stays the same object."""
+    return (
+        before.models is after.models
+        and before.holders is after.holders
+        and before.tenants is after.tenants
+        and before.quotas is after.quotas
+    )
 
 
 def agreed_models(catalog: Catalog, node: str) -> AgreedModels:

@@ -15,7 +15,7 @@ from node.cluster_models import CatalogModels
 from node.kernel.clock import ManualClock
 from node.kernel.types import ModelName
 from replication.catalog import Catalog
-from replication.commands import Command
+from replication.commands import Command, GrowPartitions, HoldBlob, PutTenant, QuotaLimits, RetireVersion, SetQuota
 from tenants.comparison import Figures
 from tenants.judging import Judging
 from tenants.registry import GoLive, PairGone, Retire, RunBeside, VersionFailing, WriteStatus, status
@@ -250,6 +250,27 @@ def test_all_nodes_run_the_staged_version_beside_the_live_one() -> None:
             ("canary 0.2", "auto"),
             ("live", "eve"),
         ]
+
+
+def test_models_are_told_anew_only_where_something_of_them_changed() -> None:
+    """A takeover changes owners many times in a row: the node that takes over has no time for 2,000 models each."""
+    made, _, _, second = clustered()
+    models = CatalogModels(Cluster(made), ManualClock())
+    told = models.agreed()
+    assert made.propose(GrowPartitions(revision=made.revision, count=3)) == ""
+    again = models.agreed()
+    assert (again.revision, models.told_revision) == (made.revision, made.revision)
+    assert again.versions is told.versions
+    limits = QuotaLimits(models_max=3)
+    held = {"node": "one", "incarnation": 1, "blob": made.catalog.models[str(BID)].versions[second].blob}
+    for command in (
+        PutTenant(revision=made.revision, name="shop", settings="weight = 2"),
+        SetQuota(revision=made.revision + 1, tenant="shop", limits=limits),
+        HoldBlob(revision=made.revision + 2, held=False, **held),
+        RetireVersion(revision=made.revision + 3, tenant=BID.tenant, model=BID.model, version=second),
+    ):
+        assert made.propose(command) == ""
+        assert models.agreed() == cluster.agreed_models(made.catalog, "one")
 
 
 def test_a_staged_version_is_rolled_back_on_all_nodes() -> None:
