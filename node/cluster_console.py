@@ -257,14 +257,29 @@ def address_of(status: ClusterStatus, name: str) -> str:
 
 
 async def snapshot(config: Config, numbers: Iterable[int], say: Say) -> None:
-    """A snapshot now, on each node that has the partition: enough holders let the changelog be cut behind it."""
+    """A snapshot now, on each node that has the partition: enough holders let the changelog be cut behind it.
+
+    Where one can't be taken, the others are all the same. Raises CommandFailed then.
+    """
+    taken = failed = 0
     async with operating(config) as operator:
         status = await operator.status()
-        for partition in chosen(status, numbers):
-            for replica in partition.replicas:
-                if replica.role != "left":
-                    taken = await operator.job(address_of(status, replica.node), "snapshot", partition.number)
-                    say(f"partition {partition.number} on {replica.node}: {_snapshot_line(taken)}")
+        replicas = [
+            (partition.number, replica.node)
+            for partition in chosen(status, numbers)
+            for replica in partition.replicas
+            if replica.role != "left"
+        ]
+        for number, node in replicas:
+            try:
+                told = _snapshot_line(await operator.job(address_of(status, node), "snapshot", number))
+                taken += 1
+            except HeadraceError as failure:
+                told = f"not taken: {failure}"
+                failed += 1
+            say(f"partition {number} on {node}: {told}")
+    if failed:
+        raise CommandFailed(f"{failed} of {taken + failed} snapshots were not taken; see above, and take them again")
 
 
 def _snapshot_line(taken: Mapping[str, Any]) -> str:

@@ -121,9 +121,12 @@ class Jobs:
 
     def __init__(self) -> None:
         self.go = asyncio.Event()
+        self.closed: set[int] = set()
 
     async def snapshot(self, partition: int) -> Mapping[str, Any]:
         await self.go.wait()
+        if partition in self.closed:
+            raise NotFound(f"partition {partition} is not open on this node")
         return {"partition": partition, "changelog_offset": 40, "files": 3, "bytes": 1_234_567}
 
     async def verify(self, partition: int) -> Mapping[str, Any]:
@@ -289,6 +292,19 @@ async def test_snapshot(config: Callable[..., str], jobs: Jobs) -> None:
         "partition 0 on n1: 3 files, 1,234,567 bytes, as of 40",
         "partition 1 on n2: 3 files, 1,234,567 bytes, as of 40",
     ]
+
+
+async def test_a_replica_without_a_snapshot_keeps_no_other_from_one(config: Callable[..., str], jobs: Jobs) -> None:
+    """A node that is down is a reason to take snapshots on those that are not."""
+    jobs.go.set()
+    jobs.closed.add(0)
+    ran = await headrace("snapshot", "--config", config())
+    assert ran.code == 1
+    lines = ran.out.splitlines()
+    assert lines[0] == "partition 0 on n1: not taken: partition 0 is not open on this node"
+    assert lines[1] == "partition 1 on n2: 3 files, 1,234,567 bytes, as of 40"
+    assert lines[2].startswith("partition 2 on ")
+    assert ran.err == "1 of 3 snapshots were not taken; see above, and take them again\n"
 
 
 # --- the routes -----------------------------------------------------------------------------------------------------
