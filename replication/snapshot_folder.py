@@ -67,6 +67,8 @@ class SnapshotFolder:
                     left = path.name.startswith(_HIDDEN) and path.name != _FETCHED
                     if left or (path.is_dir() and path.name.isdecimal() and int(path.name) not in known):
                         _remove(path)
+                for path in (self._of(partition) / _FETCHED).glob("[!.]*.part"):  # of the store by URL: not taken up
+                    _remove(path)
 
     def close(self) -> None:
         self._threads.shutdown(wait=False, cancel_futures=True)

@@ -20,6 +20,7 @@ from __future__ import annotations
 import hashlib
 import os
 import re
+import secrets
 from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
@@ -225,18 +226,23 @@ class SnapshotStore:
 
     def fetch(self, snapshot: Snapshot, file: SnapshotFile, target: Path) -> None:
         """Raises StateCorrupt when its bytes are not those that the manifest says."""
-        part = target.with_name(f"{target.name}.part")
+        # A name of its own: the thread of a fetch that was called off goes on, and the next one is of the same file.
+        part = target.with_name(f"{target.name}.{secrets.token_hex(8)}.part")
         source = f"{self._files_of(snapshot.partition)}/{file.sha256}"
         with self._driver("read"):
             if self._closed:
                 raise StoreUnavailable(f"the node stops, no more is fetched from {self.place}")
-            self._files.get_file(source, str(part))
-            with part.open("rb") as here:
-                digest = hashlib.file_digest(here, "sha256").hexdigest()
-            if digest != file.sha256:
-                part.unlink()
-                raise StateCorrupt(f"{file.name} in {self.place} has other bytes than its sha256 says; remove it there")
-            part.replace(target)
+            try:
+                self._files.get_file(source, str(part))
+                with part.open("rb") as here:
+                    digest = hashlib.file_digest(here, "sha256").hexdigest()
+                if digest != file.sha256:
+                    raise StateCorrupt(
+                        f"{file.name} in {self.place} has other bytes than its sha256 says; remove it there"
+                    )
+                part.replace(target)
+            finally:
+                part.unlink(missing_ok=True)
         self._counts["fetched"] += file.bytes
 
     # what goes

@@ -20,6 +20,7 @@ from node.kernel.digest import digest_store
 from node.kernel.errors import NotFound, StateCorrupt
 from node.kernel.limits import SNAPSHOT_CHECKED_MS_MAX
 from node.state.inspection import changelog_offset_of, digest_of
+from replication.peers import part_of
 from replication.snapshot_folder import SnapshotFolder
 
 
@@ -145,9 +146,14 @@ def test_what_a_crash_left_is_removed_and_what_is_whole_stays(tmp_path: Path, fo
     (place / "10.json").unlink()  # a kill between the folder's rename and the manifest's, or while it was removed
     shutil.copytree(place / "15", place / ".new-99")
     (place / ".new-16.json").write_bytes(b"{")
+    whole, resumed = "a" * 64, part_of(place / ".fetched" / ("b" * 64), "b" * 64).name
+    (place / ".fetched").mkdir()
+    for name in (whole, resumed, f"{'c' * 64}.0123456789abcdef.part"):
+        (place / ".fetched" / name).touch()
     again = opened(tmp_path)
     assert again.offsets(7) == [5, 15]
-    assert sorted(path.name for path in place.iterdir()) == ["15", "15.json", "5", "5.json"]
+    assert sorted(path.name for path in place.iterdir()) == [".fetched", "15", "15.json", "5", "5.json"]
+    assert {path.name for path in (place / ".fetched").iterdir()} == {whole, resumed}
     again.verify(again.read(7, 15))
     again.remove(7, 5)
     with pytest.raises(NotFound):

@@ -9,6 +9,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -17,7 +18,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from moto.server import ThreadedMotoServer
-from snapshot_support import CHANGELOG, damage, digest_folder, fold, frames, open_store
+from snapshot_support import CHANGELOG, WAIT_S_MAX, damage, digest_folder, fold, frames, open_store
 
 from node.kernel.clock import ManualClock, SystemClock
 from node.kernel.digest import digest_store
@@ -120,6 +121,43 @@ def test_only_new_files_are_uploaded(url: str, source: Source, clock: ManualCloc
     assert told.files_left_out > 0
     assert store.newest(3) == later
     assert store.offsets(3) == [snapshot.changelog_offset, later.changelog_offset]
+
+
+def test_a_fetch_that_was_called_off_is_in_the_way_of_no_other(
+    source: Source, clock: ManualClock, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its thread goes on with the file, while the restore that comes next fetches the same one."""
+    store = opened(f"file://{tmp_path}/remote", clock)
+    snapshot, place = source.next()
+    store.upload(snapshot, place)
+    file = max(snapshot.files, key=lambda one: one.bytes)
+    content = (place / file.name).read_bytes()
+    half_way, begun_again, over = threading.Event(), threading.Event(), threading.Event()
+
+    def get_file(remote: str, target: str) -> None:
+        again = half_way.is_set()
+        with open(target, "wb", buffering=0) as written:
+            if again:
+                begun_again.set()
+                assert over.wait(WAIT_S_MAX)
+                written.write(content)
+                return
+            written.write(content[: len(content) // 2])
+            half_way.set()
+            assert begun_again.wait(WAIT_S_MAX)
+            written.write(content[len(content) // 2 :])
+
+    monkeypatch.setattr(store._files, "get_file", get_file)
+    target = tmp_path / "fetched" / file.sha256
+    target.parent.mkdir()
+    with ThreadPoolExecutor(2) as threads:
+        called_off = threads.submit(store.fetch, snapshot, file, target)
+        called_off.add_done_callback(lambda _: over.set())
+        assert half_way.wait(WAIT_S_MAX)
+        threads.submit(store.fetch, snapshot, file, target).result()
+        assert called_off.exception() is None
+    assert target.read_bytes() == content
+    assert list(target.parent.iterdir()) == [target]
 
 
 def test_a_file_that_is_missing_or_changed_there_is_noticed(
