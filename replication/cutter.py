@@ -200,6 +200,8 @@ class Cutter:
         holders, needed = self._told(partition, held, self._kept.get(partition, (0, 0.0))[0])
         if held.owner not in needed:
             return None
+        # What is further than the owner is of an earlier changelog, whose topic was made again, or its report is late.
+        holders = {name: offset for name, offset in holders.items() if offset <= needed[held.owner]}
         before = cut_offset(holders, [offset for offset in needed.values() if offset >= start], self._holders_min)
         before = min(before, self._ripe(partition, before))
         return Cut(before, self._clock.now_ms(), holders, needed) if before > start else None

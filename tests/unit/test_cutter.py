@@ -104,6 +104,22 @@ def test_snapshots_of_nodes_without_a_part_in_the_partition_do_not_count() -> No
     assert cut.before == 50
 
 
+def test_snapshots_of_an_earlier_changelog_do_not_count() -> None:
+    """Its topic was made again: nobody has what the new one holds, and only that its owner has not got so far tells."""
+    clock = ManualClock()
+    leader = Leader(snapshots={"a": 500, "b": 400, "c": 30}, offsets={"a": 60, "b": 55, "c": 60})
+    made = cutter(leader, clock)
+    made._safe(0, 0)
+    clock.advance(DELAY_MS)
+    assert made._safe(0, 0) is None
+    leader.snapshots["a"] = 40
+    made._safe(0, 0)
+    clock.advance(DELAY_MS)
+    cut = made._safe(0, 0)
+    assert cut is not None
+    assert (cut.before, cut.holders) == (30, {"a": 40, "c": 30})
+
+
 async def test_others_have_their_turn_between_partitions() -> None:
     """Looking at all of 4096 takes more than a second, in which the leader would do nothing else."""
 
