@@ -389,16 +389,19 @@ class Snapshots:
         The replicas, and the store by URL where they are too few, are asked for what they have now. Raises
         BrokerUnavailable, TopicMissing, StoreUnavailable.
         """
-        start, _ = await self._sources.changelog_bounds(partition)
+        start, end = await self._sources.changelog_bounds(partition)
         catalog = self._cluster.catalog
         holders_min = catalog.settings.snapshot_holders_min
         held = catalog.partitions[partition : partition + 1]
         names = {name for one in held for name in (one.owner, *one.standbys)} - {self._cluster.name}
         replicas = [catalog.nodes[name] for name in sorted(names & catalog.nodes.keys())]
         told = await asyncio.gather(*(self._told(node.name, node.http_address, partition) for node in replicas))
-        verified = {source.name: source.snapshot.changelog_offset for source in told if source is not None}
+        # One that is further than the end is of an earlier changelog, whose topic was made again, or was just taken.
+        offsets = {source.name: source.snapshot.changelog_offset for source in told if source is not None}
+        verified = {name: offset for name, offset in offsets.items() if offset <= end}
         if self._store is not None and not may_forget(verified, start, holders_min):
-            verified[STORE_HOLDER] = await self.stored(partition)
+            stored = await self.stored(partition)
+            verified |= {STORE_HOLDER: stored} if stored <= end else {}
         allowed = may_forget(verified, start, holders_min)
         if not allowed:
             log.info("copy kept, too few others have one", partition=partition, start=start, holders=verified)

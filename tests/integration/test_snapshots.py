@@ -358,6 +358,10 @@ async def test_a_copy_that_the_changelog_was_cut_behind_is_kept_until_enough_oth
     fold(standby.open(0, "further"), frames(), 10)
     await standby.snapshots.take(0)
     assert await left.snapshots.may_forget(0)
+    left.bounds = (9, 9)
+    assert not await left.snapshots.may_forget(0), "theirs are of an earlier changelog, whose topic was made again"
+    left.bounds = (10, 20)
+    assert await left.snapshots.may_forget(0)
     await standby.server.stop()
     assert not await left.snapshots.may_forget(0), "it does not answer"
 
