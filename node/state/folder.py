@@ -63,12 +63,17 @@ class StateFolder:
             await _closed(store)
 
     async def set_aside(self) -> None:
-        """Keep the newest damaged store for inspection; the partition is rebuilt without it."""
+        """Keep the newest damaged store for inspection; the partition is rebuilt without it. One that can't be renamed
+        stays where it is, and whoever opens it is told so."""
         await self.close()
         damaged = self._path.with_name(f"{self._path.name}.damaged")
         shutil.rmtree(damaged, ignore_errors=True)
-        with contextlib.suppress(FileNotFoundError):
-            self._path.rename(damaged)
+        try:
+            with contextlib.suppress(FileNotFoundError):
+                self._path.rename(damaged)
+        except OSError as failure:
+            log.error("damaged store can't be set aside, move it away or mend the disk", reason=str(failure))
+            return
         log.error("damaged store set aside, the partition is rebuilt from its changelog", folder=str(damaged))
 
     async def delete(self) -> None:

@@ -96,6 +96,18 @@ async def test_damaged_state_is_kept_for_inspection_and_unused_state_is_not(tmp_
     assert folders.found() == []
 
 
+async def test_damaged_state_that_can_not_be_set_aside_waits_for_the_operator(tmp_path: Path) -> None:
+    """The node and its other partitions go on: what opens it next finds the damage again, and says what to do."""
+    stores = Stores(snapshot=False)
+    folders = StateFolders(tmp_path, stores.open, stores.restore)
+    (tmp_path / "5.damaged").write_text("in the way")
+    state = folders.of(5)
+    await state.open()
+    await state.set_aside()
+    assert state.store is None
+    assert folders.found() == [5]
+
+
 async def test_the_loop_goes_on_while_a_store_is_closed(tmp_path: Path) -> None:
     """A store that was in use writes what it has in memory first, 145 ms for 50 MB, and waits for a copy being made."""
     went_on, waited = threading.Event(), []
