@@ -250,6 +250,7 @@ class Cycle:
 
     def _grow(self, grown: Layout) -> None:
         if grown is not self._state.layout:
+            self._state.intervals.forget(self._state.layout.marks.keys() - grown.marks.keys())
             self._state.layout = grown
             self._state.cache.grow(grown)
 

@@ -14,7 +14,7 @@ from __future__ import annotations
 import asyncio
 import math
 from collections import Counter, deque
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 
 import numpy as np
@@ -180,6 +180,16 @@ class Intervals:
         if spare > 0:
             gone = sorted(self._runs.keys() - versions.keys(), key=lambda name: (self._runs[name].due_ms, name))
             for name in gone[:spare]:
+                self._record(name, None, due=False)
+
+    def forget(self, models: Iterable[ModelName]) -> None:
+        """Of those, rows do not tell any more which sessions each has run for: should one come back, it is seen first,
+        and gets none that has ended before."""
+        for name in sorted(map(str, models)):
+            run = self._runs.get(name)
+            if run is not None and run.schedule.gap_ms:
+                if name in self._chunks:
+                    self._drop_chunk(name)
                 self._record(name, None, due=False)
 
     def _drop_chunk(self, name: str) -> None:

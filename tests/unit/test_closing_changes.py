@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import sys
 from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -27,6 +28,7 @@ from node.state.codec import images, unpack
 from node.state.fold import FoldResult, filters_of, fold
 from node.state.layout import Layout
 from node.state.memory import MemoryStore
+from node.state.reduction import reduced
 from tenants.features import compile_plan
 from tenants.manifest import parse_manifest
 
@@ -34,12 +36,12 @@ NOTHING = compile_plan([], SCHEMA)
 HISTORY = "[backfill]\nfrom = 'all'\n"
 
 
-def plan(head: str = "") -> FeaturePlan:
+def plan(head: str = "", *, models: Sequence[str] = ("visit",)) -> FeaturePlan:
     keys, _, tables = head.partition("[")
     features = "[features]\nevents = \"count(any, session='30m')\"\n"
     text = f"session = '30m'\n{keys}\n{features}{'[' + tables if tables else ''}"
-    manifest = parse_manifest("m.toml", "shop", "visit", text.encode(), SCHEMA)
-    return compile_plan([(manifest.version("0" * 64), manifest)], SCHEMA)
+    manifests = [parse_manifest("m.toml", "shop", model, text.encode(), SCHEMA) for model in models]
+    return compile_plan([(manifest.version("0" * 64), manifest) for manifest in manifests], SCHEMA)
 
 
 class Partition:
@@ -61,6 +63,11 @@ class Partition:
             self.layout = self.fills.opened(self.layout)
         if wanted is not self.plan:
             self.layout, self.plan = self.fills.grown(wanted, self.layout), wanted
+
+    def reduce(self) -> None:
+        """What the plan does not need is taken from the rows."""
+        before, self.layout = self.layout, reduced(self.layout, self.plan.needs, self.clock.now_ms())
+        self.intervals.forget(before.marks.keys() - self.layout.marks.keys())
 
     def _fold(self, rows: Floats, events: EventColumns, wanted: Bools) -> FoldResult:
         masks = self.plan.masks(events, filters_of(self.layout, events, SCHEMA.types))
@@ -85,8 +92,8 @@ class Partition:
             pass
         closed = [*folding.closed, *close_idle(ending, ran.idle, rows, positions)]
         self.fills.fold(taken, self.layout, rows, positions, self.plan, SCHEMA.types)
-        for _, triggers in session_triggers(self.plan, self.layout, closed, NO_TABLES, warming):
-            for place, customer in enumerate(triggers.customers):
+        for version, triggers in session_triggers(self.plan, self.layout, closed, NO_TABLES, warming):
+            for place, customer in enumerate(triggers.customers if version.name.model == "visit" else ()):
                 times = (int(triggers.offsets[place]), int(triggers.times_ms[place]))
                 began, newest = ((time - START_MS) // 60_000 for time in times)
                 self.triggered.append((customer, began, newest, float(triggers.rows.numbers[place, 0])))
@@ -159,6 +166,16 @@ async def test_a_marked_model_gets_the_sessions_that_close_while_its_windows_are
     partition.log.events_max = 1000
     await partition.take(marked, 0, 1, 1)
     assert [(began, newest) for began, newest, _ in partition.of("ann")] == [(minute, minute) for _, minute in visits]
+
+
+async def test_a_model_that_comes_back_after_its_marks_were_taken_from_the_rows_gets_no_session_again() -> None:
+    partition = Partition(("ann", 100), ("bob", 500), ("zero", 900), ("ann", 1000), ("zero", 2000))
+    await partition.take(plan(models=["visit", "other"]), 0, 2)
+    assert (partition.of("ann"), partition.of("bob")) == ([(100, 100, 1)], [])
+    await partition.take(plan(models=["other"]), 0)
+    partition.reduce()
+    await partition.take(plan(models=["visit", "other"]), 0, 2, 1)
+    assert (partition.of("ann"), partition.of("bob")) == ([(100, 100, 1), (1000, 1000, 1)], [(500, 500, 1)])
 
 
 async def test_less_grace_loses_no_session_that_had_ended() -> None:

@@ -59,7 +59,10 @@ def plan(windows: int) -> FeaturePlan:
 
 def pair_of(tenant: str, features: Sequence[str], blob: str = "0") -> tuple[ModelVersion, Manifest]:
     """Model m of the tenant."""
-    text = "\n".join(['on = ["buy"]', "[features]", *features])
+    return made_of(tenant, "\n".join(['on = ["buy"]', "[features]", *features]), blob)
+
+
+def made_of(tenant: str, text: str, blob: str) -> tuple[ModelVersion, Manifest]:
     manifest = parse_manifest(f"{tenant}/m.toml", tenant, "m", text.encode(), CONFIG.schema())
     return manifest.version(blob * 64), manifest
 
@@ -199,6 +202,19 @@ async def test_slots_that_nothing_needs_are_taken_back_when_rows_have_no_room() 
     assert taken.locate(OTHER[1].aggregates[0]) is not None
     assert not any(taken.locate(aggregate) for aggregate in V1[1].aggregates)
     parts.state.cache.load(["customer"])
+
+
+async def test_where_the_marks_of_a_session_model_are_taken_back_its_run_goes_with_them() -> None:
+    parts = Parts(clock=ManualClock(10**12))
+    visits = made_of("b", "session = '30m'\n[features]\nbuys = \"count(buy, session='30m')\"\n", "5")
+    parts.newest = staged_plan(V1, visits)
+    intervals, nothing = parts.state.intervals, EventDecoder(CONFIG.events).records([], []).events
+    intervals.pump(parts.cycle._plan(), parts.state.layout)
+    assert intervals.committing(nothing, Counter())[0].keys() == {"b/m"}
+    parts.newest, parts.state.plan = staged_plan(V2), None
+    parts.cycle._plan()
+    assert parts.state.layout.marks == {}
+    assert intervals.committing(nothing, Counter())[0] == {"b/m": None}
 
 
 async def test_slots_are_not_taken_back_for_each_trial_but_for_what_is_to_run() -> None:
