@@ -12,7 +12,7 @@ from collections.abc import Callable, Collection, Mapping
 from node.cycle import PartitionState
 from node.kernel.clock import Clock
 from node.kernel.types import ModelName
-from node.outgoing import add_up_former
+from node.outgoing import add_up_former, counted_under
 from node.steps import StepTimes
 
 
@@ -24,7 +24,11 @@ class Opening:
         self._before = Counter(state.committed)
 
     def counted(self) -> Counter[str]:
-        return Counter(self._state.committed) - self._before
+        committed = Counter(self._state.committed)
+        before = Counter[str]()
+        for counter, count in self._before.items():
+            before[counted_under(counter, committed)] += count
+        return committed - before
 
 
 class NodeCounts:

@@ -109,6 +109,13 @@ def add_up_former(counters: Counter[str], models: Collection[ModelName]) -> None
     _add_up(counters, lambda tenant, model: tenant not in tenants, OTHER)
 
 
+def counted_under(counter: str, counters: Collection[str]) -> str:
+    """The name that goes on, among `counters`, with what one of that name counted before `add_up_former`."""
+    what, _, name = counter.rpartition(" ")
+    names = (counter, f"{what} {name.partition('/')[0]}/{OTHER}", f"{what} {OTHER}/{OTHER}")
+    return next((one for one in names if one in counters), counter)
+
+
 def _add_up(counters: Counter[str], former: Callable[[str, str], bool], under: str = "") -> None:
     """Of the counters of models, those of `former(tenant, model)`; `under` a tenant's name, or else each its own's."""
     found = []

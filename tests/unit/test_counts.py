@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from test_cycle import Parts
@@ -13,6 +14,7 @@ from node.cycle import PartitionState
 from node.kernel.clock import ManualClock
 from node.kernel.limits import COUNTERS_FORMER_MAX
 from node.kernel.types import ModelName
+from node.outgoing import add_up_former
 
 NAMES = ("events", "inferences ads/bid", "shed overload ads/bid")
 actions = st.lists(st.tuples(st.integers(0, 2), st.sampled_from(("open", "close", *NAMES)), st.integers(1, 9)))
@@ -53,6 +55,23 @@ def test_what_was_counted_of_models_that_are_gone_is_added_up() -> None:
         counts.closed(opening)
     total = COUNTERS_FORMER_MAX + 1
     assert counts.counters() == {"inferences ads/bid": total, "inferences ads/_other": 2 * total}
+
+
+@pytest.mark.parametrize("tenants", [("ads",), ("gone",), ("gone", "shop", "ads")])
+def test_adding_up_what_an_open_partition_counted_before_it_was_opened_counts_nothing(tenants: tuple[str, ...]) -> None:
+    there = [ModelName("ads", "bid")]
+    names = [f"inferences {tenant}/old{number}" for tenant in tenants for number in range(COUNTERS_FORMER_MAX)]
+    counts, opened = NodeCounts(ManualClock(), lambda: there), state({**dict.fromkeys(names, 50), "events": 7})
+    opening = counts.opened(opened)
+    rising = Counter(opened.committed) + Counter({names[0]: 3, f"inferences {tenants[0]}/new": 2})
+    opened.committed = dict(rising)
+    assert sum(counts.counters().values()) == 5
+    add_up_former(rising, there)
+    assert len(rising) < COUNTERS_FORMER_MAX
+    opened.committed = dict(rising)
+    assert sum(counts.counters().values()) == 5
+    counts.closed(opening)
+    assert sum(counts.counters().values()) == 5
 
 
 def test_a_partition_s_steps_go_on_when_it_is_opened_again() -> None:
