@@ -20,7 +20,7 @@ from node.answer_times import AnswerTimes
 from node.kernel.chunks import with_names
 from node.kernel.clock import Clock
 from node.kernel.errors import BoundExceeded
-from node.kernel.limits import CHUNKS_IN_FLIGHT_PER_MODEL_MAX, SETTLED_ROWS_MAX
+from node.kernel.limits import CHUNKS_IN_FLIGHT_PER_MODEL_MAX, SETTLED_ROWS_MAX, SETTLED_SLOTS_MAX
 from node.kernel.ports import ModelRunner, StateStore
 from node.kernel.types import EventNames, Floats, ModelName, ModelOutputs, ModelVersion, SequenceChunk, Triggers
 from node.waiting import Answering, Bound, Entry, Line, row_bytes
@@ -200,25 +200,30 @@ class Backlog:
             settled.shed[f"{reason} {line.model}"] += rows
         settled.cursors[line.name] = entry.number + 1
 
-    def settle(self) -> Settled:
+    def settle(self, row_slots: int = 1) -> Settled:
         """Take the answered chunks off the head of every line, and those whose model is gone or that are too old.
 
-        As many as one frame may well hold: the rest is settled by the next cycle.
+        As many as one frame may well hold, where a customer's row has `row_slots`: the rest is settled by the next
+        cycle, that of lines which had their turn last.
         """
         self.changed.clear()
         settled = Settled()
-        rows = 0
+        rows, rows_max = 0, max(1, min(SETTLED_ROWS_MAX, SETTLED_SLOTS_MAX // row_slots))
+        served: dict[str, None] = {}
         for lines in self._tenants.values():
             self._trim(lines)
         for line in self._lines.values():
             self._expire(line, settled)
             self._drop_given_up(line, settled)
-            while line.entries and rows < SETTLED_ROWS_MAX and self._settle_head(line.entries[0], settled):
+            while line.entries and rows < rows_max and self._settle_head(line.entries[0], settled):
+                served[line.name] = None
                 rows += line.entries[0].rows
                 self._drop_head(line, settled)
                 self._drop_given_up(line, settled)
             if line.sweep_due:
                 self._sweep(line, settled)
+        for name in served:
+            self._lines[name] = self._lines.pop(name)
         return settled
 
     def _expire(self, line: Line, settled: Settled) -> None:

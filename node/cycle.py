@@ -129,7 +129,8 @@ class Cycle:
         with steps.measure("poll"):  # 1. Poll a micro-batch.
             wait_ms = max(engine.settings.wait_ms, IDLE_POLL_MS) if self._idle else engine.settings.wait_ms
             polled = await self._source.poll(engine.settings.events_max, wait_ms)
-        settled, ran, fills = state.backlog.settle(), state.intervals.settle(), state.backfilling
+        settled, ran = state.backlog.settle(state.layout.slots), state.intervals.settle()
+        fills = state.backfilling
         if not (polled.records or settled.cursors or ran.due or fills.due or self._progress_due(polled)):
             self._committer.check()
             state.backlog.pump()

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from node.backlog import Backlog, Settled
 from node.kernel.clock import ManualClock
 from node.kernel.errors import BoundExceeded
+from node.kernel.limits import ROW_SLOTS_MAX
 from node.kernel.types import (
     EventNames,
     FeatureRows,
@@ -148,6 +149,25 @@ async def test_over_its_bound_a_line_sheds_by_policy_and_counts(policy: str, lef
     assert settled.shed == {f"overload {name}": 4}
     assert [offset for chunk in store.chunks(9) for offset in chunk.triggers.offsets.tolist()] == left
     assert backlog.rows == 4
+
+
+async def test_of_wide_rows_few_late_answers_are_settled_at_once_and_each_model_s_in_its_turn() -> None:
+    store, runner = MemoryStore(), ManualRunner()
+    backlog, outcome = backlog_of(runner, store), Outcome()
+    for name in NAMES:
+        for first in range(0, 4000, 1000):
+            chunk = backlog.append(version(name), triggers(name, first, 1000), None, outcome)
+            assert chunk is not None
+            outcome.appended.append(chunk)
+    commit(store, outcome, 1, outcome.appended)
+    backlog.pump()
+    while runner.open:
+        runner.answer(0)
+    turns = [backlog.settle(ROW_SLOTS_MAX).answers for _ in range(4)]
+    assert [[(answer.triggers.name, len(answer.triggers)) for answer in turn] for turn in turns] == [
+        [(name, 1000), (name, 1000)] for name in (*NAMES, *NAMES)
+    ]
+    assert backlog.empty
 
 
 async def test_triggers_of_a_deleted_model_are_shed_and_counted() -> None:
