@@ -20,7 +20,7 @@ from node.answer_times import AnswerTimes
 from node.kernel.chunks import with_names
 from node.kernel.clock import Clock
 from node.kernel.errors import BoundExceeded
-from node.kernel.limits import CHUNKS_IN_FLIGHT_PER_MODEL_MAX, SETTLED_ROWS_MAX, SETTLED_SLOTS_MAX
+from node.kernel.limits import CHUNKS_IN_FLIGHT_PER_MODEL_MAX, CYCLE_SLOTS_MAX, SETTLED_ROWS_MAX
 from node.kernel.ports import ModelRunner, StateStore
 from node.kernel.types import EventNames, Floats, ModelName, ModelOutputs, ModelVersion, SequenceChunk, Triggers
 from node.waiting import Answering, Bound, Entry, Line, row_bytes
@@ -208,7 +208,7 @@ class Backlog:
         """
         self.changed.clear()
         settled = Settled()
-        rows, rows_max = 0, max(1, min(SETTLED_ROWS_MAX, SETTLED_SLOTS_MAX // row_slots))
+        rows, rows_max = 0, max(1, min(SETTLED_ROWS_MAX, CYCLE_SLOTS_MAX // row_slots))
         served: dict[str, None] = {}
         for lines in self._tenants.values():
             self._trim(lines)

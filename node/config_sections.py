@@ -229,7 +229,8 @@ class CycleSection(Section, frozen=True):
         Meta(
             ge=1,
             le=limits.POLL_EVENTS_MAX,
-            description="Events of one micro-batch. More is cheaper an event and slower for each.",
+            description="Events of one micro-batch, fewer where customers' rows are wide: at most 4 million slots of "
+            "them. More is cheaper an event and slower for each.",
         ),
     ] = 4096
     bytes_max: Annotated[

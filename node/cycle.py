@@ -26,7 +26,7 @@ from node.ingest.source import Polled, Source
 from node.interval_rows import write_marks
 from node.intervals import Intervals
 from node.kernel.clock import Clock
-from node.kernel.limits import IDLE_POLL_MS, ROW_UNNEEDED_SHARE_MIN
+from node.kernel.limits import CYCLE_SLOTS_MAX, IDLE_POLL_MS, ROW_UNNEEDED_SHARE_MIN
 from node.kernel.ports import FeaturePlan, ModelRunner, Shadows
 from node.kernel.tables import NO_TABLES, TableSet
 from node.kernel.types import Aggregate, Bools, EventColumns, Floats, Frame, Ints, ModelName, ModelVersion, StoredOutput
@@ -128,7 +128,8 @@ class Cycle:
         engine, state, steps = self._engine, self._state, self._steps
         with steps.measure("poll"):  # 1. Poll a micro-batch.
             wait_ms = max(engine.settings.wait_ms, IDLE_POLL_MS) if self._idle else engine.settings.wait_ms
-            polled = await self._source.poll(engine.settings.events_max, wait_ms)
+            events_max = self._events_max
+            polled = await self._source.poll(events_max, wait_ms)
         settled, ran = state.backlog.settle(state.layout.slots), state.intervals.settle()
         fills = state.backfilling
         if not (polled.records or settled.cursors or ran.due or fills.due or self._progress_due(polled)):
@@ -176,7 +177,12 @@ class Cycle:
         state.progress, state.submitted = polled.progress, self._clock.monotonic()
         await self._committer.submit(outgoing, customers, rows, lambda: self._applied(outgoing), lasting)  # 8. Commit.
         self._run_aside()
-        return len(polled.records) >= engine.settings.events_max
+        return len(polled.records) >= events_max
+
+    @property
+    def _events_max(self) -> int:
+        """Of the next micro-batch: where rows are wide, fewer."""
+        return max(1, min(self._engine.settings.events_max, CYCLE_SLOTS_MAX // self._state.layout.slots))
 
     def _progress_due(self, polled: Polled) -> bool:
         """Whether progress alone is worth a commit: where to go on is not durable yet, or has moved over transaction

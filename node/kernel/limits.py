@@ -85,8 +85,9 @@ WAITING_SWEPT_CHUNKS = 512
 """That are put anew for it at a time, where that is enough."""
 SETTLED_ROWS_MAX = 32_768
 """Late answers that one cycle commits beside its own; a chunk more at most."""
-SETTLED_SLOTS_MAX = 4 * MIB
-"""Of their customers' rows, in wide ones fewer answers: reading and sending so many takes some tenths of a second."""
+CYCLE_SLOTS_MAX = 4 * MIB
+"""Of the rows of a micro-batch's customers, and as many of its late answers': where rows are wide, a cycle takes fewer
+of both. The loop does nothing else while so many slots are read, folded and sent: some tenths of a second."""
 INTERVAL_MS_MIN = 1_000
 """Of an interval model's `every`."""
 INTERVAL_LOOK_MS = 100

@@ -20,7 +20,13 @@ from node.ingest.history import TopicHistory
 from node.ingest.source import Source
 from node.intervals import Intervals
 from node.kernel.clock import Clock, ManualClock, SystemClock
-from node.kernel.limits import COUNTERS_FORMER_MAX, ROW_REDUCTION_MS_MIN, ROW_UNNEEDED_MS_MIN
+from node.kernel.limits import (
+    COUNTERS_FORMER_MAX,
+    CYCLE_SLOTS_MAX,
+    POLL_EVENTS_MAX,
+    ROW_REDUCTION_MS_MIN,
+    ROW_UNNEEDED_MS_MIN,
+)
 from node.kernel.ports import FeaturePlan
 from node.kernel.supervise import Supervisor
 from node.kernel.types import ModelName, ModelVersion, StagedVersion
@@ -92,7 +98,9 @@ def layout_of(*live: tuple[ModelVersion, Manifest]) -> Layout:
 class Parts:
     """A cycle whose clients are never opened."""
 
-    def __init__(self, layout: Layout | None = None, config: Config = CONFIG, clock: Clock | None = None) -> None:
+    def __init__(
+        self, layout: Layout | None = None, config: Config = CONFIG, clock: Clock | None = None, events_max: int = 1
+    ) -> None:
         clock, store = clock or SystemClock(), MemoryStore()
         self.newest = plan(1)
         steps = StepTimes(clock)
@@ -113,7 +121,7 @@ class Parts:
         outbox = Outbox({}, topics, "test", 0, "off", "none", encode_frame, clock)
         source = Source({}, ("events",), 0, 1 << 20, "earliest", "wait", clock)
         self.unfit: list[tuple[ModelVersion, str]] = []
-        decoder, settings = EventDecoder(config.events), CycleSettings(1, 1, 0.0)
+        decoder, settings = EventDecoder(config.events), CycleSettings(events_max, 1, 0.0)
         engine = Engine(
             decoder,
             lambda: self.newest,
@@ -137,6 +145,17 @@ async def test_a_plan_whose_rows_would_be_too_long_leaves_the_one_before_in_forc
     assert parts.cycle._plan() is parts.newest
     assert parts.state.refused == ""
     assert parts.state.layout.slots > slots
+
+
+async def test_where_rows_are_wide_a_cycle_takes_fewer_events() -> None:
+    parts = Parts(events_max=POLL_EVENTS_MAX)
+    asked = []
+    for windows in (1, 60, 100):
+        parts.newest, parts.state.plan = plan(windows), None
+        parts.cycle._plan()
+        asked.append((parts.cycle._events_max * parts.state.layout.slots, parts.cycle._events_max))
+    assert asked[0][1] == POLL_EVENTS_MAX
+    assert all(CYCLE_SLOTS_MAX * 0.99 < slots <= CYCLE_SLOTS_MAX for slots, _ in asked[1:])
 
 
 async def test_a_new_plan_adds_up_the_counters_of_models_that_are_in_none_any_more() -> None:
