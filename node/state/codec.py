@@ -5,7 +5,8 @@ A stored row is its slots, little endian, nothing else: the header in slot 0 nam
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from typing import TypeAlias
 
 import numpy as np
 
@@ -14,6 +15,8 @@ from node.kernel.types import Floats, Ints
 from node.state.layout import Layout, header
 
 _SLOT_BYTES = 8
+_Written: TypeAlias = tuple[int, Floats, Ints]
+"""Id of a layout, rows [customers, slots then] under it, and which customers' they are."""
 _ADVICE = "delete the partition's folder, it is rebuilt from the changelog"
 
 
@@ -57,13 +60,17 @@ def unpack_images(layout: Layout, stored: Sequence[bytes | None]) -> Floats:
     for place, row in enumerate(stored):
         if row is not None:
             places.setdefault(len(row), []).append(place)
+    written: list[_Written] = []
     for length, at in places.items():
-        _put(layout, rows, np.array(at), b"".join(stored[place] for place in at), length)  # type: ignore[misc]
+        written += _written(layout, np.array(at), b"".join(stored[place] for place in at), length)  # type: ignore[misc]
+    # The newest first: where slots went from a layout follows from where they went from the next one.
+    for layout_id, found, these in sorted(written, key=lambda part: part[0], reverse=True):
+        layout.carry(layout_id, found, rows, these)
     return rows
 
 
-def _put(layout: Layout, rows: Floats, at: Ints, joined: bytes, length: int) -> None:
-    """Rows of one length, which may be of several layouts."""
+def _written(layout: Layout, at: Ints, joined: bytes, length: int) -> Iterator[_Written]:
+    """Rows of one length, which may be of several layouts, by layout."""
     slots, rest = divmod(length, _SLOT_BYTES)
     if rest or slots not in layout.sizes:
         raise StateCorrupt(
@@ -77,7 +84,7 @@ def _put(layout: Layout, rows: Floats, at: Ints, joined: bytes, length: int) -> 
         if not known or layout.sizes[layout_id] != slots:
             raise StateCorrupt(f"a stored row's header does not name a layout of its length; {_ADVICE}")
         these = headers == written
-        layout.carry(layout_id, found[these], rows, at[these])
+        yield layout_id, found[these], at[these]
 
 
 def converted(layout: Layout, layout_id: int, written: Floats) -> Floats:

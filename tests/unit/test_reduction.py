@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import random
+import sys
+from collections.abc import Callable
 from dataclasses import replace
+from types import FrameType
 
 import msgspec
 import numpy as np
@@ -14,6 +17,7 @@ from reference import Event
 from test_fold import FILTERS, START_MS, STEPS_MS, TYPES, aggregates, columns
 from test_layout import FRAUD, model
 
+import node.state.layout
 from node.interval_rows import write_marks
 from node.kernel.errors import StateCorrupt
 from node.kernel.limits import LAYOUTS_CARRIED_MAX
@@ -228,6 +232,33 @@ def test_cached_rows_are_converted_also_those_that_the_store_has_not_yet() -> No
         cache.store(["ann", "bob"], rows)
         cache.grow(least)
         assert cache.load(["ann", "bob"]).tobytes() == unpack(least, pack(rows)).tobytes()
+
+
+def work_of(doing: Callable[[], object]) -> int:
+    """How many functions of the layout it calls or goes on with."""
+    calls = 0
+
+    def heard(frame: FrameType, event: str, _: object) -> None:
+        nonlocal calls
+        calls += event == "call" and frame.f_code.co_filename == node.state.layout.__file__
+
+    sys.setprofile(heard)
+    try:
+        doing()
+    finally:
+        sys.setprofile(None)
+    return calls
+
+
+def test_rows_of_more_layouts_than_are_remembered_take_a_step_for_each_layout_and_not_for_each_row_of_it() -> None:
+    layout, stored = Layout.empty().grown([SUM], ()), []
+    for number in range(3 * LAYOUTS_CARRIED_MAX):
+        layout = layout.grown([Aggregate("count", "search", "", 0, str(one)) for one in range(1 + number % 60)], ())
+        stored += pack(random_rows(layout, number))
+        layout = reduced(layout, RowNeeds(frozenset({SUM})), number)
+    random.Random(1).shuffle(stored)
+    for _ in range(2):
+        assert work_of(lambda: unpack(layout, stored)) < 20 * len(layout.past)
 
 
 def test_a_store_with_rows_of_many_layouts_is_read_whole() -> None:
