@@ -166,7 +166,9 @@ class CustomerReads:
     async def _find(self, customer: str, plan: FeaturePlan) -> list[_Found]:
         """The customer's rows, that with the newest event first; more than one if its events are keyed differently."""
         key, found, closed = customer.encode(), [], []
-        for turn, (number, partition) in enumerate(self._partitions().items(), 1):
+        partitions = self._partitions()
+        for turn, number in enumerate(list(partitions), 1):
+            partition = partitions.get(number)
             if partition is None:
                 closed.append(number)
                 continue
@@ -175,6 +177,7 @@ class CustomerReads:
                 found.append(self._unpacked(partition, stored, plan))
             if turn % _LOADS_AT_ONCE == 0:
                 await asyncio.sleep(0)
+                partitions = self._partitions()  # one may have been closed, or its rows have grown
         if found:
             return sorted(found, key=lambda one: (-(one.changed_ms or 0), one.number))
         if closed:

@@ -242,6 +242,20 @@ async def test_a_partition_that_is_not_open_might_hold_the_customer(node: Node) 
         await node.customer("bob", START_MS)
 
 
+async def test_rows_that_grow_while_other_partitions_are_looked_into_are_read_as_they_are_then(node: Node) -> None:
+    both = tuple(node.manifests.values())
+    node.set_models()
+    node.take(0, bought("ann", 2.0))
+    behind = Folder(MemoryStore())
+    node.partitions = {number: Folder(MemoryStore()) for number in range(20)} | {20: behind}
+    node.take(20, bought("ann", 2.0))
+    reading = asyncio.create_task(node.customer("ann", START_MS))
+    await asyncio.sleep(0)  # it rests after the first partitions
+    node.set_models(*both)
+    node.take(20, bought("ann", 3.0, 1000))
+    assert (await reading).profile["spend"] == 5.0
+
+
 async def test_rows_of_an_older_layout_are_read_under_the_new_plan(node: Node) -> None:
     both = tuple(node.manifests.values())
     node.set_models()
