@@ -207,6 +207,7 @@ class Backlog:
         cycle, that of lines which had their turn last.
         """
         self.changed.clear()
+        self._forget_ended()
         settled = Settled()
         rows, rows_max = 0, max(1, min(SETTLED_ROWS_MAX, CYCLE_SLOTS_MAX // row_slots))
         served: dict[str, None] = {}
@@ -225,6 +226,16 @@ class Backlog:
         for name in served:
             self._lines[name] = self._lines.pop(name)
         return settled
+
+    def _forget_ended(self) -> None:
+        """Lines that nothing waits in, as each canary and each name of a model has one of its own. One that has just
+        been emptied stays for the frame with its cursor: a chunk of that frame must have a number behind it."""
+        for line in [line for line in self._lines.values() if not line.entries]:
+            del self._lines[line.name]
+            lines = self._tenants[line.model.tenant]
+            lines.remove(line)
+            if not lines:
+                del self._tenants[line.model.tenant]
 
     def _expire(self, line: Line, settled: Settled) -> None:
         if not line.entries:

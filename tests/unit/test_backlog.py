@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections import deque
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -168,6 +169,24 @@ async def test_of_wide_rows_few_late_answers_are_settled_at_once_and_each_model_
         [(name, 1000), (name, 1000)] for name in (*NAMES, *NAMES)
     ]
     assert backlog.empty
+
+
+async def test_a_line_that_nothing_waits_in_is_forgotten_once_its_cursor_is_in_a_frame() -> None:
+    store, runner, name = MemoryStore(), ManualRunner(), NAMES[0]
+    backlog, answered = backlog_of(runner, store), []
+    canary = replace(triggers(name, 0, 2), line="c" * 12)
+    for offset, work in enumerate([canary, triggers(name, 5, 1), None, triggers(name, 6, 1), None, None, None]):
+        settled = backlog.settle()
+        outcome = await run_triggers(backlog, [] if work is None else [(version(name), work)], settled, 0.0)
+        answered += [number for answer in outcome.answers for number in answer.triggers.offsets.tolist()]
+        commit(store, outcome, offset + 1, outcome.appended)
+        backlog.stored(outcome.appended)
+        backlog.pump()
+        if runner.open:
+            runner.answer(0)
+    assert answered == [0, 1, 5, 6]
+    assert store.chunks(10) == []
+    assert (backlog._lines, backlog._tenants) == ({}, {})
 
 
 async def test_triggers_of_a_deleted_model_are_shed_and_counted() -> None:
