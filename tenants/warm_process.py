@@ -56,7 +56,7 @@ class WarmProcess:
 def _started(settings: str, descriptor: int) -> subprocess.Popen[bytes]:
     try:
         return subprocess.Popen(
-            [sys.executable, "-s", "-m", "tenants.warm_server", settings],
+            [sys.executable, "-sP", "-m", "tenants.warm_server", settings],
             stdin=subprocess.DEVNULL,
             pass_fds=(descriptor,),
             env=_environment(),

@@ -59,7 +59,7 @@ def _started(arguments: Sequence[str], stderr: int | None) -> subprocess.Popen[b
 
 def _popen(arguments: Sequence[str], stderr: int | None) -> subprocess.Popen[bytes]:
     return subprocess.Popen(
-        [sys.executable, "-s", "-m", "node.kernel.parent", str(os.getpid()), *arguments],
+        [sys.executable, "-sP", "-m", "node.kernel.parent", str(os.getpid()), *arguments],
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         stderr=stderr,

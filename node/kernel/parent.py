@@ -24,4 +24,4 @@ def die_with_parent(parent: int) -> None:
 
 if __name__ == "__main__":
     die_with_parent(int(sys.argv[1]))
-    os.execv(sys.executable, [sys.executable, "-s", *sys.argv[2:]])
+    os.execv(sys.executable, [sys.executable, "-sP", *sys.argv[2:]])

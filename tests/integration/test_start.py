@@ -5,9 +5,15 @@ Each test is a process of its own, since what is imported here has been imported
 
 from __future__ import annotations
 
+import asyncio
 import subprocess
 import sys
 from pathlib import Path
+
+import msgspec
+import pytest
+
+from node.kernel.child import in_child
 
 ROOT = Path(__file__).parents[2]
 GOOD = '[events]\ntypes = ["search"]\n'
@@ -65,3 +71,25 @@ def test_a_command_for_a_running_cluster_imports_only_a_client() -> None:
 def test_workers_are_warmed_before_anything_heavy_is_imported(tmp_path: Path) -> None:
     heavy = {"numpy", "structlog", "asyncio", "aiohttp", "aiokafka", "rocksdict", "uvloop"}
     assert lines_at_import("node.logs", heavy, tmp_path) == ["started: tenants.warm_server", "loaded:"]
+
+
+def test_nothing_is_imported_from_the_folder_that_a_node_is_started_in(tmp_path: Path) -> None:
+    """It is the operator's: the default config has a folder `tenants` beside it, which is the name of a package too."""
+    (tmp_path / "tenants").mkdir()
+    (tmp_path / "node.toml").write_text(GOOD)
+    (tmp_path / "joblib.py").write_text("raise SystemExit('this is not the library')\n")
+    command = [sys.executable, "-P", "-m", "node", "sandbox-report", "--config", "node.toml", "--json"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=SECONDS_MAX)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert "resource_limits" in msgspec.json.decode(done.stdout)["layers"]
+
+
+def test_a_child_imports_nothing_from_that_folder_either(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "ctypes.py").write_text("raise SystemExit('this is not the library')\n")
+    (tmp_path / "json.py").write_text("raise SystemExit('this is not the library')\n")
+    monkeypatch.chdir(tmp_path)
+
+    def talk(process: subprocess.Popen[bytes]) -> tuple[bytes, bytes]:
+        return process.communicate()
+
+    assert asyncio.run(in_child(("-c", "import json; print(json.dumps([]))"), talk, subprocess.PIPE)) == (b"[]\n", b"")
