@@ -14,7 +14,8 @@ from typing import TYPE_CHECKING, Any, Final, TypeAlias
 
 import msgspec
 
-from node.config_sections import ClusterSection, Config
+from node.config import allowed
+from node.config_sections import ClusterSection, Config, Name
 from node.kernel.clock import SystemClock
 from node.kernel.errors import ConfigError, HeadraceError, NotFound, PeerUnavailable
 from node.serving.cluster import ClusterMember, ClusterPartition, ClusterStatus
@@ -134,15 +135,25 @@ async def watch(operator: Operator, say: Say, left: Callable[[ClusterStatus], Se
 
 
 async def join(config: Config, name: str, raft_address: str, wait_s: float, say: Say) -> None:
-    problems = address_problems(raft_address)
+    problems = [*_name_problems(name), *address_problems(raft_address)]
     if problems:
         raise CommandFailed("; ".join(problems))
     async with operating(config) as operator:
         await operator.post(operator.address, "join", JoinBody(name, raft_address))
         say(f"{name} may join; start it with this node's [cluster] peers, and {name} at {raft_address}, in its config")
+        say(f"until then it counts for a majority as one that is down; `headrace leave {name}` takes that back")
         if wait_s:
             await watch(operator, say, lambda status: _not_heard(status, name), wait_s)
             say(f"{name} has joined")
+
+
+def _name_problems(name: str) -> Sequence[str]:
+    """A name that no config may have would be awaited for good."""
+    try:
+        msgspec.convert(name, Name)
+    except msgspec.ValidationError:
+        return [f"{name} is no name of a node; allowed: {allowed(Name)}"]
+    return ()
 
 
 def _not_heard(status: ClusterStatus, name: str) -> Sequence[str]:
@@ -184,8 +195,13 @@ async def undrain(config: Config, name: str, say: Say) -> None:
 
 
 async def leave(config: Config, name: str, dead: bool, wait_s: float, say: Say) -> None:
-    """Drain a node and remove it; with `dead`, remove one that is gone, once others own what it had."""
+    """Drain a node and remove it; with `dead`, remove one that is gone, once others own what it had. One that was let
+    join and has not come has nothing to be drained of."""
     async with operating(config) as operator:
+        if name in (await operator.status()).awaited:
+            await operator.post(operator.address, "leave", NodeBody(name))
+            say(f"{name} may not join any more")
+            return
         member = await operator.member(name)
         if dead:
             if member.fresh is not False:

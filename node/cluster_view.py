@@ -40,6 +40,9 @@ class Cluster(Protocol):
     def catalog(self) -> Catalog: ...
 
     @property
+    def voters(self) -> Mapping[str, str]: ...
+
+    @property
     def leader(self) -> str | None: ...
 
     @property
@@ -100,7 +103,10 @@ class LocalClusterView:
         heard = cluster.reports() if leads else None
         verified = cluster.verified() if leads else {}
         board = _Board(cluster.catalog, heard, verified, cluster.now_ms(), self._plan)
-        return board.status(cluster.name, cluster.leader, cluster.ready)
+        status = board.status(cluster.name, cluster.leader, cluster.ready)
+        known = cluster.catalog.nodes
+        awaited = {name: at for name, at in sorted(cluster.voters.items()) if known and name not in known}
+        return msgspec.structs.replace(status, awaited=awaited)
 
 
 class _Board:

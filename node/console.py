@@ -208,7 +208,15 @@ def cluster_view(cluster: Mapping[str, Any]) -> list[RenderableType]:
         Text(f"refused: {_text(one.get('command'))}: {_text(one.get('reason'))}", style="yellow")
         for one in list(cluster.get("refusals", ()))[-REFUSALS_SHOWN:]
     ]
-    return [head, nodes, partitions, *waiting, *refused]
+    return [head, nodes, *_awaited(cluster.get("awaited", {})), partitions, *waiting, *refused]
+
+
+def _awaited(awaited: Mapping[str, Any]) -> list[Text]:
+    told = "may join and has not come: it counts for a majority as one that is down; start it, or say headrace leave"
+    return [
+        Text(f"{_text(name)} at {_text(address)} {told} {_text(name)}", style="yellow")
+        for name, address in awaited.items()
+    ]
 
 
 def _member_state(member: Mapping[str, Any]) -> str:

@@ -172,6 +172,11 @@ class Cluster:
         return self._machine.agreed.catalog
 
     @property
+    def voters(self) -> Mapping[str, str]:
+        """Who counts for a majority, name -> Raft address: also who was let join and has not come yet."""
+        return self._raft.members
+
+    @property
     def leader(self) -> str | None:
         return self._raft.leader
 

@@ -9,6 +9,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Literal, Protocol, TypeAlias
 
+import msgspec
+
 from node.serving.view import Body
 
 Role: TypeAlias = Literal["owner", "standby", "left"]
@@ -121,6 +123,8 @@ class ClusterStatus(Body, frozen=True):
     models: list[ClusterModel]
     refusals: list[ClusterRefusal]
     """The last ones, newest last."""
+    awaited: dict[str, str] = msgspec.field(default_factory=dict)
+    """Nodes that may join and have not come yet -> Raft addresses. Each counts for a majority, as one that is down."""
 
 
 class ClusterView(Protocol):

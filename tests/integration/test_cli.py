@@ -170,6 +170,7 @@ class ThreeNodes:
             ],
             models=[ClusterModel(tenant="shop", model="bid", version="ab12", state="passed", waits_for=["n3"])],
             refusals=[ClusterRefusal(command="live", reason="no file [red]", revision=3)],
+            awaited={"n4": "n4:1"},
         )
 
 
@@ -331,6 +332,7 @@ async def test_status_of_a_cluster(cluster_url: str, monkeypatch: pytest.MonkeyP
     assert one == "1 n2 1 moves to n1: drain; since 1,500 ms, waits for n1 to take over"
     assert "shop/bid ab12 waits for its file on n3" in ran.out
     assert "refused: live: no file [red]" in ran.out
+    assert row(ran.out, "n4 ").startswith("n4 at n4:1 may join and has not come: it counts for a majority as one")
     ran = await headrace("status", "--json", "--url", cluster_url)
     cluster = msgspec.json.decode(ran.out)["cluster"]
     assert msgspec.convert(cluster, ClusterStatus) == await ThreeNodes().cluster()

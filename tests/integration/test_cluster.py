@@ -271,6 +271,17 @@ async def test_a_drained_node_leaves_stays_out_and_may_join_again(cluster: Membe
     await cluster.check_served()
 
 
+async def test_a_node_that_never_came_is_taken_back(cluster: Members) -> None:
+    members = await cluster.start()
+    leader, (one, other) = await cluster.split(members)
+    await one.ask("join", name="d", address=free_address())
+    assert set((await one.status())["members"]) == {*NAMES, "d"}
+    await one.ask("leave", name="d")
+    assert set((await one.status())["members"]) == set(NAMES)
+    await other.kill()
+    await cluster.owned_by([leader, one], [leader.name, one.name])
+
+
 async def test_all_killed_at_once_go_on_as_they_were(cluster: Members) -> None:
     members = await cluster.start()
     before = [await member.status() for member in members]

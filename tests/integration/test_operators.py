@@ -41,6 +41,7 @@ class Cluster:
     stale: int = 0
     """So many commands to come are refused as decided on an old catalog."""
     joined: dict[str, str] = field(default_factory=dict)
+    awaited: dict[str, str] = field(default_factory=dict)
     left: list[str] = field(default_factory=list)
 
     async def agreed(self) -> Catalog:
@@ -106,7 +107,7 @@ class Cluster:
         return msgspec.json.encode(
             ClusterStatus(
                 node="n2", leader="n2", complete=True, ready=True, revision=1, now_ms=0, settings=agreement,
-                members=members, partitions=partitions, models=[], refusals=[],
+                members=members, partitions=partitions, models=[], refusals=[], awaited=self.awaited,
             )
         )  # fmt: skip
 
@@ -230,6 +231,26 @@ async def test_join_and_leave(cluster: Cluster, config: Callable[..., str]) -> N
     assert (ran.code, ran.err) == (0, "")
     assert cluster.left == ["n2"]
     assert all(held.owner == "n1" for held in cluster.catalog.partitions), "it was drained first"
+
+
+async def test_a_node_that_was_let_join_and_has_not_come_may_leave(
+    cluster: Cluster, config: Callable[..., str]
+) -> None:
+    """It votes from when it was let join: else a mistyped name or address could never be taken back."""
+    cluster.awaited = {"n9": "127.0.0.1:7900"}
+    for more in ((), ("--dead",)):
+        ran = await headrace("leave", "n9", *more, "--config", config())
+        assert (ran.code, ran.out, ran.err) == (0, "n9 may not join any more\n", "")
+    assert cluster.left == ["n9", "n9"]
+
+
+@pytest.mark.parametrize("name", ["n 9", "", "-n9", "n" * 101])
+async def test_a_name_that_no_node_can_have_is_not_let_join(
+    cluster: Cluster, config: Callable[..., str], name: str
+) -> None:
+    ran = await headrace("join", "--config", config(), "--", name, "127.0.0.1:7900")
+    assert (ran.code, ran.out, cluster.joined) == (1, "", {})
+    assert ran.err == f"{name} is no name of a node; allowed: letters, digits, '.', '_' and '-', at most 100\n"
 
 
 async def test_only_a_dead_node_leaves_as_one(cluster: Cluster, config: Callable[..., str]) -> None:

@@ -27,6 +27,7 @@ class Cluster:
     ready: bool = True
     lease: bool = True
     snapshots: Mapping[str, Mapping[int, int]] = field(default_factory=dict)
+    voters: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def leads(self) -> bool:
@@ -130,6 +131,15 @@ def test_the_leader_tells_all() -> None:
     (model,) = found.models
     assert (model.model, model.state, model.waits_for) == ("bid", "passed", ["n2"])
     assert found.refusals[0].reason == "no"
+
+
+def test_who_may_join_and_has_not_come_is_told_by_all() -> None:
+    """It counts for a majority: without a word of it, one more node that dies takes the cluster down by surprise."""
+    voters = {name: f"{name}:7100" for name in ("n4", "n1", "n2", "n3")}
+    for leader in ("n1", "n2"):
+        assert view(leader=leader, voters=voters).local().awaited == {"n4": "n4:7100"}
+    assert view(voters={"n1": "n1:7100"}).local().awaited == {}
+    assert view(Catalog(), voters=voters).local().awaited == {}, "it has not taken the catalog in yet"
 
 
 def test_a_node_that_does_not_lead_says_what_it_does_not_know() -> None:
