@@ -98,8 +98,7 @@ async def restore(
 
 
 async def _fetch(snapshot: Snapshot, folder: SnapshotFolder, source: Source, told: Told) -> None:
-    if snapshot.changelog_offset in await asyncio.to_thread(folder.offsets, snapshot.partition):
-        return
+    """Also where the node has one as of the same offset: its files are its own, and may be what is damaged."""
     wanted = await asyncio.to_thread(folder.wanted, snapshot)
     here = snapshot.bytes - sum(file.bytes for file in wanted)
     told(here, snapshot.bytes)

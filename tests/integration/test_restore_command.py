@@ -121,6 +121,33 @@ async def test_from_a_peer(tmp_path: Path, config: str, store_folder: Path) -> N
         await peer.stop()
 
 
+async def test_from_a_peer_whose_snapshot_is_as_of_the_same_offset_as_the_nodes_own(
+    tmp_path: Path, config: str, store_folder: Path
+) -> None:
+    """Of a quiet partition all nodes have one, each with files of its own; the node's may be the damaged one."""
+    peer = SnapshotNode(tmp_path, "n2")
+    await peer.start()
+    store = open_store(tmp_path / "peer")
+    try:
+        fold(store, frames(), 40)
+        peer.stores[3] = store
+        await peer.snapshots.take(3)
+        theirs = {path.name: path.read_bytes() for path in (tmp_path / "n2" / "snapshots" / "3" / "40").glob("*.sst")}
+        ours = tmp_path / "data" / "snapshots" / "3" / "40"
+        for damaged in (False, True):
+            if damaged:
+                damage_alone(next(ours.glob("*.sst")))
+            else:
+                snapshot(tmp_path)
+            ran = await headrace("restore", "3", "--from", peer.server.address, "--config", config)
+            assert (ran.code, ran.err) == (0, "")
+            assert digest_folder(store_folder) == digest_store(store)
+            assert {path.name: path.read_bytes() for path in ours.glob("*.sst")} == theirs
+    finally:
+        store.close()
+        await peer.stop()
+
+
 async def test_what_is_wrong_is_one_line_and_changes_nothing(tmp_path: Path, config: str, store_folder: Path) -> None:
     digest = snapshot(tmp_path)
     await headrace("restore", "3", "--config", config)
