@@ -284,7 +284,7 @@ class TenantService:
         """What the tenant may have, by whom, and what it has; also of one that is to come."""
         snapshot = self.watcher.snapshot
         models = models_of(snapshot, tenant)
-        quota, settings = snapshot.quotas.get(tenant, Quota()), snapshot.settings(tenant)
+        quota, settings = snapshot.quotas.get(tenant, Quota()), self.watcher.settings(tenant)
         windows = window_bytes_of(snapshot, tenant, self._schema)
         refused = self.watcher.refusals(tenant)
         return QuotaReport(quota, settings, len(models), sum(models.values()), windows, refused)

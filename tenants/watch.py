@@ -372,6 +372,12 @@ class ModelWatcher:
                 if seen is not None:
                     await self._apply(seen)
 
+    def settings(self, tenant: str) -> TenantSettings:
+        """Those that hold for the tenant; of one that is to come, those that it will begin with."""
+        shared = self._snapshot.shared
+        known = tenant in self._snapshot.tenants or (shared is not None and tenant in shared.asked)
+        return self._snapshot.settings(tenant) if known else self._snapshot.granted(self._usual(tenant))
+
     def _usual(self, tenant: str) -> TenantSettings:
         """Those of a tenant that asks for nothing."""
         return parse_tenant(TENANT_FILE, tenant, b"", self._settings.caps)

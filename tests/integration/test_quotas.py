@@ -153,9 +153,17 @@ def test_quotas_are_changed_while_events_flow_and_kept(node: Node) -> None:
     drop(node.models, "shop/plain", linear(1), AMOUNT)
     node.start()
     node.live("shop/plain")
+    ran = command_line("quota", "show", "to_come", "--url", node.url)
+    assert [line for line in ran.out.splitlines() if "4096 (as the config allows all tenants, it has 0)" in line] == [
+        f"{limit} = 4096 (as the config allows all tenants, it has 0)"
+        for limit in ("stored_bytes_max", "window_bytes_max")
+    ]
     ran = quota(node, "set", "--rows-s-max", "10", "--models-max", "1", "--weight", "2", "--memory-mb", "700")
     assert "rows_s_max = 10 (quota 10)" in ran.out
     assert "weight = 2 (quota 2, its tenant.toml asks for 3)" in ran.out
+    for text in ("nan", "inf"):
+        ran = command_line("quota", "set", "shop", "--weight", text, "--config", str(node.config))
+        assert (ran.code, ran.out, ran.err) == (1, "", f"weight can't be {text}; give a number\n")
     assert next(one["weight"] for one in node.status()["tenants"] if one["tenant"] == "shop") == 2.0
 
     drop(node.models, "shop/late", linear(2), AMOUNT)
