@@ -6,6 +6,7 @@ Imports are inside the commands, so that each starts as quickly as what it does 
 from __future__ import annotations
 
 import gc
+import math
 from collections.abc import Coroutine
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, TypeVar
@@ -238,6 +239,9 @@ def set_quota(
         "window_bytes_max": window_bytes_max,
     }
     changes: dict[str, float | None] = {name: value for name, value in given.items() if value is not None}
+    for name, value in changes.items():
+        if value is not None and not math.isfinite(value):  # JSON has neither, and null would take the quota away
+            fail(f"{name} can't be {value}; give a number")
     if not changes:
         fail("nothing to set; name a limit, such as --weight 2, or see `headrace quota show`")
     _change_quota(tenant, config, url, changes)
