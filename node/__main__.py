@@ -504,11 +504,11 @@ def export_training(
     Those that its manifest's log_rows has kept, bit for bit. They are read from Kafka, so nodes need not run, and do
     not notice if they do.
     """
-    from node import training_console
+    from node import rollout_console, training_console
     from node.training.times import time_ms
 
     try:
-        name = training_console.model_name(model)
+        name = rollout_console.model_name(model)
         wanted = training_console.Wanted(name, time_ms(from_time, 0), time_ms(to_time, 1 << 62), version)
     except HeadraceError as error:
         fail(str(error))
@@ -531,11 +531,11 @@ def check_training(
     By the code that nodes run, over the source topics and the changelog; nodes do not notice. What is found is in the
     model's status on the node of --config. Exits 1 if anything differs, or nothing could be compared.
     """
-    from node import console, training_check, training_console
+    from node import console, rollout_console, training_check, training_console
     from node.training.times import time_ms
 
     try:
-        name = training_console.model_name(model)
+        name = rollout_console.model_name(model)
         wanted = training_console.Wanted(name, time_ms(from_time, 0), time_ms(to_time, 1 << 62))
     except HeadraceError as error:
         fail(str(error))

@@ -10,16 +10,31 @@ from urllib.parse import quote
 import msgspec
 
 from node.config_sections import Config
+from node.kernel.errors import HeadraceError, printable
+from node.kernel.types import ModelName
 from node.quota_console import patch, user
 
 
-def model_path(name: str) -> str:
-    tenant, _, model = name.partition("/")
-    return f"/v1/models/{quote(tenant, safe='')}/{quote(model, safe='')}"
+class NoModel(HeadraceError):
+    """What an operator wrote can't be a model's name."""
+
+
+def model_name(text: str) -> ModelName:
+    """Raises NoModel."""
+    tenant, _, model = text.partition("/")
+    if not tenant or not model or "/" in model:
+        raise NoModel(f"{printable(text)} is no model; say TENANT/MODEL")
+    return ModelName(tenant, model)
+
+
+def model_path(text: str) -> str:
+    """Raises NoModel."""
+    name = model_name(text)
+    return f"/v1/models/{quote(name.tenant, safe='')}/{quote(name.model, safe='')}"
 
 
 def move(config: Config, url: str, name: str, **wish: object) -> dict[str, Any]:
-    """Promote or roll back; what holds then. Raises NodeUnreachable, ConfigError."""
+    """Promote or roll back; what holds then. Raises NoModel, NodeUnreachable, ConfigError."""
     return msgspec.json.decode(patch(config, url, model_path(name), {**wish, "who": user()}), type=dict[str, Any])
 
 

@@ -14,7 +14,6 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextC
 
 from node.app import client_options
 from node.kernel.clock import SystemClock
-from node.kernel.errors import ExportFailed, printable
 from node.kernel.types import ModelName
 from node.training.fed_rows import FedRows
 from node.training.files import TrainingFiles
@@ -46,14 +45,6 @@ class Wanted:
         if inside.all():
             return rows if len(rows) else None
         return picked(rows, np.flatnonzero(inside)) if inside.any() else None
-
-
-def model_name(text: str) -> ModelName:
-    """Raises ExportFailed."""
-    tenant, slash, model = text.partition("/")
-    if not tenant or not slash or not model or "/" in model:
-        raise ExportFailed(f"{printable(text)} is no model; say TENANT/MODEL")
-    return ModelName(tenant, model)
 
 
 @contextlib.contextmanager

@@ -310,6 +310,15 @@ async def test_a_share_is_explained(url: str) -> None:
     assert "404: no tenant nobody is known here" in ran.err
 
 
+@pytest.mark.parametrize("name", ["ads", "ads/", "/bid", "ads/bid/x"])
+async def test_what_names_no_model_is_told_so(url: str, tmp_path: Path, name: str) -> None:
+    (tmp_path / "good.toml").write_text(GOOD)
+    config = ("--config", str(tmp_path / "good.toml"))
+    for command in (["rollout"], ["promote", *config], ["rollback", *config]):
+        ran = await headrace(command[0], name, *command[1:], "--url", url)
+        assert (ran.code, ran.out, ran.err) == (1, "", f"{name} is no model; say TENANT/MODEL\n")
+
+
 async def test_answers_as_json(url: str) -> None:
     ran = await headrace("status", "--json", "--url", url)
     assert msgspec.json.decode(ran.out, type=NodeStatus).partitions == OneNode().status().partitions
