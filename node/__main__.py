@@ -16,6 +16,7 @@ import typer
 from node import table_commands
 from node.command_line import NODE_URL, WAIT_S, AsJson, ConfigPath, NodeUrl, Url, WaitSeconds, fail, loaded
 from node.kernel.errors import ConfigError, HeadraceError, printable
+from node.kernel.limits import MOVES_MAX, NODES_MAX, STANDBY_COUNT_MAX
 
 if TYPE_CHECKING:
     from node.config_sections import Config
@@ -423,12 +424,19 @@ def accept_loss(config: ConfigPath) -> None:
 @app.command()
 def settings(
     config: ConfigPath,
-    standbys: Annotated[int | None, typer.Option(help="Copies of a partition beside its owner's.")] = None,
-    snapshot_holders_min: Annotated[
-        int | None, typer.Option(help="Nodes that must have verified a snapshot before the changelog is cut behind it.")
+    standbys: Annotated[
+        int | None, typer.Option(min=0, max=STANDBY_COUNT_MAX, help="Copies of a partition beside its owner's.")
     ] = None,
-    moves_max: Annotated[int | None, typer.Option(help="Partitions that move at once.")] = None,
-    builds_max: Annotated[int | None, typer.Option(help="New standbys that catch up at once.")] = None,
+    snapshot_holders_min: Annotated[
+        int | None,
+        typer.Option(
+            min=1, max=NODES_MAX, help="Nodes that must have verified a snapshot before the changelog is cut behind it."
+        ),
+    ] = None,
+    moves_max: Annotated[int | None, typer.Option(min=1, max=MOVES_MAX, help="Partitions that move at once.")] = None,
+    builds_max: Annotated[
+        int | None, typer.Option(min=1, max=MOVES_MAX, help="New standbys that catch up at once.")
+    ] = None,
 ) -> None:
     """Show the settings that hold for the whole cluster, or set some.
 

@@ -205,10 +205,15 @@ async def test_settings_of_the_cluster(cluster: Cluster, config: Callable[..., s
     assert (ran.code, ran.err) == (0, "")
     assert "standbys = 2\n" in ran.out
     assert cluster.catalog.settings == msgspec.structs.replace(before, standby_count=2, moves_max=5)
-    ran = await headrace("settings", "--standbys", "99", "--config", config())
-    assert (ran.code, ran.out) == (1, "")
-    assert "standbys" in ran.err
-    assert cluster.catalog.settings.standby_count == 2
+    before = cluster.catalog.settings
+    for option, value in (
+        ("--standbys", "99"), ("--standbys", "-1"), ("--snapshot-holders-min", "0"), ("--moves-max", "0"),
+        ("--builds-max", "1000"),
+    ):  # fmt: skip
+        ran = await headrace("settings", option, value, "--config", config())
+        assert (ran.code, ran.out) == (2, "")
+        assert f"Invalid value for '{option}'" in ran.err
+    assert cluster.catalog.settings == before
 
 
 async def test_drain_gives_up_waiting_in_time(cluster: Cluster, config: Callable[..., str], monkeypatch: Any) -> None:
