@@ -31,12 +31,19 @@ class RowReader:
 
     async def __aenter__(self) -> RowReader:
         """Raises BrokerUnavailable."""
-        await broker_call(f"open topic {self._topic}", self._consumer.start())
+        try:
+            await broker_call(f"open topic {self._topic}", self._consumer.start())
+        except BaseException:
+            await self._close()
+            raise
         return self
 
     async def __aexit__(
         self, kind: type[BaseException] | None, failure: BaseException | None, trace: TracebackType | None
     ) -> None:
+        await self._close()
+
+    async def _close(self) -> None:
         await close_quietly(f"reader of {self._topic}", self._consumer.stop())
 
     async def partitions(self) -> Sequence[int]:

@@ -310,6 +310,19 @@ async def test_a_share_is_explained(url: str) -> None:
     assert "404: no tenant nobody is known here" in ran.err
 
 
+@pytest.mark.parametrize("command", [["export", "training"], ["check-training"]])
+async def test_a_broker_that_is_not_there_is_one_line(tmp_path: Path, command: list[str]) -> None:
+    (tmp_path / "good.toml").write_text(f'{GOOD}[kafka]\nbootstrap = ["127.0.0.1:1"]\n')
+    ran = await headrace(*command, "ads/bid", "--config", str(tmp_path / "good.toml"))
+    last = ran.err.splitlines()[-1]
+    assert (ran.code, ran.out, last.startswith("open topic headrace.rows: "), "Unclosed" in ran.err) == (
+        1,
+        "",
+        True,
+        False,
+    )
+
+
 @pytest.mark.parametrize("name", ["ads", "ads/", "/bid", "ads/bid/x"])
 async def test_what_names_no_model_is_told_so(url: str, tmp_path: Path, name: str) -> None:
     (tmp_path / "good.toml").write_text(GOOD)
