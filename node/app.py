@@ -20,6 +20,7 @@ from node.clustering import Clustering
 from node.config_sections import Config, KafkaSection
 from node.counts import NodeCounts
 from node.cycle import CycleSettings, Engine
+from node.data_lock import locked
 from node.ingest.decode import EventDecoder
 from node.ingest.history import TopicHistory
 from node.ingest.source import Source
@@ -596,4 +597,5 @@ def run(config: Config, warm: WarmProcess) -> int:
             loop.add_signal_handler(number, stopping.set)
         return await Node(config, SystemClock(), warm).run(stopping)
 
-    return uvloop.run(main())
+    with locked(Path(config.node.data_dir)):
+        return uvloop.run(main())

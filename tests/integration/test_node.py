@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import os
 import signal
+import subprocess
+import sys
 from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -454,3 +456,23 @@ def test_sigterm_while_models_are_on_trial(make: Callable[..., Node]) -> None:
     wait_until(node.status, "HTTP answers")
     assert node.stop() == 0, node.log_tail()
     assert not all(status_file(node.models, name) for name in names)
+
+
+def test_a_second_node_on_the_same_data_dir_ends_and_touches_nothing(make: Callable[..., Node], tmp_path: Path) -> None:
+    """Such as one that an operator runs by hand beside the unit: what the first one works on is not cleared away."""
+    node = make()
+    node.start()
+    upload = node.folder / "data" / "tables" / ".upload-under-way"
+    upload.mkdir()
+    other = tmp_path / "other.toml"
+    port = node.url.rpartition(":")[2]
+    other.write_text(node.config.read_text().replace(f"port = {port}", "port = 0"))
+    command = [sys.executable, "-m", "node", "run", "--config", str(other)]
+    ran = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    assert (ran.returncode, ran.stdout) == (1, "")
+    words = f"[node] data_dir is {node.folder / 'data'}, in which a node runs already; stop that one, or name another"
+    assert words in ran.stderr.splitlines()[-1]
+    assert upload.is_dir()
+    node.kill()
+    node.start()
+    assert not upload.exists(), "nobody holds it"
