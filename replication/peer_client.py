@@ -120,7 +120,7 @@ class PeerClient:
             except TimeoutError:
                 raise PeerUnavailable(f"{address} did not answer {method} {path} within {wait_ms_max} ms") from None
             except (aiohttp.ClientError, OSError, ValueError) as failure:
-                raise PeerUnavailable(f"{address} can't be reached: {failure!r}; look whether it runs") from failure
+                raise _unreachable(address, failure) from failure
 
     @contextlib.contextmanager
     def _counted(self, address: str) -> Iterator[None]:
@@ -299,3 +299,9 @@ def _read_problem(answer: Answer) -> tuple[str, str]:
     except (msgspec.MsgspecError, UnicodeDecodeError):
         return "", f"answered {answer.status}, not as nodes do"
     return problem.type.removeprefix(PROBLEM_PREFIX), problem.detail
+
+
+def _unreachable(address: str, failure: Exception) -> PeerUnavailable:
+    """A failed connection in the system's words: the client's own are its settings, `ssl=True` for plain HTTP too."""
+    reason = str(failure.os_error) if isinstance(failure, aiohttp.ClientConnectorError) else repr(failure)
+    return PeerUnavailable(f"{address} can't be reached: {reason}; look whether it runs")

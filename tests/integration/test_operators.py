@@ -280,7 +280,7 @@ async def test_a_node_that_is_not_there_is_named(config: Callable[..., str], com
 async def test_what_can_not_be_asked_is_one_line(cluster: Cluster, config: Callable[..., str]) -> None:
     mistakes: tuple[tuple[dict[str, Any], str], ...] = (
         ({"table": False}, "[cluster] is missing: this node is on its own"),
-        ({"peer_listen": "127.0.0.1:9"}, "127.0.0.1:9 can't be reached"),
+        ({"peer_listen": "127.0.0.1:9"}, "127.0.0.1:9 can't be reached: [Errno 111] Connect call failed"),
         ({"secret": b"another one of sixteen"}, "give all nodes the same cluster secret"),
         ({"secret": b"short"}, "holds 5 bytes; allowed: a secret of 16"),
     )
