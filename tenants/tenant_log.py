@@ -51,17 +51,15 @@ class TenantLog:
         """Lines that were taken and had to go for newer ones."""
 
     def add(self, texts: list[bytes], time_ms: int, pid: int) -> None:
-        for text in texts:
+        for printed in texts:
             self.count += 1
-            self._lines.append(LogLine(self.count, time_ms, pid, text.decode("utf-8", "replace")))
-            self._bytes += _cost(text)
-            self._credit -= _cost(text)
+            self._credit -= len(printed) + LINE_OVERHEAD_BYTES
+            text = printed.decode("utf-8", "replace")
+            self._lines.append(LogLine(self.count, time_ms, pid, text))
+            self._bytes += _kept_bytes(text)
         while self._bytes > TENANT_LOG_BYTES_MAX:
-            gone = self._lines.popleft()
-            self._bytes -= _cost(gone.text.encode())
+            self._bytes -= _kept_bytes(self._lines.popleft().text)
             self.dropped += 1
-        if not self._lines:
-            self._bytes = 0
 
     def wait_seconds(self, now: float) -> float:
         """How long nothing more is to be taken; 0 when something may."""
@@ -75,8 +73,9 @@ class TenantLog:
         return [line for line in self._lines if line.number > after]
 
 
-def _cost(text: bytes) -> int:
-    return len(text) + LINE_OVERHEAD_BYTES
+def _kept_bytes(text: str) -> int:
+    """Of a line as it is kept: a byte that is no UTF-8 has become a character of three."""
+    return len(text.encode()) + LINE_OVERHEAD_BYTES
 
 
 class Lines:

@@ -41,9 +41,17 @@ def test_the_newest_lines_stay_within_the_bound(batches: list[list[bytes]]) -> N
     kept = log.lines()
     assert [line.text for line in kept] == given_lines[len(given_lines) - len(kept) :]
     assert log.dropped == len(given_lines) - len(kept)
-    assert sum(len(line.text.encode()) for line in kept) <= 3 * TENANT_LOG_BYTES_MAX
+    assert sum(len(line.text.encode()) for line in kept) <= TENANT_LOG_BYTES_MAX
     assert len(kept) <= TENANT_LOG_BYTES_MAX // LINE_OVERHEAD_BYTES
     assert kept == [] or log.lines(after=kept[0].number) == kept[1:]
+
+
+def test_lines_that_are_no_utf_8_stay_within_the_bound_however_many_come() -> None:
+    log = TenantLog()
+    for _ in range(200):  # each byte is decoded to a character of three
+        log.add([b"\xff" * TENANT_LOG_LINE_BYTES_MAX], 5, 7)
+    kept = sum(len(line.text.encode()) + LINE_OVERHEAD_BYTES for line in log.lines())
+    assert kept <= TENANT_LOG_BYTES_MAX < kept + 4 * TENANT_LOG_LINE_BYTES_MAX
 
 
 def test_a_flood_is_taken_at_the_bounded_rate() -> None:
