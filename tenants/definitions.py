@@ -39,7 +39,7 @@ from tenants.expression import (
     parse_expression,
     walk,
 )
-from tenants.manifest import Manifest, Reader, is_output
+from tenants.manifest import MORE_PROBLEMS, PROBLEMS_MAX, Manifest, Reader, is_output
 from tenants.shared_names import FEATURES_FILE, Resolver, SharedName, SharedValue
 from tenants.wording import shown, suggestion
 
@@ -190,9 +190,13 @@ def compile_definitions(files: Mapping[str, str], schema: EventSchema) -> Defini
 
     Raises ConfigError when the operator's profile is wrong.
     """
+    return _compiled(files, schema)
+
+
+def _compiled(files: Mapping[str, str], schema: EventSchema, new: str = "") -> Definitions:
     if not any(files.values()):
         return Definitions({tenant: text for tenant, text in files.items() if text})
-    return _Loader({tenant: text for tenant, text in sorted(files.items()) if text}, schema).load_all()
+    return _Loader({tenant: text for tenant, text in sorted(files.items()) if text}, schema, new).load_all()
 
 
 def replaced(
@@ -202,7 +206,7 @@ def replaced(
 
     Raises ManifestError with a line for each mistake in it, and for each thing that somebody uses and would lose.
     """
-    after = compile_definitions({**before.files, tenant: text}, schema)
+    after = _compiled({**before.files, tenant: text}, schema, tenant)
     problems = list(after.problems.get(tenant, ()))
     problems += _changed_meanings(before, after, tenant)
     if not problems:
@@ -252,10 +256,12 @@ def _losses(after: Definitions, tenant: str, uses: Iterable[Use]) -> list[str]:
 
 
 class _Loader:
-    """Parses each feature once, after those it uses."""
+    """Parses each feature once, after those it uses. `new` is the tenant whose file is to be taken: with more mistakes
+    than anybody reads it is refused at once, as ManifestError, since guessing what was meant costs time."""
 
-    def __init__(self, files: Mapping[str, str], schema: EventSchema) -> None:
+    def __init__(self, files: Mapping[str, str], schema: EventSchema, new: str) -> None:
         self._files = files
+        self._new = new
         self._schema = schema
         self._profile = evaluate_profile(schema)
         self._problems: dict[str, list[str]] = {}
@@ -274,7 +280,10 @@ class _Loader:
         return Definitions(self._files, self._offers, self._features, problems)
 
     def _problem(self, tenant: str, line: str) -> None:
-        self._problems.setdefault(tenant, []).append(f"{FEATURES_FILE}: {line}")
+        found = self._problems.setdefault(tenant, [])
+        found.append(f"{FEATURES_FILE}: {line}")
+        if tenant == self._new and len(found) >= PROBLEMS_MAX:
+            raise ManifestError([*found, f"{FEATURES_FILE}: {MORE_PROBLEMS}"])
 
     def _read(self, tenant: str, text: str) -> None:
         try:

@@ -67,7 +67,9 @@ METHODS: Final = ("predict_proba", "predict", "transform", "decision_function", 
 _NAME: Final = re.compile(r"[a-z0-9][a-z0-9_-]{0,62}")
 _OUTPUT: Final = re.compile(r"[A-Za-z_][A-Za-z0-9_]{0,62}")
 _FEATURE_BYTES_MAX: Final = 128
-_PROBLEMS_MAX: Final = 100
+PROBLEMS_MAX: Final = 100
+"""Of one file."""
+MORE_PROBLEMS: Final = "there may be more mistakes; mend these first"
 _MODEL_KEYS: Final = (
     *("on", *INTERVAL_KEYS),
     *("output", "method", "ttl", "deadline", "weight", "overload", "features", "shared_with", "rollout", "log_rows"),
@@ -303,8 +305,8 @@ class _Reader:
     def problem(self, message: str) -> None:
         """Notes a mistake. Raises ManifestError when there are more than anybody reads: guessing costs time."""
         self.problems.append(f"{self._file}: {message}")
-        if len(self.problems) >= _PROBLEMS_MAX:
-            raise ManifestError([*self.problems, f"{self._file}: there may be more mistakes; mend these first"])
+        if len(self.problems) >= PROBLEMS_MAX:
+            raise ManifestError([*self.problems, f"{self._file}: {MORE_PROBLEMS}"])
 
     def finish(self) -> None:
         if self.problems:

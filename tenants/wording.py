@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
-import difflib
+import heapq
 import re
 from collections.abc import Iterable
+from difflib import SequenceMatcher
+from functools import lru_cache
 from typing import Final
 
 _UNITS_MS: Final = {"ms": 1, "s": 1000, "m": 60_000, "h": 3_600_000, "d": 86_400_000, "w": 7 * 86_400_000}
 _DURATION: Final = re.compile(r"([0-9]{1,15})(ms|s|m|h|d|w)")
+_COMPARED_CHARACTERS: Final = 64
+_COMPARED_NAMES: Final = 4
+_NEAR_RATIO: Final = 0.6
 
 
 def parse_duration(text: str, ms_max: int, *, milliseconds: bool = False) -> int:
@@ -46,9 +51,31 @@ def one_line(text: str) -> str:
 def suggestion(name: str, known: Iterable[str]) -> str:
     """`, did you mean 'x'?`, or what there is to choose from when nothing is near."""
     choices = sorted(known)
-    near = difflib.get_close_matches(name[:128], choices, n=1)
+    near = _nearest(name, choices)
     if near:
-        return f", did you mean {shown(near[0])}?"
+        return f", did you mean {shown(near)}?"
     if not choices:
         return "; there are none"
     return "; known: " + ", ".join(map(shown, choices[:8])) + (", …" if len(choices) > 8 else "")
+
+
+def _nearest(name: str, choices: Iterable[str]) -> str:
+    """'' where none is near. difflib takes a millisecond for two long names, so it compares the likeliest only: a file
+    may have many mistakes, and as many names to choose from, and the node's loop waits for the answer."""
+    pairs, start = _pairs(name), name[:_COMPARED_CHARACTERS]
+
+    def likeness(choice: str) -> float:
+        others = _pairs(choice)
+        return len(pairs & others) / (len(pairs) + len(others))
+
+    likeliest = heapq.nlargest(_COMPARED_NAMES, choices, key=likeness)
+    ratios = [(SequenceMatcher(None, start, one[:_COMPARED_CHARACTERS]).ratio(), one) for one in likeliest]
+    ratio, near = max(ratios, key=lambda found: found[0], default=(0.0, ""))
+    return near if ratio >= _NEAR_RATIO else ""
+
+
+@lru_cache(maxsize=2048)
+def _pairs(text: str) -> frozenset[str]:
+    """Its neighbouring characters, its start and its end."""
+    framed = f" {text[:_COMPARED_CHARACTERS]} "
+    return frozenset(framed[place : place + 2] for place in range(len(framed) - 1))

@@ -33,6 +33,16 @@ def problems(files: dict[str, str]) -> list[str]:
     return [line for lines in compile_definitions(files, SCHEMA).problems.values() for line in lines]
 
 
+def test_a_file_of_more_mistakes_than_anybody_reads_is_refused_at_once() -> None:
+    """Each costs a guess at what was meant, while the node's loop waits."""
+    text = "".join(entry(f"f{number}", "features.growth.g + features.growth.h") for number in range(200))
+    with pytest.raises(ManifestError) as refused:
+        replaced(NOTHING_SHARED, "growth", text, [], SCHEMA)
+    assert len(refused.value.problems) == 101
+    assert refused.value.problems[-1] == "features.toml: there may be more mistakes; mend these first"
+    assert len(problems({"growth": text})) == 400, "of what is in force, each feature is looked at"
+
+
 SPEND = entry("spend", "sum(buy.amount, '30d')")
 MEAN = entry("mean", "features.growth.spend / count(buy, '30d')")
 
