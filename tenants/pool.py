@@ -9,9 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import math
-from collections import deque
 from collections.abc import Awaitable, Callable
-from dataclasses import dataclass, field
 from functools import partial
 from typing import TypeAlias
 
@@ -31,6 +29,7 @@ from tenants.lending import SlotLook
 from tenants.manifest import TenantSettings
 from tenants.memory import measured
 from tenants.pool_statistics import PoolStatistics, VersionState, tenant_statistics
+from tenants.pooled import PooledTenant, PooledVersion
 from tenants.registry import Action, ConfigureTenant, GoLive, RemoveTenant, Retire, RunBeside
 from tenants.scheduler import Dispatch, Scheduler
 from tenants.shares import ShareWindow
@@ -53,55 +52,6 @@ HANDOVER_SECONDS_MAX = 5.0
 
 FailingCallback: TypeAlias = Callable[[ModelName, str, str, bool], bool | None]
 """Model, version, reason, and whether the model itself is to blame; gives whether another version may take over."""
-
-
-@dataclass(slots=True, eq=False)
-class _Version:
-    version: ModelVersion
-    text_features: tuple[str, ...]
-    state: VersionState = "fetching"
-    model: bytes | None = None
-    """The file, from when it was fetched until it is loaded."""
-    fetch: asyncio.Task[None] | None = None
-    losses: int = 0
-    admitted: bool = False
-    beside: bool = False  # its model's live version: what waits for the one must not fill the queue of the other
-    retired: bool = False
-    failed_at: float = 0.0
-    reason: str = ""
-    last_error: str = ""
-    rows_failed: int = 0
-    fatal_rows: deque[float] = field(default_factory=lambda: deque(maxlen=limits.FATAL_ROWS_MAX))
-    """When single rows were given up that took workers along; of a version beside the live one, when any did."""
-    rate: FailureRate = field(default_factory=FailureRate)
-    parked: bool = False
-    """It is failing, and what is queued waits for the version that takes over."""
-
-    @property
-    def key(self) -> str:
-        return self.version.version
-
-
-@dataclass(slots=True, eq=False)
-class _Tenant:
-    settings: TenantSettings
-    versions: dict[str, _Version] = field(default_factory=dict)
-    worker: WorkerProcess | None = None
-    keeper: asyncio.Task[None] | None = None
-    batch: asyncio.Task[None] | None = None
-    memory_mb: int = 0
-    """Of the worker."""
-    lost: bool = False
-    """The worker is known to be dying; its `lost` follows."""
-    changed: asyncio.Event = field(default_factory=asyncio.Event)
-    idle: asyncio.Event = field(default_factory=asyncio.Event)
-    backoff_ms: int = 0
-    restarts: int = 0
-    last_error: str = ""
-
-    @property
-    def name(self) -> str:
-        return self.settings.tenant
 
 
 class ModelPool:
@@ -132,7 +82,7 @@ class ModelPool:
         self._unaware = Scheduler(parallel, quantum_seconds)
         """Of the time: all use it by `_scheduler`."""
         self._alarm: asyncio.TimerHandle | None = None
-        self._tenants: dict[str, _Tenant] = {}
+        self._tenants: dict[str, PooledTenant] = {}
         self._woken = False
         self._stopped = False
 
@@ -189,21 +139,29 @@ class ModelPool:
             self._server.set_weight(tenant.worker, settings.weight)
 
     def admit(self, version: ModelVersion, text_features: tuple[str, ...] = (), beside: bool = False) -> None:
-        """Load a version before rows come for it; without it, the first submission does."""
+        """Load a version before rows come for it; without it, or where there is no room, the first submission does."""
         tenant = self._tenant(version.name.tenant)
+        tenant.admitted[version.version] = version.name, beside
         known = tenant.versions.get(version.version)
         if known is None:
-            known = self._add_version(tenant, version, text_features)
-        known.admitted, known.beside, known.retired = True, beside, False
+            try:
+                known = self._add_version(tenant, version, text_features)
+            except BoundExceeded as error:
+                log.warning("version not loaded yet", model=str(version.name), reason=str(error))
+                return
+        known.beside, known.retired = beside, False
         if not beside:
             self._hand_over(tenant, known)
 
     def retire(self, version: ModelVersion) -> None:
         """Forget a version once the rows queued for it have run."""
         tenant = self._tenants.get(version.name.tenant)
-        known = tenant.versions.get(version.version) if tenant else None
-        if tenant is not None and known is not None:
-            known.admitted, known.retired = False, True
+        if tenant is None:
+            return
+        tenant.admitted.pop(version.version, None)
+        known = tenant.versions.get(version.version)
+        if known is not None:
+            known.retired = True
             tenant.changed.set()
 
     def act(self, action: Action) -> None:
@@ -243,7 +201,7 @@ class ModelPool:
                 self._charge_unasked(tenant)
             await asyncio.sleep(limits.WORKER_LOOK_MS / 1000)
 
-    def _charge_unasked(self, tenant: _Tenant) -> None:
+    def _charge_unasked(self, tenant: PooledTenant) -> None:
         worker = tenant.worker
         if worker is None:
             return
@@ -265,39 +223,42 @@ class ModelPool:
 
     # Tenants and versions
 
-    def _tenant(self, name: str) -> _Tenant:
+    def _tenant(self, name: str) -> PooledTenant:
         return self._tenants.get(name) or self._add_tenant(TenantSettings(name))
 
-    def _add_tenant(self, settings: TenantSettings) -> _Tenant:
+    def _add_tenant(self, settings: TenantSettings) -> PooledTenant:
         self._scheduler.add_tenant(settings.tenant, settings.weight)
         self._scheduler.set_rows_s(settings.tenant, settings.rows_s_max)
         self._scheduler.block(settings.tenant)
-        tenant = self._tenants[settings.tenant] = _Tenant(settings)
+        tenant = self._tenants[settings.tenant] = PooledTenant(settings)
         tenant.idle.set()
         tenant.keeper = self._supervisor.start(f"worker of {settings.tenant}", self._keep(tenant))
         return tenant
 
-    def _add_version(self, tenant: _Tenant, version: ModelVersion, text_features: tuple[str, ...]) -> _Version:
+    def _add_version(
+        self, tenant: PooledTenant, version: ModelVersion, text_features: tuple[str, ...]
+    ) -> PooledVersion:
         if len(tenant.versions) >= limits.VERSIONS_PER_TENANT_MAX:
             raise BoundExceeded(
                 f"version {version.short_version} of {version.name} not taken: tenant {tenant.name} has"
                 f" {limits.VERSIONS_PER_TENANT_MAX} versions here already; retire some"
             )
-        added = _Version(version, text_features)
+        added = PooledVersion(version, text_features)
+        _, added.beside = tenant.admitted.get(version.version, (None, False))
         # Rows of a version that was replaced still come from sequence logs: it runs them, and goes again.
-        others = (known for known in tenant.versions.values() if known.version.name == version.name)
-        added.retired = any(known.admitted for known in others)
+        running = any(name == version.name for name, _ in tenant.admitted.values())
+        added.retired = running and version.version not in tenant.admitted
         tenant.versions[version.version] = added
         self._schedule(tenant, added)
         self._fetch_again(tenant, added)
         return added
 
-    def _schedule(self, tenant: _Tenant, known: _Version) -> None:
+    def _schedule(self, tenant: PooledTenant, known: PooledVersion) -> None:
         call_seconds_max = known.version.deadline_ms / 1000 * DEADLINE_SHARE_MAX
         self._scheduler.add_model(tenant.name, known.key, known.version.weight, CostEstimate(), call_seconds_max)
         self._scheduler.block(tenant.name, known.key)
 
-    def _check_queue(self, tenant: _Tenant, asked: _Version, rows: int) -> None:
+    def _check_queue(self, tenant: PooledTenant, asked: PooledVersion, rows: int) -> None:
         held = sum(
             self._scheduler.rows_held(tenant.name, known.key)
             for known in tenant.versions.values()
@@ -309,7 +270,7 @@ class ModelPool:
                 f" {tenant.settings.rows_queued_max}; keep them and submit again when some are done"
             )
 
-    def _tried_again(self, tenant: _Tenant, known: _Version) -> bool:
+    def _tried_again(self, tenant: PooledTenant, known: PooledVersion) -> bool:
         """Whether a failing version is given another chance now."""
         if self._clock.monotonic() - known.failed_at < limits.WORKER_BACKOFF_MS_MAX / 1000:
             return False
@@ -319,11 +280,11 @@ class ModelPool:
         self._fetch_again(tenant, known)
         return True
 
-    def _fetch_again(self, tenant: _Tenant, known: _Version) -> None:
+    def _fetch_again(self, tenant: PooledTenant, known: PooledVersion) -> None:
         known.state = "fetching"
         known.fetch = self._supervisor.start(f"fetch {known.version.name}", self._fetch(tenant, known))
 
-    async def _fetch(self, tenant: _Tenant, known: _Version) -> None:
+    async def _fetch(self, tenant: PooledTenant, known: PooledVersion) -> None:
         backoff_ms = limits.WORKER_BACKOFF_MS_MIN
         missing_since = math.inf
         while True:
@@ -345,7 +306,7 @@ class ModelPool:
         known.state = "fetched"
         tenant.changed.set()
 
-    async def _close(self, tenant: _Tenant) -> None:
+    async def _close(self, tenant: PooledTenant) -> None:
         tasks = [tenant.keeper, *(known.fetch for known in tenant.versions.values())]
         pending = [task for task in tasks if task is not None and not task.done()]
         for task in pending:
@@ -357,7 +318,7 @@ class ModelPool:
 
     # The keeper of one tenant's worker
 
-    async def _keep(self, tenant: _Tenant) -> None:
+    async def _keep(self, tenant: PooledTenant) -> None:
         while True:
             tenant.changed.clear()
             if tenant.worker is not None and (tenant.lost or tenant.worker.lost.is_set()):
@@ -375,7 +336,7 @@ class ModelPool:
             else:
                 await tenant.changed.wait()
 
-    async def _start_worker(self, tenant: _Tenant) -> None:
+    async def _start_worker(self, tenant: PooledTenant) -> None:
         if tenant.backoff_ms:
             await asyncio.sleep(tenant.backoff_ms / 1000)
         try:
@@ -387,7 +348,7 @@ class ModelPool:
         tenant.worker, tenant.memory_mb = worker, settings.memory_mb
         self._supervisor.start(f"watch of {tenant.name}", _watch(tenant, worker))
 
-    async def _renew(self, tenant: _Tenant, worker: WorkerProcess) -> None:
+    async def _renew(self, tenant: PooledTenant, worker: WorkerProcess) -> None:
         """End the worker, without blame: the next one has the memory that the tenant may have now."""
         self._scheduler.block(tenant.name)
         await tenant.idle.wait()
@@ -395,7 +356,7 @@ class ModelPool:
         if not tenant.lost:
             self._gone(tenant)
 
-    async def _load(self, tenant: _Tenant, worker: WorkerProcess, known: _Version) -> None:
+    async def _load(self, tenant: PooledTenant, worker: WorkerProcess, known: PooledVersion) -> None:
         """Have the worker take a version; its other versions wait meanwhile, they share one thread."""
         assert known.model is not None
         self._scheduler.block(tenant.name)
@@ -418,7 +379,7 @@ class ModelPool:
         self._scheduler.charge(tenant.name, cpu_seconds(worker.pid) - before)
         self._resume(tenant)
 
-    def _loaded(self, tenant: _Tenant, known: _Version, report: LoadReport) -> None:
+    def _loaded(self, tenant: PooledTenant, known: PooledVersion, report: LoadReport) -> None:
         known.state, known.model, known.losses = "loaded", None, 0
         if known.reason and self._on_failing is not None:
             self._on_failing(known.version.name, known.key, "", False)
@@ -428,14 +389,14 @@ class ModelPool:
         self._scheduler.unblock(tenant.name, known.key)
         log.info("model loaded", model=str(known.version.name), version=known.version.short_version)
 
-    def _resume(self, tenant: _Tenant) -> None:
+    def _resume(self, tenant: PooledTenant) -> None:
         if tenant.worker is None or tenant.lost or tenant.worker.lost.is_set():
             tenant.changed.set()
             return
         self._scheduler.unblock(tenant.name)
         self._wake()
 
-    def _dying(self, tenant: _Tenant, worker: WorkerProcess, reason: str) -> None:
+    def _dying(self, tenant: PooledTenant, worker: WorkerProcess, reason: str) -> None:
         """Send the worker nothing more; the keeper goes on once it has ended."""
         if tenant.worker is worker and self._tenants.get(tenant.name) is tenant:
             worker.kill()
@@ -443,7 +404,7 @@ class ModelPool:
             self._scheduler.block(tenant.name)
             tenant.changed.set()
 
-    def _failing(self, tenant: _Tenant, known: _Version, reason: str, at_fault: bool = True) -> None:
+    def _failing(self, tenant: PooledTenant, known: PooledVersion, reason: str, at_fault: bool = True) -> None:
         known.state, known.model, known.reason, known.last_error = "failing", None, reason, reason
         known.failed_at = self._clock.monotonic()
         name, version = known.version.name, known.version
@@ -456,7 +417,7 @@ class ModelPool:
         else:
             self._give_up(tenant, known)
 
-    def _give_up(self, tenant: _Tenant, known: _Version) -> None:
+    def _give_up(self, tenant: PooledTenant, known: PooledVersion) -> None:
         """Answer what is queued for a failing version with the reason."""
         known.parked = False
         for ticket in self._scheduler.remove_model(tenant.name, known.key):
@@ -464,12 +425,12 @@ class ModelPool:
         self._schedule(tenant, known)
         tenant.changed.set()
 
-    async def _give_up_later(self, tenant: _Tenant, known: _Version) -> None:
+    async def _give_up_later(self, tenant: PooledTenant, known: PooledVersion) -> None:
         await asyncio.sleep(HANDOVER_SECONDS_MAX)
         if known.parked and self._tenants.get(tenant.name) is tenant and tenant.versions.get(known.key) is known:
             self._give_up(tenant, known)
 
-    def _hand_over(self, tenant: _Tenant, live: _Version) -> None:
+    def _hand_over(self, tenant: PooledTenant, live: PooledVersion) -> None:
         """Run on `live` what is queued for versions of its model that are failing, where both take and give alike."""
         for known in tenant.versions.values():
             if known.parked and known is not live and alike(known.version, live.version):
@@ -479,13 +440,13 @@ class ModelPool:
                         ticket.isolation, ticket.losses = None, 0  # what is known of the other version says nothing
                 self._wake()
 
-    def _unneeded(self, tenant: _Tenant) -> _Version | None:
+    def _unneeded(self, tenant: PooledTenant) -> PooledVersion | None:
         for known in tenant.versions.values():
             if known.retired and self._scheduler.rows_held(tenant.name, known.key) == 0:
                 return known
         return None
 
-    async def _unload(self, tenant: _Tenant, known: _Version) -> None:
+    async def _unload(self, tenant: PooledTenant, known: PooledVersion) -> None:
         del tenant.versions[known.key]
         self._scheduler.remove_model(tenant.name, known.key)
         if known.fetch is not None:
@@ -501,11 +462,11 @@ class ModelPool:
             self._dying(tenant, worker, str(error))
         self._resume(tenant)
 
-    def _lost(self, tenant: _Tenant, reason: str) -> None:
+    def _lost(self, tenant: PooledTenant, reason: str) -> None:
         self._gone(tenant)
         self._back_off(tenant, reason)
 
-    def _gone(self, tenant: _Tenant) -> None:
+    def _gone(self, tenant: PooledTenant) -> None:
         """There is no worker: skip the tenant until the next one has its versions."""
         tenant.worker, tenant.lost = None, False
         self._scheduler.block(tenant.name)
@@ -515,7 +476,7 @@ class ModelPool:
             if known.state == "loaded":
                 self._fetch_again(tenant, known)
 
-    def _back_off(self, tenant: _Tenant, reason: str) -> None:
+    def _back_off(self, tenant: PooledTenant, reason: str) -> None:
         tenant.restarts += 1
         tenant.last_error = reason
         doubled = max(tenant.backoff_ms * 2, limits.WORKER_BACKOFF_MS_MIN)
@@ -553,7 +514,7 @@ class ModelPool:
             seconds = max(0.0, due - self._clock.monotonic())
             self._alarm = asyncio.get_running_loop().call_later(seconds, self._wake)
 
-    async def _run(self, tenant: _Tenant, worker: WorkerProcess, known: _Version, dispatch: Dispatch) -> None:
+    async def _run(self, tenant: PooledTenant, worker: WorkerProcess, known: PooledVersion, dispatch: Dispatch) -> None:
         batch = Batch.of(dispatch.parts)
         look = SlotLook(worker.pid, self._clock, partial(self._lend, dispatch))
         learn, used = False, 0.0
@@ -602,7 +563,13 @@ class ModelPool:
             owner.future.cancel()
 
     def _ended(
-        self, tenant: _Tenant, known: _Version, dispatch: Dispatch, cpu_seconds: float, learn: bool, pieces: list[Piece]
+        self,
+        tenant: PooledTenant,
+        known: PooledVersion,
+        dispatch: Dispatch,
+        cpu_seconds: float,
+        learn: bool,
+        pieces: list[Piece],
     ) -> None:
         self._scheduler.complete(dispatch, cpu_seconds, learn=learn)
         present = self._tenants.get(tenant.name) is tenant and tenant.versions.get(known.key) is known
@@ -623,7 +590,7 @@ class ModelPool:
         self._wake()
 
     @staticmethod
-    def _raised(known: _Version, piece: Piece, reason: str) -> list[Piece]:
+    def _raised(known: PooledVersion, piece: Piece, reason: str) -> list[Piece]:
         """What to try after the model raised on the piece; rows that are to blame are answered."""
         known.last_error = reason
         isolation = piece.isolation
@@ -645,7 +612,7 @@ class ModelPool:
         return [piece.take(at, piece.losses, isolation) for at in halves(len(piece.rows))]
 
     @staticmethod
-    def _too_large(known: _Version, piece: Piece, reason: str) -> list[Piece]:
+    def _too_large(known: PooledVersion, piece: Piece, reason: str) -> list[Piece]:
         """What to try after the piece was over the bound of one message: its halves; a single row is answered."""
         known.last_error = reason
         if len(piece.rows) == 1:
@@ -654,13 +621,13 @@ class ModelPool:
             return []
         return [piece.take(at, piece.losses, piece.isolation) for at in halves(len(piece.rows))]
 
-    def _is_fatal(self, known: _Version) -> bool:
+    def _is_fatal(self, known: PooledVersion) -> bool:
         """Whether so many rows were fatal lately that the model is to blame, and no more are to be tried."""
         recent, most = known.fatal_rows, fatal_max(known.beside)
         whole = len(recent) >= most and known.state != "failing"
         return whole and self._clock.monotonic() - recent[-most] < limits.FATAL_ROWS_MS / 1000
 
-    def _died(self, known: _Version, piece: Piece, reason: str) -> list[Piece]:
+    def _died(self, known: PooledVersion, piece: Piece, reason: str) -> list[Piece]:
         """What to try after the worker was lost with the piece: the same again, then its halves, at last none."""
         known.last_error = reason
         piece.losses += 1
@@ -679,13 +646,13 @@ class ModelPool:
         return [_half(piece, at) for at in halves(len(piece.rows))]
 
     def _answered(
-        self, tenant: _Tenant, known: _Version, submission: Submission, future: asyncio.Future[ModelOutputs]
+        self, tenant: PooledTenant, known: PooledVersion, submission: Submission, future: asyncio.Future[ModelOutputs]
     ) -> None:
         if future.cancelled() and self._tenants.get(tenant.name) is tenant and known.key in tenant.versions:
             self._scheduler.cancel(tenant.name, known.key, submission)
 
 
-async def _watch(tenant: _Tenant, worker: WorkerProcess) -> None:
+async def _watch(tenant: PooledTenant, worker: WorkerProcess) -> None:
     await worker.lost.wait()
     tenant.changed.set()
 
@@ -695,5 +662,5 @@ def _half(piece: Piece, at: Ints) -> Piece:
     return piece.take(at, LOSSES_MAX - 1 if len(at) > 1 else 0, piece.isolation)
 
 
-def _in_state(tenant: _Tenant, state: VersionState) -> _Version | None:
+def _in_state(tenant: PooledTenant, state: VersionState) -> PooledVersion | None:
     return next((known for known in tenant.versions.values() if known.state == state), None)

@@ -8,6 +8,7 @@ import io
 import os
 import signal
 from collections.abc import AsyncIterator
+from dataclasses import replace
 from typing import Any
 
 import joblib
@@ -22,6 +23,7 @@ from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import OneHotEncoder
 from waiting import until
 
+from node.kernel import limits
 from node.kernel.clock import ManualClock, SystemClock
 from node.kernel.errors import BoundExceeded, NotFound
 from node.kernel.limits import (
@@ -538,6 +540,32 @@ async def test_a_retired_version_runs_its_queue_and_is_unloaded(running: Running
     worker = running.tenant().worker
     assert worker is not None
     assert worker.versions == (new.version,)
+
+
+async def test_a_version_for_which_there_is_no_room_yet_comes_with_its_rows(
+    running: Running, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Rows of those before it may wait for as long as the tenant's quota says."""
+    monkeypatch.setattr(limits, "VERSIONS_PER_TENANT_MAX", 3)
+    running.pool.configure(TenantSettings("ads", rows_s_max=1e-3))
+    first = running.models.add(LINEAR)
+    older = [replace(first, version=f"{number:064x}") for number in range(3)]
+    waiting = []
+    for version in older:
+        running.pool.admit(version)
+        waiting.append(running.pool.submit(version, rows_of(X[:2])))
+        running.pool.retire(version)
+    running.pool.admit(first)
+    with pytest.raises(BoundExceeded, match="has 3 versions here already"):
+        running.pool.submit(first, rows_of(X))
+    running.pool.configure(TenantSettings("ads"))
+    for future in waiting:
+        assert not (await answered(future)).errors
+    await until(lambda: len(running.tenant().versions) < 3)
+    assert not (await answered(running.pool.submit(first, rows_of(X)))).errors
+    await until(lambda: running.held() == (first.version,))
+    await answered(running.pool.submit(older[0], rows_of(X[:2])))  # from a sequence log
+    await until(lambda: running.held() == (first.version,))
 
 
 async def test_cancelled_rows_are_not_run(running: Running) -> None:
