@@ -29,7 +29,7 @@ from tenants.lending import SlotLook
 from tenants.manifest import TenantSettings
 from tenants.memory import measured
 from tenants.pool_statistics import PoolStatistics, VersionState, tenant_statistics
-from tenants.pooled import PooledTenant, PooledVersion
+from tenants.pooled import PooledTenant, PooledVersion, key_of
 from tenants.registry import Action, ConfigureTenant, GoLive, RemoveTenant, Retire, RunBeside
 from tenants.scheduler import Dispatch, Scheduler
 from tenants.shares import ShareWindow
@@ -109,7 +109,7 @@ class ModelPool:
             submission.fail("")
             return future
         tenant = self._tenant(version.name.tenant)
-        known = tenant.versions.get(version.version) or self._add_version(tenant, version, tuple(sorted(rows.texts)))
+        known = tenant.versions.get(key_of(version)) or self._add_version(tenant, version, tuple(sorted(rows.texts)))
         if known.state == "failing" and not known.parked and not self._tried_again(tenant, known):
             known.rows_failed += len(rows)
             submission.fail(known.reason)
@@ -141,8 +141,8 @@ class ModelPool:
     def admit(self, version: ModelVersion, text_features: tuple[str, ...] = (), beside: bool = False) -> None:
         """Load a version before rows come for it; without it, or where there is no room, the first submission does."""
         tenant = self._tenant(version.name.tenant)
-        tenant.admitted[version.version] = version.name, beside
-        known = tenant.versions.get(version.version)
+        tenant.admitted[key_of(version)] = version.name, beside
+        known = tenant.versions.get(key_of(version))
         if known is None:
             try:
                 known = self._add_version(tenant, version, text_features)
@@ -158,8 +158,8 @@ class ModelPool:
         tenant = self._tenants.get(version.name.tenant)
         if tenant is None:
             return
-        tenant.admitted.pop(version.version, None)
-        known = tenant.versions.get(version.version)
+        tenant.admitted.pop(key_of(version), None)
+        known = tenant.versions.get(key_of(version))
         if known is not None:
             known.retired = True
             tenant.changed.set()
@@ -244,11 +244,11 @@ class ModelPool:
                 f" {limits.VERSIONS_PER_TENANT_MAX} versions here already; retire some"
             )
         added = PooledVersion(version, text_features)
-        _, added.beside = tenant.admitted.get(version.version, (None, False))
+        _, added.beside = tenant.admitted.get(added.key, (None, False))
         # Rows of a version that was replaced still come from sequence logs: it runs them, and goes again.
         running = any(name == version.name for name, _ in tenant.admitted.values())
-        added.retired = running and version.version not in tenant.admitted
-        tenant.versions[version.version] = added
+        added.retired = running and added.key not in tenant.admitted
+        tenant.versions[added.key] = added
         self._schedule(tenant, added)
         self._fetch_again(tenant, added)
         return added
@@ -382,7 +382,7 @@ class ModelPool:
     def _loaded(self, tenant: PooledTenant, known: PooledVersion, report: LoadReport) -> None:
         known.state, known.model, known.losses = "loaded", None, 0
         if known.reason and self._on_failing is not None:
-            self._on_failing(known.version.name, known.key, "", False)
+            self._on_failing(known.version.name, known.version.version, "", False)
         known.reason = ""
         cost = CostEstimate.told(report.seconds_per_call, report.seconds_per_row)
         self._scheduler.set_cost(tenant.name, known.key, cost)
@@ -452,12 +452,14 @@ class ModelPool:
         if known.fetch is not None:
             known.fetch.cancel()
         worker = tenant.worker
-        if worker is None or not worker.holds(known.key):
+        version = known.version.version
+        shared = any(other.version.version == version for other in tenant.versions.values())
+        if worker is None or not worker.holds(version) or shared:
             return
         self._scheduler.block(tenant.name)
         await tenant.idle.wait()
         try:
-            await worker.unload(known.key)
+            await worker.unload(version)
         except WorkerLost as error:
             self._dying(tenant, worker, str(error))
         self._resume(tenant)
@@ -524,7 +526,7 @@ class ModelPool:
             known.rows_failed += refused
             if left is not None:
                 batch = left
-                outputs = await worker.call(known.key, batch.rows, known.version.deadline_ms / 1000)
+                outputs = await worker.call(known.version.version, batch.rows, known.version.deadline_ms / 1000)
                 used = look.used()
                 learn, tenant.backoff_ms = len(batch.rows) == dispatch.rows, 0
                 known.rows_failed += len(outputs.errors)

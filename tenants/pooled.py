@@ -14,6 +14,11 @@ from tenants.pool_statistics import VersionState
 from tenants.workers import WorkerProcess
 
 
+def key_of(version: ModelVersion) -> str:
+    """Among those of its tenant: the same files under two names make the same version, and are two models."""
+    return f"{version.name.model} {version.version}"
+
+
 @dataclass(slots=True, eq=False)
 class PooledVersion:
     """A version that the pool runs, or is to unload."""
@@ -39,7 +44,7 @@ class PooledVersion:
 
     @property
     def key(self) -> str:
-        return self.version.version
+        return key_of(self.version)
 
 
 @dataclass(slots=True, eq=False)
@@ -48,8 +53,9 @@ class PooledTenant:
 
     settings: TenantSettings
     versions: dict[str, PooledVersion] = field(default_factory=dict)
+    """By `key_of`."""
     admitted: dict[str, tuple[ModelName, bool]] = field(default_factory=dict)
-    """By version, what is to run, whether it is in `versions` or not: its model, and whether beside the live one."""
+    """By `key_of`, what is to run, whether it is in `versions` or not: its model, and whether beside the live one."""
     worker: WorkerProcess | None = None
     keeper: asyncio.Task[None] | None = None
     batch: asyncio.Task[None] | None = None

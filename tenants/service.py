@@ -189,7 +189,7 @@ class TenantService:
         if shared is not None:
             known = self._agreed_version(shared, name, version)
             return self._instead(name, known, shared.standing(name, version) == "quarantined")
-        known = self._versions.recall(version) if name in self.watcher.snapshot.models else None
+        known = self._versions.recall(name, version) if name in self.watcher.snapshot.models else None
         if known is None and not self.watcher.caught_up.is_set():
             raise StoreUnavailable(
                 f"models are still being tried, {name} may be one of them: its waiting triggers wait on; if this lasts,"
@@ -211,7 +211,7 @@ class TenantService:
         if not self.watcher.heard:
             raise StoreUnavailable(f"the cluster's catalog is not known here yet, {name} may be in it; wait")
         agreed = shared.version(name, version)
-        known = self._versions.recall(version) if name in shared.versions else None
+        known = self._versions.recall(name, version) if name in shared.versions else None
         if known is not None or agreed is None:
             return known
         try:

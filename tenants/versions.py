@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Collection, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import msgspec
@@ -44,14 +44,14 @@ class VersionFolder:
     def __init__(self, folder: Path) -> None:
         self._folder = folder
         self._versions: dict[str, ModelVersion] = {}
-        self._live: frozenset[str] = frozenset()
+        self._live: dict[str, ModelVersion] = {}
         self._unwritten: dict[str, ModelVersion] = {}
 
     def keep(self, live: Iterable[ModelVersion]) -> None:
         """Remember what is live now. What the disk refuses stays in memory, and is written at the next change."""
         versions = {version.version: version for version in live}
-        self._unwritten |= {key: version for key, version in versions.items() if key not in self._live}
-        self._live = frozenset(versions)
+        self._unwritten |= {key: version for key, version in versions.items() if self._live.get(key) != version}
+        self._live = versions
         for key, version in list(self._unwritten.items()):
             self.remember(version)
             try:
@@ -75,14 +75,15 @@ class VersionFolder:
 
     def _write(self, version: ModelVersion) -> None:
         path = self._folder / version.version
-        try:
+        if _read(path) == version:
             os.utime(path)
-        except FileNotFoundError:
+        else:  # or it is of another model with the same files, at whose end it would go
             self._folder.mkdir(parents=True, exist_ok=True)
             replace_file(path, msgspec.json.encode(version))
 
-    def recall(self, version: str) -> ModelVersion | None:
-        """None when it is not known. Raises StoreUnavailable when the disk refuses to say."""
+    def recall(self, name: ModelName, version: str) -> ModelVersion | None:
+        """Of that model: the same files under several names make one version, which differs in the name alone. None
+        when it is not known. Raises StoreUnavailable when the disk refuses to say."""
         known = self._versions.get(version)
         if known is None:
             try:
@@ -94,7 +95,7 @@ class VersionFolder:
                 ) from error
             if known is not None:
                 self.remember(known)
-        return known
+        return known if known is None or known.name == name else replace(known, name=name)
 
     def collect(self, models: Collection[ModelName], current: Collection[str]) -> Kept:
         """Remove the files of models that are not among `models`, and of each other but the newest REPLACED_MAX.

@@ -231,3 +231,38 @@ async def test_a_failed_version_gives_way_and_the_one_before_runs_what_waits(nod
     await until(service.watcher.caught_up.is_set)
     assert node.live() == first
     assert service.statistics().watch.trials == 0, "the quarantined pair is not tried again"
+
+
+async def test_the_same_files_under_several_names_are_models_of_their_own(node: Node) -> None:
+    """Such as a copied example, or a model that is renamed: they make one version, by its number."""
+    (node.root / "shop").mkdir()
+    names = [BID, ModelName("ads", "copy"), ModelName("shop", "bid")]
+    service = await node.start()
+    for name in names:
+        node.drop(name)
+    await until(lambda: all(map(node.live, names)))
+    found = [service.version(name, node.live(name)) for name in names]
+    assert [version.name for version in found if version is not None] == names, "of what waits in a sequence log"
+    rows = FeatureRows(("amount",), X[:5])
+    for version in found:
+        assert version is not None
+        assert not (await service.runner.submit(version, rows)).errors
+
+    def rows_run() -> dict[ModelName, int]:
+        tenants = service.statistics().pool.tenants
+        return {ModelName(one.tenant, known.model): known.rows for one in tenants for known in one.versions}
+
+    assert rows_run() == dict.fromkeys(names, 5)
+    for suffix in (".toml", ".joblib"):
+        (node.root / "ads" / f"bid{suffix}").unlink()
+    await until(lambda: rows_run() == dict.fromkeys(names[1:], 5))
+    copy = service.version(names[1], node.live(names[1]))
+    assert copy is not None
+    assert not (await service.runner.submit(copy, rows)).errors
+    assert rows_run()[names[1]] == 10
+    await node.stop()
+
+    service = await node.start()
+    assert [version.name for version, _ in service.watcher.snapshot.live] == names[1:]
+    again = [service.version(name, node.live(name)) for name in names[1:]]
+    assert [version.name for version in again if version is not None] == names[1:]

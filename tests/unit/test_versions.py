@@ -24,16 +24,16 @@ def test_what_was_live_is_known_after_a_restart(tmp_path: Path) -> None:
     first.keep([version(1)])
     first.keep([version(2), version(3, FRAUD)])
     again = VersionFolder(tmp_path / "versions")
-    assert [again.recall(version(number).version) for number in (1, 2)] == [version(1), version(2)]
-    assert again.recall(version(9).version) is None
+    assert [again.recall(BID, version(number).version) for number in (1, 2)] == [version(1), version(2)]
+    assert again.recall(BID, version(9).version) is None
 
 
 def test_a_damaged_file_is_not_known_and_a_disk_that_refuses_is_told(tmp_path: Path) -> None:
     (tmp_path / version(1).version).write_bytes(b"{")
-    assert VersionFolder(tmp_path).recall(version(1).version) is None
+    assert VersionFolder(tmp_path).recall(BID, version(1).version) is None
     (tmp_path / version(2).version).mkdir()
     with pytest.raises(StoreUnavailable, match="repair the disk"):
-        VersionFolder(tmp_path).recall(version(2).version)
+        VersionFolder(tmp_path).recall(BID, version(2).version)
 
 
 def test_what_the_disk_refuses_stays_in_memory_and_is_written_at_the_next_change(tmp_path: Path) -> None:
@@ -41,12 +41,12 @@ def test_what_the_disk_refuses_stays_in_memory_and_is_written_at_the_next_change
     folder.write_text("in the way")
     versions = VersionFolder(folder)
     versions.keep([version(1)])
-    assert versions.recall(version(1).version) == version(1)
+    assert versions.recall(BID, version(1).version) == version(1)
     folder.unlink()
     versions.keep([version(2)])
     again = VersionFolder(folder)
-    assert again.recall(version(1).version) == version(1)
-    assert again.recall(version(2).version) == version(2)
+    assert again.recall(BID, version(1).version) == version(1)
+    assert again.recall(BID, version(2).version) == version(2)
 
 
 def test_a_file_that_is_there_is_not_written_again(tmp_path: Path) -> None:
@@ -54,6 +54,17 @@ def test_a_file_that_is_there_is_not_written_again(tmp_path: Path) -> None:
     before = (tmp_path / version(1).version).stat().st_ino
     VersionFolder(tmp_path).keep([version(1)])
     assert (tmp_path / version(1).version).stat().st_ino == before
+
+
+def test_a_model_that_is_renamed_keeps_what_it_was(tmp_path: Path) -> None:
+    """The same files make the same version, whatever they are called."""
+    versions, renamed = VersionFolder(tmp_path), ModelName("ads", "offer")
+    versions.keep([version(1)])
+    versions.keep([version(1, renamed)])
+    versions.keep([version(2, renamed)])
+    assert versions.collect([renamed], [version(2).version]).dropped == set()
+    for known in (versions, VersionFolder(tmp_path)):
+        assert known.recall(renamed, version(1).version) == version(1, renamed)
 
 
 def test_the_newest_replaced_versions_of_each_model_stay(tmp_path: Path) -> None:
@@ -87,5 +98,5 @@ def test_versions_of_deleted_models_go_and_are_forgotten(tmp_path: Path) -> None
     kept = versions.collect({BID}, {version(1).version})
     versions.forget(kept.dropped)
     assert kept.dropped == {version(2).version}
-    assert versions.recall(version(2).version) is None
-    assert versions.recall(version(1).version) == version(1)
+    assert versions.recall(BID, version(2).version) is None
+    assert versions.recall(BID, version(1).version) == version(1)
