@@ -12,10 +12,21 @@ from typing import TypeVar
 
 from node.kernel.errors import ManifestError, QuotaRefused
 from node.kernel.types import EventSchema
-from tenants.definitions import replaced
+from tenants.definitions import Definitions, replaced
 from tenants.manifest import Manifest
 from tenants.quotas import check_features
-from tenants.registry import Action, CountRefusal, FeaturesSeen, Shared, Snapshot, Step, WriteFeaturesStatus, prospect
+from tenants.registry import (
+    Action,
+    CountRefusal,
+    FeaturesSeen,
+    Shared,
+    Snapshot,
+    Step,
+    WriteFeaturesStatus,
+    neighbours,
+    prospect,
+)
+from tenants.sharing import withheld_features
 
 _Value = TypeVar("_Value")
 
@@ -31,7 +42,7 @@ def seen(snapshot: Snapshot, event: FeaturesSeen, schema: EventSchema) -> Step:
     if text == in_force:
         return _accepted(snapshot, snapshot, tenant)
     try:
-        definitions = replaced(snapshot.definitions, tenant, text, _users(snapshot), schema)
+        definitions = _replaced(snapshot, tenant, text, schema)
         check_features(snapshot, definitions, tenant, schema)
     except ManifestError as error:
         after, told = refused(snapshot, tenant, error.problems)
@@ -77,11 +88,19 @@ def agreed(snapshot: Snapshot, schema: EventSchema) -> Step:
         if text == snapshot.definitions.files.get(tenant, ""):
             continue  # published; the catalog's answer follows
         try:
-            replaced(snapshot.definitions, tenant, text, _users(snapshot), schema)
+            _replaced(snapshot, tenant, text, schema)
         except ManifestError as error:
             snapshot, told = refused(snapshot, tenant, error.problems)
             actions.extend(told)
     return snapshot, tuple(actions)
+
+
+def _replaced(snapshot: Snapshot, tenant: str, text: str, schema: EventSchema) -> Definitions:
+    """Raises ManifestError."""
+    definitions = replaced(snapshot.definitions, tenant, text, _users(snapshot), schema)
+    if problems := withheld_features(definitions, tenant, neighbours(snapshot)):
+        raise ManifestError(problems)
+    return definitions
 
 
 def _users(snapshot: Snapshot) -> list[Manifest]:

@@ -6,10 +6,11 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 from node.kernel.types import ModelName, StoredOutput
-from tenants.definitions import Definitions
-from tenants.expression import expression_name
+from tenants.definitions import Definitions, SharedFeature
+from tenants.expression import StoredValue, expression_name, walk
 from tenants.manifest import Manifest
 from tenants.model_graph import ring_problem
+from tenants.shared_names import FEATURES_FILE
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,13 +33,32 @@ def problems(manifest: Manifest, among: Neighbours) -> list[str]:
 
 
 def _withheld(manifest: Manifest, among: Neighbours) -> Iterable[str]:
-    """Outputs it uses that are not shared with its tenant; of its own file only: a shared feature's owner answers for
-    what that uses."""
+    """Outputs it uses that are not shared with its tenant, or with the owner of the shared feature it has them by."""
+    own = ((output, manifest.name.tenant, str(output)) for output in manifest.stored_outputs)
+    shared = among.definitions.below(manifest.shared_values)
+    return _kept_from([*own, *(use for feature in shared for use in _uses_of(feature))], among)
+
+
+def withheld_features(definitions: Definitions, tenant: str, among: Neighbours) -> list[str]:
+    """A line for each output that the tenant's shared features use and that is not shared with it."""
+    own = [feature for feature in definitions.features.values() if feature.offer.owner == tenant]
+    lines = _kept_from([use for feature in own for use in _uses_of(feature)], among)
+    return [f"{FEATURES_FILE}: {line}" for line in lines]
+
+
+def _uses_of(feature: SharedFeature) -> Iterable[tuple[StoredOutput, str, str]]:
+    """Each output that it uses itself, who answers for that, and how it is told."""
+    for node in walk(feature.expression):
+        if isinstance(node, StoredValue):
+            yield node.output, feature.offer.owner, f"{feature.name} uses {node.output}, which"
+
+
+def _kept_from(uses: Iterable[tuple[StoredOutput, str, str]], among: Neighbours) -> Iterable[str]:
     givers = {expression_name(name): giver for name, giver in {**among.live, **among.wished}.items()}
-    for output in manifest.stored_outputs:
+    for output, tenant, told in uses:
         giver = givers.get(output.name)
-        if giver is not None and not _may_use(manifest.name.tenant, giver):
-            yield f"{output} is not shared with tenant {manifest.name.tenant}; ask tenant {giver.name.tenant}"
+        if giver is not None and not _may_use(tenant, giver):
+            yield f"{told} is not shared with tenant {tenant}; ask tenant {giver.name.tenant}"
 
 
 def _may_use(tenant: str, giver: Manifest) -> bool:
@@ -54,7 +74,7 @@ def _losses(manifest: Manifest, among: Neighbours) -> Iterable[str]:
         if output.output not in manifest.outputs:
             yield f"{output} is used by {_names(users)}, so it can't be left out"
             continue
-        losing = [user for user in users if not _may_use(user.name.tenant, manifest) and _names_it(user, output)]
+        losing = [user for user in users if any(not _may_use(one, manifest) for one in _answering(user, output, among))]
         if losing:
             yield f"{output} is used by {_names(losing)}, so it can't be kept from them"
 
@@ -71,8 +91,12 @@ def _users(running: Manifest, among: Neighbours) -> dict[StoredOutput, list[Mani
     return found
 
 
-def _names_it(manifest: Manifest, output: StoredOutput) -> bool:
-    return output in manifest.stored_outputs
+def _answering(user: Manifest, output: StoredOutput, among: Neighbours) -> Iterable[str]:
+    """The tenants that the output has to be shared with so that the model may go on using it."""
+    if output in user.stored_outputs:
+        yield user.name.tenant
+    for feature in among.definitions.below(user.shared_values):
+        yield from (owner for used, owner, *_ in _uses_of(feature) if used == output)
 
 
 def _names(users: Iterable[Manifest]) -> str:

@@ -162,6 +162,22 @@ def test_outputs_are_for_those_they_are_shared_with_and_are_not_taken_away() -> 
     assert run.snapshot.live == ()
 
 
+def test_a_shared_feature_is_no_way_to_outputs_that_are_kept_from_its_owner() -> None:
+    run, shared = Run(), '[features.x]\nversion = 1\nexpression = "models.ads.a.score"\ndescription = "x"\n'
+    assert run.features("club", shared)["state"] == "live", "there is no such model yet"
+    run.seen(A, text(extra='shared_with = ["bank"]'))
+    told = run.seen(C, text("features.club.x"))
+    assert told["state"] == "refused"
+    assert "features.club.x.v1 uses models.ads.a.score, which is not shared with tenant club" in str(told["problems"])
+    told = run.features("club", shared.replace("ads.a.score", "ads.a.score + 1").replace("= 1", "= 2"))
+    assert told["state"] == "refused"
+    assert "features.club.x.v2 uses models.ads.a.score, which is not shared with" in str(told["problems"])
+    assert run.features("bank", shared)["state"] == "live"
+    assert run.seen(C, text("features.bank.x"))["state"] == "live", "bank answers for what it shares"
+    told = run.seen(A, text(extra="shared_with = []"))
+    assert "models.ads.a.score is used by club/c, so it can't be kept from them" in str(told["problems"])
+
+
 def test_a_features_file_that_takes_away_what_is_used_is_refused_and_the_old_stays_over_restarts() -> None:
     run = Run()
     shared = '[features.x]\nversion = 1\nexpression = "event.amount"\ndescription = "x"\n'
