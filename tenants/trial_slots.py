@@ -52,8 +52,10 @@ class TrialSlots:
             finally:
                 unfinished = not attempt.done()
                 attempt.cancel()
-                await asyncio.wait([attempt])  # its worker must have gone before another's comes
-                self._leave(tenant, self._clock.monotonic() - entered)
+                try:
+                    await asyncio.wait([attempt])  # its worker must have gone before another's comes
+                finally:  # also where a newer pair takes its place meanwhile
+                    self._leave(tenant, self._clock.monotonic() - entered)
             if not unfinished:
                 return attempt.result()
             turn_seconds *= 2

@@ -100,3 +100,26 @@ async def test_one_that_is_called_off_leaves_its_slot_or_place_and_an_error_is_p
         with pytest.raises(asyncio.CancelledError):
             await asyncio.gather(*waiting)
     assert not trials.running.total()
+
+
+async def test_the_slot_comes_back_from_a_trial_that_is_replaced_while_it_ends() -> None:
+    """Such as one whose turn is over, when a newer pair comes while its worker is being ended."""
+    trials, ended = Trials(), asyncio.Event()
+
+    async def ends_slowly() -> None:
+        try:
+            await asyncio.Event().wait()
+        finally:
+            await ended.wait()
+
+    async with asyncio.timeout(10):
+        first = trials.start("a", ends_slowly)
+        for _ in range(2):
+            while not trials.running["a"]:  # noqa: ASYNC110
+                await asyncio.sleep(0)
+            first.cancel()
+            await asyncio.sleep(0)
+        with pytest.raises(asyncio.CancelledError):
+            await first
+        ended.set()
+        assert await trials.start("a", soon) == "a"
