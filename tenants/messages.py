@@ -31,6 +31,8 @@ HEADER_BYTES_MAX = 64 * 1024 * 1024
 """Text columns travel in the header."""
 REASON_CHARACTERS_MAX = 500
 ROW_REASON_CHARACTERS_MAX = 120
+CLASS_NAME_CHARACTERS_MAX = 200
+NOTES_MAX = 8
 FLOAT_BYTES = 8
 
 Buffer: TypeAlias = bytes | bytearray | memoryview

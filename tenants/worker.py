@@ -187,7 +187,7 @@ class Worker:
             seconds_per_row=trial.seconds_per_row,
             seconds_per_call=trial.seconds_per_call,
             memory_bytes=max(0, self._resident_bytes() - before),
-            class_name=shorten(type(model).__name__, 200),
+            class_name=shorten(type(model).__name__, messages.CLASS_NAME_CHARACTERS_MAX),
             notes=trial.notes,
         )
 

@@ -71,6 +71,16 @@ class LoadReport:
     class_name: str
     notes: tuple[str, ...] = ()
 
+    @classmethod
+    def of(cls, answer: Loaded) -> LoadReport:
+        """Cut to what may be kept of it."""
+        said = {
+            "memory_bytes": max(0, answer.memory_bytes),
+            "class_name": messages.shorten(answer.class_name, messages.CLASS_NAME_CHARACTERS_MAX),
+            "notes": tuple(messages.shorten(note) for note in answer.notes[: messages.NOTES_MAX]),
+        }
+        return cls(**{**msgspec.structs.asdict(answer), **said})
+
     def told(self) -> TrialReport:
         """What the cluster and the tenant hear of it."""
         return TrialReport(
@@ -265,7 +275,7 @@ class WorkerProcess:
         if problem := messages.labels_problem(answer.labels):
             raise self._corrupt(f"it did not refuse a model: {problem}")
         self._versions[version.version] = version
-        return LoadReport(**msgspec.structs.asdict(answer))
+        return LoadReport.of(answer)
 
     def holds(self, version: str) -> bool:
         """Whether it has loaded the version and not been told to forget it, whatever became of its calls."""

@@ -36,6 +36,7 @@ from node.kernel.clock import SystemClock
 from node.kernel.errors import CallFailed, ModelRefused, SandboxUnavailable, WorkerLost
 from node.kernel.limits import LABEL_BYTES_MAX, MIB, WORKER_NICENESS
 from tenants import messages
+from tenants.agreement import encode_report
 from tenants.sandbox import LAYERS, SandboxSettings
 from tenants.workers import LoadReport, WarmServer, WorkerProcess, _Frames, connected
 
@@ -500,6 +501,19 @@ async def test_a_worker_that_reports_a_class_no_model_may_have_is_killed() -> No
         with pytest.raises(WorkerLost, match="text class"):
             await load
         await worker.lost.wait()
+
+
+async def test_what_a_worker_says_of_a_model_is_cut_to_what_is_kept_of_it() -> None:
+    """It is in status files, in the kept registry or the catalog, and in what a terminal shows."""
+    lies = messages.Loaded(None, 1, 1, (), 0.0, 0.0, -5, "\x1b[2J" + "x" * 100_000, ("y" * 1000,) * 20)
+    async with stand_in() as (worker, theirs):
+        load = asyncio.create_task(worker.load(version_of(("a",)), b"model"))
+        await asyncio.sleep(0)
+        theirs.sendall(answer_bytes(lies))
+        told = (await load).told()
+    assert len(encode_report(told)) < 8192
+    assert told.class_name.isprintable()
+    assert told.memory_bytes == 0
 
 
 async def test_a_worker_that_is_ready_before_it_is_waited_for_is_taken() -> None:
