@@ -285,12 +285,19 @@ class ModelWatcher:
     async def _watch_events(self) -> None:
         while True:
             self._rearm.clear()
+            folders = [self._settings.root / name for name, _, _ in self._places] or [self._settings.root]
+            seen = awatch(
+                *folders,
+                watch_filter=folder.concerns_us,
+                stop_event=self._rearm,
+                recursive=False,  # below a tenant's folder there may be links to anywhere, and folders without end
+                debounce=200,
+                step=100,
+            )
             try:
-                async for _ in awatch(
-                    self._settings.root, watch_filter=folder.concerns_us, stop_event=self._rearm, debounce=200, step=100
-                ):
+                async for _ in seen:
                     self._wake.set()
-            except (OSError, RuntimeError) as error:  # the root is missing or can't be watched: rescans go on
+            except (OSError, RuntimeError) as error:  # one is missing or can't be watched: rescans go on
                 self._counters.last_error = f"{self._settings.root} can't be watched: {error}"
                 await asyncio.sleep(self._settings.rescan_ms / 1000)
 

@@ -512,6 +512,33 @@ async def test_a_folder_removed_and_made_again_is_still_watched(node: Node) -> N
     await until(lambda: ModelName("ads", "latest") in node.live())
 
 
+async def test_nothing_is_watched_below_a_tenant_s_folder_nor_where_a_link_in_it_leads(
+    node: Node, tmp_path: Path
+) -> None:
+    """A link to / would have the whole machine watched, and a folder that can't be read ends the watch for all."""
+    elsewhere = tmp_path / "elsewhere"
+    for folder in (elsewhere / "deep", node.root / "ads" / "old" / "older"):
+        folder.mkdir(parents=True)
+    (node.root / "ads" / "link").symlink_to(elsewhere)
+    await node.start(rescan_ms=60_000)
+    await until(lambda: folders_watched() == 2)
+    node.drop(BID, model=model_file())
+    await until(lambda: node.status().get("state") == "live")
+    node.drop(ModelName("new", "bid"), model=model_file())
+    await until(lambda: folders_watched() == 3)
+
+
+def folders_watched() -> int:
+    """By this process."""
+    count = 0
+    for descriptor in Path("/proc/self/fd").iterdir():
+        with contextlib.suppress(OSError):
+            if "inotify" in os.readlink(descriptor):
+                told = Path(f"/proc/self/fdinfo/{descriptor.name}").read_text()
+                count += sum(line.startswith("inotify") for line in told.splitlines())
+    return count
+
+
 async def test_tenant_settings_apply_at_run_time_and_mistakes_are_answered(node: Node) -> None:
     await node.start()
     (node.root / "ads").mkdir()
