@@ -28,7 +28,7 @@ from tenants.isolation import Isolation, first_pieces, halves, judge
 from tenants.lending import SlotLook
 from tenants.manifest import TenantSettings
 from tenants.memory import measured
-from tenants.pool_statistics import PoolStatistics, VersionState, tenant_statistics
+from tenants.pool_statistics import PoolStatistics, tenant_statistics
 from tenants.pooled import PooledTenant, PooledVersion, key_of
 from tenants.registry import Action, ConfigureTenant, GoLive, RemoveTenant, Retire, RunBeside
 from tenants.scheduler import Dispatch, Scheduler
@@ -287,9 +287,10 @@ class ModelPool:
     async def _fetch(self, tenant: PooledTenant, known: PooledVersion) -> None:
         backoff_ms = limits.WORKER_BACKOFF_MS_MIN
         missing_since = math.inf
-        while True:
+        while not _holds_a_file(tenant):  # else it is fetched in its turn: memory has one of a tenant's
             try:
-                known.model = await self._fetch_bytes(known.version.blob)
+                model = await self._fetch_bytes(known.version.blob)
+                known.model = None if _holds_a_file(tenant) else model
                 break
             except (HeadraceError, OSError) as error:
                 now = self._clock.monotonic()
@@ -328,8 +329,10 @@ class ModelPool:
                 await self._renew(tenant, tenant.worker)
             elif (unneeded := self._unneeded(tenant)) is not None:
                 await self._unload(tenant, unneeded)
-            elif (fetched := _in_state(tenant, "fetched")) is not None:
-                if tenant.worker is None:
+            elif (fetched := _next_fetched(tenant)) is not None:
+                if fetched.model is None:
+                    self._fetch_again(tenant, fetched)
+                elif tenant.worker is None:
                     await self._start_worker(tenant)
                 else:
                     await self._load(tenant, tenant.worker, fetched)
@@ -664,5 +667,11 @@ def _half(piece: Piece, at: Ints) -> Piece:
     return piece.take(at, LOSSES_MAX - 1 if len(at) > 1 else 0, piece.isolation)
 
 
-def _in_state(tenant: PooledTenant, state: VersionState) -> PooledVersion | None:
-    return next((known for known in tenant.versions.values() if known.state == state), None)
+def _holds_a_file(tenant: PooledTenant) -> bool:
+    return any(known.model is not None for known in tenant.versions.values())
+
+
+def _next_fetched(tenant: PooledTenant) -> PooledVersion | None:
+    """To be loaded, first the one whose file is in memory."""
+    fetched = [known for known in tenant.versions.values() if known.state == "fetched"]
+    return min(fetched, key=lambda known: known.model is None, default=None)

@@ -27,7 +27,7 @@ class PooledVersion:
     text_features: tuple[str, ...]
     state: VersionState = "fetching"
     model: bytes | None = None
-    """The file, from when it was fetched until it is loaded."""
+    """The file, from when it was fetched until it is loaded; of a tenant's versions one has it at a time."""
     fetch: asyncio.Task[None] | None = None
     losses: int = 0
     beside: bool = False  # its model's live version: what waits for the one must not fill the queue of the other

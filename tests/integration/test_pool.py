@@ -568,6 +568,31 @@ async def test_a_version_for_which_there_is_no_room_yet_comes_with_its_rows(
     await until(lambda: running.held() == (first.version,))
 
 
+async def test_one_file_of_a_tenant_is_in_the_node_s_memory_at_a_time(server: WarmServer) -> None:
+    """A node that starts, or a worker that is lost, has all of a tenant's versions loaded anew."""
+    supervisor, models, held = Supervisor(), Models(), list[int]()
+
+    def count() -> int:
+        return sum(known.model is not None for known in pool._tenants["ads"].versions.values())
+
+    async def fetch(blob: str) -> bytes:
+        held.append(count())
+        return await models.fetch(blob)
+
+    pool = ModelPool(server, fetch, SystemClock(), supervisor, parallel=1)
+    running = Running(pool, models, [])
+    for number in range(6):
+        pool.admit(models.add(LINEAR, name=f"m{number}"))
+    await until(lambda: all(known.state == "loaded" for known in running.tenant().versions))
+    os.kill(running.pid(), signal.SIGKILL)
+    await until(lambda: running.tenant().restarts == 1)
+    await until(lambda: all(known.state == "loaded" for known in running.tenant().versions))
+    assert len(held) >= 12
+    assert max(held) <= 1
+    await pool.stop()
+    await supervisor.stop()
+
+
 async def test_cancelled_rows_are_not_run(running: Running) -> None:
     version = running.models.add(LINEAR)
     futures = [running.pool.submit(version, rows_of(X)) for _ in range(3)]
