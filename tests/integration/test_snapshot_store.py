@@ -307,6 +307,7 @@ def test_two_that_upload_and_collect_at_once_break_no_snapshot(
         )  # fmt: skip
         with contextlib.suppress(StoreUnavailable):
             nodes[who].upload(taken, local)
+        nodes[who]._threads.submit(int).result()  # of an upload that is given up, the file on its way goes on
         uploading[who] = False
 
     def check() -> None:
