@@ -169,6 +169,7 @@ class Snapshots:
         self._uploaded: dict[int, int] = {}
         self._upload_due: dict[int, float] = {}
         self._reasons: dict[int, str] = {}
+        self._upload_reasons: dict[int, str] = {}
         self._restored: dict[int, Restored] = {}
         self._taken = 0
         self._failed = 0
@@ -432,12 +433,13 @@ class Snapshots:
                 await asyncio.wait({uploading}, timeout=SNAPSHOT_PIN_MS_MAX / 4000)
             uploading.result()
             self._uploaded[partition] = offset
+            self._upload_reasons.pop(partition, None)
             await self._at_store(store.collect, partition)
             log.info("snapshot uploaded", partition=partition, offset=offset, place=store.place)
         except HeadraceError as failure:
             self._upload_due[partition] = self._clock.monotonic() + SNAPSHOT_RETRY_MS / 1000
             self._failed += 1
-            self._reasons[partition] = str(failure)
+            self._upload_reasons[partition] = str(failure)
             log.warning("snapshot not uploaded", partition=partition, reason=str(failure))
 
     # restoring
@@ -630,7 +632,8 @@ class Snapshots:
             )
             for number, snapshot in self._verified.items()
         }
-        for number, reason in self._reasons.items():
+        not_uploaded = {number: reason for number, reason in self._upload_reasons.items() if self._owns(number)}
+        for number, reason in (not_uploaded | self._reasons).items():
             partitions[number] = replace(partitions.get(number, PartitionSnapshots(0, 0, 0)), reason=reason)
         return SnapshotsStatistics(
             self._taken,

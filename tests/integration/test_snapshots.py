@@ -366,6 +366,29 @@ async def test_a_copy_that_the_changelog_was_cut_behind_is_kept_until_enough_oth
     assert not await left.snapshots.may_forget(0), "it does not answer"
 
 
+async def test_why_an_upload_failed_is_told_until_one_did_not(nodes: Nodes, monkeypatch: pytest.MonkeyPatch) -> None:
+    node = await nodes.start("a", f"file://{nodes.path}/remote")
+    agree([node])
+    store, source, remote = node.open(0), frames(), node.snapshots._store
+    assert remote is not None
+    fold(store, source, 10)
+    snapshot = await node.snapshots.take(0)
+
+    def refused(snapshot: Snapshot, folder: Path) -> None:
+        raise StoreUnavailable("access denied")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(remote, "upload", refused)
+        await node.snapshots._upload(remote, snapshot)
+    assert node.snapshots.statistics().partitions[0].reason == "access denied"
+    fold(store, source, 10)
+    snapshot = await node.snapshots.take(0)
+    assert node.snapshots.statistics().partitions[0].reason == "access denied", "that one was taken says nothing of it"
+    await node.snapshots._upload(remote, snapshot)
+    told = node.snapshots.statistics().partitions[0]
+    assert (told.reason, told.uploaded_offset) == ("", 20)
+
+
 async def test_a_store_by_url_that_hangs_holds_up_nothing_else(nodes: Nodes, monkeypatch: pytest.MonkeyPatch) -> None:
     """Partitions flush on the loop's own few threads; whoever asks the store is told after a while."""
     monkeypatch.setattr("replication.snapshots.SNAPSHOT_STORE_ASK_MS_MAX", 100)
