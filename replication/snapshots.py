@@ -340,6 +340,8 @@ class Snapshots:
         now = self._clock.monotonic()
         self._pins = {key: until for key, until in self._pins.items() if until > now}
         pinned = {offset for number, offset in self._pins if number == partition}
+        if partition in self._verified:
+            pinned.add(self._verified[partition].changelog_offset)
         for offset in superseded(await self._at_disk(self._folder.offsets, partition), pinned):
             await self._at_disk(self._folder.remove, partition, offset)
 

@@ -280,6 +280,21 @@ async def test_a_changelog_that_is_whole_is_folded_where_the_store_by_url_gives_
         await here.snapshots.restore(0, here.path / "store-0")
 
 
+async def test_what_was_fetched_stays_beside_snapshots_of_an_earlier_changelog(nodes: Nodes) -> None:
+    """Those are further, as its topic was made again, and only the furthest are kept."""
+    there, here = await nodes.start("a"), await nodes.start("b")
+    agree([there, here])
+    store, source = here.open(0, "earlier"), frames()
+    for _ in range(2):
+        fold(store, source, 30)
+        await here.snapshots.take(0)
+    fold(there.open(0), frames(2), 10)
+    await there.snapshots.take(0)
+    here.bounds = (5, 20)
+    assert await here.snapshots.restore(0, here.path / "store-0")
+    assert here.open(0).changelog_offset() == 10
+
+
 async def test_a_snapshot_that_a_peer_is_fetching_stays(nodes: Nodes) -> None:
     there, here = await nodes.start("a"), await nodes.start("b")
     agree([there, here])
