@@ -285,14 +285,10 @@ class ModelWatcher:
     async def _watch_events(self) -> None:
         while True:
             self._rearm.clear()
-            folders = [self._settings.root / name for name, _, _ in self._places] or [self._settings.root]
+            paths = [self._settings.root / name for name, _, _ in self._places] or [self._settings.root]
+            # Not recursive: below a tenant's folder there may be links to anywhere, and folders without end.
             seen = awatch(
-                *folders,
-                watch_filter=folder.concerns_us,
-                stop_event=self._rearm,
-                recursive=False,  # below a tenant's folder there may be links to anywhere, and folders without end
-                debounce=200,
-                step=100,
+                *paths, watch_filter=folder.concerns_us, stop_event=self._rearm, recursive=False, debounce=200, step=100
             )
             try:
                 async for _ in seen:
@@ -512,10 +508,10 @@ class ModelWatcher:
             if self._settled(name, "gone", now):
                 await self._apply(registry.PairGone(name))
                 self._seen.pop(name, None)
-                self.look_again(name.tenant)
                 entry = self._snapshot.models.get(name)
                 if entry is not None and entry.newest is not None:
                     continue  # others use its outputs: it goes once they don't
+                self.look_again(name.tenant)
                 await self._statuses.remove(name)
         for tenant in watched_tenants - found.tenants.keys() - found.unseen:
             if self._settled(f"{tenant}/{TENANT_FILE}", "gone", now):
