@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import shutil
-from collections.abc import Callable
+from collections.abc import AsyncIterator, Callable
 from pathlib import Path
 
 import pytest
@@ -13,6 +14,7 @@ from test_cli import GOOD, headrace
 
 from node.kernel.clock import SystemClock
 from node.kernel.digest import StoreDigest, digest_store
+from node.state.rocksdb import RocksStore
 from replication.snapshot_folder import SnapshotFolder
 from replication.snapshot_store import SnapshotStore
 
@@ -99,14 +101,24 @@ async def test_from_a_store_by_url(tmp_path: Path, config: str, store_folder: Pa
     assert (ran.code, ran.err) == (1, f"{url} has no snapshot of partition 4; give another source with --from\n")
 
 
-async def test_from_a_peer(tmp_path: Path, config: str, store_folder: Path) -> None:
+@contextlib.asynccontextmanager
+async def peer_with_a_snapshot(tmp_path: Path, offset: int) -> AsyncIterator[tuple[SnapshotNode, RocksStore]]:
+    """Of partition 3; and its store."""
     peer = SnapshotNode(tmp_path, "n2")
     await peer.start()
     store = open_store(tmp_path / "peer")
     try:
-        fold(store, frames(), 30)
+        fold(store, frames(), offset)
         peer.stores[3] = store
         await peer.snapshots.take(3)
+        yield peer, store
+    finally:
+        store.close()
+        await peer.stop()
+
+
+async def test_from_a_peer(tmp_path: Path, config: str, store_folder: Path) -> None:
+    async with peer_with_a_snapshot(tmp_path, 30) as (peer, store):
         ran = await headrace("restore", "3", "--from", peer.server.address, "--config", config)
         assert (ran.code, ran.err) == (0, "")
         assert digest_folder(store_folder) == digest_store(store)
@@ -116,22 +128,13 @@ async def test_from_a_peer(tmp_path: Path, config: str, store_folder: Path) -> N
         ran = await headrace("restore", "3", "--from", peer.server.address, "--config", config)
         assert (ran.code, ran.err) == (0, "")
         assert digest_folder(store_folder) == digest_store(store)
-    finally:
-        store.close()
-        await peer.stop()
 
 
 async def test_from_a_peer_whose_snapshot_is_as_of_the_same_offset_as_the_nodes_own(
     tmp_path: Path, config: str, store_folder: Path
 ) -> None:
     """Of a quiet partition all nodes have one, each with files of its own; the node's may be the damaged one."""
-    peer = SnapshotNode(tmp_path, "n2")
-    await peer.start()
-    store = open_store(tmp_path / "peer")
-    try:
-        fold(store, frames(), 40)
-        peer.stores[3] = store
-        await peer.snapshots.take(3)
+    async with peer_with_a_snapshot(tmp_path, 40) as (peer, store):
         theirs = {path.name: path.read_bytes() for path in (tmp_path / "n2" / "snapshots" / "3" / "40").glob("*.sst")}
         ours = tmp_path / "data" / "snapshots" / "3" / "40"
         for damaged in (False, True):
@@ -143,9 +146,6 @@ async def test_from_a_peer_whose_snapshot_is_as_of_the_same_offset_as_the_nodes_
             assert (ran.code, ran.err) == (0, "")
             assert digest_folder(store_folder) == digest_store(store)
             assert {path.name: path.read_bytes() for path in ours.glob("*.sst")} == theirs
-    finally:
-        store.close()
-        await peer.stop()
 
 
 async def test_what_is_wrong_is_one_line_and_changes_nothing(tmp_path: Path, config: str, store_folder: Path) -> None:
