@@ -185,15 +185,12 @@ def offered(offers: Mapping[SharedName, Offer], name: SharedName, tenant: str) -
     return name if name.version else offer.newest
 
 
-def compile_definitions(files: Mapping[str, str], schema: EventSchema) -> Definitions:
+def compile_definitions(files: Mapping[str, str], schema: EventSchema, new: str = "") -> Definitions:
     """All features of these texts that can be taken; those that can't are in `problems`.
 
-    Raises ConfigError when the operator's profile is wrong.
+    Raises ConfigError when the operator's profile is wrong, and ManifestError once the text of the tenant `new`, which
+    is to be taken, has PROBLEMS_MAX mistakes.
     """
-    return _compiled(files, schema)
-
-
-def _compiled(files: Mapping[str, str], schema: EventSchema, new: str = "") -> Definitions:
     if not any(files.values()):
         return Definitions({tenant: text for tenant, text in files.items() if text})
     return _Loader({tenant: text for tenant, text in sorted(files.items()) if text}, schema, new).load_all()
@@ -206,7 +203,7 @@ def replaced(
 
     Raises ManifestError with a line for each mistake in it, and for each thing that somebody uses and would lose.
     """
-    after = _compiled({**before.files, tenant: text}, schema, tenant)
+    after = compile_definitions({**before.files, tenant: text}, schema, tenant)
     problems = list(after.problems.get(tenant, ()))
     problems += _changed_meanings(before, after, tenant)
     if not problems:
